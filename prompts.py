@@ -46,3 +46,36 @@ class Prompt:
     text: str
     question: str = ""
     answer: str = ""
+
+
+def common_animals():
+    """The paper's 45 common animals (aesthetic quality), as 'a cat'."""
+    return [Prompt(with_article(animal)) for animal in COMMON_ANIMALS]
+
+
+def imagenet_animals():
+    """The 398 animal classes of ImageNet-1000, indices 0 to 397 (compressibility): the bare names, as torchvision has them."""
+    return _lines(ASSETS / "imagenet_animals.txt")
+
+
+PROMPT_SETS = {"common_animals": common_animals, "imagenet_animals": imagenet_animals}  # the next set goes here
+
+
+def load_prompts(name):
+    """The prompts of a set in PROMPT_SETS, or of a text file with one prompt a line. Raises ValueError if neither."""
+    if name in PROMPT_SETS:
+        return PROMPT_SETS[name]()
+    if not Path(name).is_file():
+        raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text file")
+    prompts = _lines(Path(name))
+    if not prompts:
+        raise ValueError(f"the prompt file {name!r} is empty: write one prompt a line")
+    return prompts
+
+
+def _lines(path):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt file {str(path)!r} is not UTF-8 text") from error
+    return [Prompt(line.strip()) for line in lines if line.strip()]

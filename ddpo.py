@@ -1,0 +1,134 @@
+"""The DDPO estimators (paper, section 4.3): rewards and recorded chains into policy updates.
+
+    DDPO-SF   grad J = E[ sum_t                  grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ]
+    DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],   PPO's clip as trust region
+
+Where we depart from these two lines, as the authors' code does:
+ 1. r becomes an advantage: whitened per prompt. A constant baseline leaves the gradient unbiased and shrinks its variance.
+ 2. log p is the mean over latent dimensions (sampling.log_prob says why), and the sum over t a mean: both only rescale
+    the gradient, which its clipping and AdamW undo; the clip range becomes one per dimension.
+ 3. Advantages are clipped, so that one lucky image cannot own an update.
+"""
+from collections import deque
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sampling import score
+
+
+def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
+    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right at theta = theta_old only."""
+    loss = -(advantages * log_probs).mean()                                  # section 4.3, DDPO_SF
+    return loss, ratio_info(log_probs, old_log_probs, clip_range)
+
+
+def clipped_loss(log_probs, old_log_probs, advantages, clip_range):
+    """DDPO-IS, PPO's clipped surrogate: three (N,) tensors -> scalar loss, info."""
+    ratio = (log_probs - old_log_probs).exp()                                # (N,)  p_theta / p_old, per dimension
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()   # section 4.3, DDPO_IS; PPO, equation 7
+    return loss, ratio_info(log_probs, old_log_probs, clip_range)
+
+
+@torch.no_grad()
+def ratio_info(log_probs, old_log_probs, clip_range):
+    """How far the policy has moved from the one that sampled: means over N pairs, per latent dimension; see the README."""
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    return {"approx_kl": -log_ratio.mean(), "ratio_mean": ratio.mean(),
+            "clip_fraction_low": (ratio < 1 - clip_range).float().mean(),
+            "clip_fraction_high": (ratio > 1 + clip_range).float().mean(),
+            "ratio_deviation": (ratio - 1).abs().max()}
+
+
+class PromptStatistics:
+    """Rewards -> advantages, by running mean and standard deviation per prompt (paper, appendix D.3).
+
+    Each prompt keeps its last `buffer` rewards. A prompt with fewer than `min_count` of them borrows the statistics of the
+    whole batch: with more prompts than images an epoch, most do so for many epochs (logged as `own_statistics`).
+    """
+
+    def __init__(self, buffer, min_count, clip):
+        self.buffer, self.min_count, self.clip = buffer, min_count, clip
+        self.rewards = {}  # prompt -> deque of its last rewards
+
+    def advantages(self, prompts, rewards):
+        """B prompts and B rewards -> advantages (B,) fp32, clipped, and the share of images with their prompt's own.
+
+        Appends first, then normalises, with the population's standard deviation. Equal rewards give exactly 0.
+        """
+        rewards = np.asarray(rewards, np.float64)
+        for prompt, reward in zip(prompts, rewards):
+            self.rewards.setdefault(prompt, deque(maxlen=self.buffer)).append(float(reward))
+        own = [len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
+        groups = [np.array(self.rewards[prompt]) if o else rewards for prompt, o in zip(prompts, own)]
+        advantages = [_whiten(reward, group) for reward, group in zip(rewards, groups)]
+        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(own))
+
+    def state_dict(self):
+        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
+
+    def load_state_dict(self, state):
+        self.rewards = {prompt: deque(rewards, maxlen=self.buffer) for prompt, rewards in state.items()}
+
+
+def _whiten(reward, group):
+    # A floor under the deviation, as usual, would blow rounding errors of near-equal rewards up to advantages.
+    spread = group.std()
+    return 0.0 if spread <= 1e-6 * np.abs(group).max() else (reward - group.mean()) / spread
+
+
+def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, loss):
+    """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
+
+    advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
+    B / updates images at all their T steps, and its loss is the mean over those pairs: config.micro_batch, how many pairs
+    go through the U-Net at a time, is a knob of memory and speed and cannot change the result. Also read from config:
+    clip_range, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the first
+    update's, and skipped_updates, a count.
+    Raises FloatingPointError, before any weight is touched, if a gradient is not finite (under fp16 the scaler skips).
+    """
+    B, T = trajectory.log_probs.shape
+    assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
+    old_log_probs, advantages = trajectory.log_probs, advantages.to(trajectory.log_probs.device)
+    groups = torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1)
+    infos, norms, skipped = [], [], 0
+    with tqdm(desc="learning", total=B * T, leave=False, disable=None) as bar:
+        for group in groups:
+            pairs = torch.cartesian_prod(group, torch.arange(T))             # (N, 2): every image at every step
+            for part in pairs[torch.randperm(len(pairs), generator=rng)].split(config.micro_batch):
+                images, steps = part.T
+                log_probs = score(policy, trajectory, images, steps)         # where grad log p_theta comes from
+                value, info = loss(log_probs, old_log_probs[images, steps], advantages[images],
+                                   config.clip_range)
+                scaler.scale(value * (len(part) / len(pairs))).backward()
+                infos.append({"loss": value.detach(), **info, "pairs": len(part), "update": len(norms)})
+                bar.update(len(part))
+            norm, stepped = optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm)
+            norms.append(norm)
+            skipped += not stepped
+    return {**_average(infos), "grad_norm": float(np.mean(norms)), "skipped_updates": skipped}
+
+
+def optimizer_step(unet, optimizer, scaler, max_grad_norm):
+    """Unscale once, clip the gradient's norm, step. Returns the norm before clipping, and whether a step was taken."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), max_grad_norm).item()
+    if not scaler.is_enabled() and not np.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite: try a smaller --learning-rate or --precision fp32")
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, scaler.get_scale() >= scale
+
+
+def _average(infos):
+    weights = np.array([info["pairs"] for info in infos]) / sum(info["pairs"] for info in infos)
+    names = ("loss", "approx_kl", "ratio_mean", "clip_fraction_low", "clip_fraction_high")
+    averages = {name: float(sum(w * info[name].item() for w, info in zip(weights, infos))) for name in names}
+    # Before the first step the policy is the one that sampled, so this is 0 up to rounding, or something is wrong.
+    first = [info["ratio_deviation"].item() for info in infos if info["update"] == 0]
+    return {**averages, "ratio_deviation": max(first)}

@@ -1,0 +1,176 @@
+"""What a run leaves on disk, under runs/NAME/: settings, log, pictures, curve, checkpoint, model. Knows no algorithm.
+
+    config.json                 every setting
+    log.jsonl                   one object an epoch; row k holds the evaluation after k epochs and the training of epoch k
+    samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
+    progress.png                the first few of them over the epochs, one row an evaluation
+    curve.png                   reward against reward queries
+    checkpoint/state.pt         everything that --resume needs
+    model/                      the trained pipeline, which plain diffusers loads
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from rewards import to_pil
+
+COLUMNS = 9
+LABEL_HEIGHT = 26  # pixels: two lines of text
+
+
+def write_atomically(path, write):
+    """Call `write(temporary path)`, then put the file in place: what stood there before survives a kill or a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("new-" + path.name)  # in front, since writers go by the ending
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def create_run(parent, name, stem, settings):
+    """A new folder runs/NAME, or runs/STEM-1, -2, ... where no name is given. Raises ValueError if NAME exists."""
+    if name and (parent / name).exists():
+        raise ValueError(f"the run {parent / name} exists: choose another --name, or continue it with "
+                         f"--resume {parent / name}")
+    number = 1
+    while not name and (parent / f"{stem}-{number}").exists():
+        number += 1
+    folder = parent / (name or f"{stem}-{number}")
+    folder.mkdir(parents=True)
+    save_settings(folder, settings)
+    return folder
+
+
+def save_settings(folder, settings):
+    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+
+
+def load_settings(folder):
+    """The settings of a run. Raises ValueError if there is no run to resume."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no run: it has no config.json") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+
+
+def save_checkpoint(folder, state):
+    """Everything that changes in a run, in one file, with the settings it belongs to."""
+    state = {"settings": load_settings(folder), **state}
+    write_atomically(folder / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+
+
+def load_checkpoint(folder):
+    """The saved state, on the CPU. Raises ValueError if there is none, it is damaged, or it is of other settings."""
+    path = folder / "checkpoint" / "state.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} has no checkpoint yet: start the run again under another name")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        settings = state.pop("settings")
+    except Exception as error:  # pickle, zip and key errors of many types
+        raise ValueError(f"the checkpoint {path} is damaged and cannot be read; the log and pictures are unharmed, but the "
+                         "run has to start again under another name") from error
+    now = load_settings(folder)
+    changed = [key for key in sorted({*settings, *now} - {"epochs"}) if settings.get(key) != now.get(key)]
+    if changed:
+        raise ValueError(f"the checkpoint {path} is of another config: config.json differs in {', '.join(changed)}")
+    return state
+
+
+def append_row(folder, row):
+    """Add one epoch to the log."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(folder):
+    """The log: a list of one dict an epoch."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def forget_after(folder, epoch):
+    """Drop the log's rows and the pictures of epochs after `epoch`: a resumed run makes them again."""
+    rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(folder / "log.jsonl", lambda path: path.write_text(text))
+    for path in (folder / "samples").glob("epoch_*.png"):
+        if int(path.stem[6:]) > epoch:
+            path.unlink()
+
+
+def save_samples(folder, epoch, images, labels):
+    """Draw images (B, 3, H, W) with labels of up to two lines as samples/epoch_NNNN.png, and progress.png anew."""
+    pictures = [to_pil(image) for image in images]
+    write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(pictures, labels).save)
+    draw_progress(folder, tile_size(pictures))
+
+
+def tile_size(pictures):
+    """Side in pixels at which a picture stands in a grid."""
+    return min(max(128, pictures[0].width), 256)
+
+
+def draw_grid(pictures, labels):
+    """Pictures in rows of nine, each with its label under it."""
+    tile = tile_size(pictures)
+    grid = Image.new("RGB", (min(COLUMNS, len(pictures)) * (tile + 4), -(-len(pictures) // COLUMNS)
+                             * (tile + LABEL_HEIGHT + 4)), "white")
+    pen = ImageDraw.Draw(grid)
+    for k, (picture, label) in enumerate(zip(pictures, labels)):
+        x, y = k % COLUMNS * (tile + 4), k // COLUMNS * (tile + LABEL_HEIGHT + 4)
+        grid.paste(picture.resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
+        pen.multiline_text((x + tile / 2, y + tile + 1), label, fill="black", anchor="ma", align="center", spacing=1,
+                           font_size=10)
+    return grid
+
+
+def draw_progress(folder, tile):
+    """The first row of every grid under samples/ under each other, with the number of epochs on the left."""
+    paths = sorted((folder / "samples").glob("epoch_*.png"))
+    strips = []
+    for path in paths:
+        with Image.open(path) as grid:
+            strips.append(grid.convert("RGB").crop((0, 0, grid.width, tile)))
+    margin, step = 60, strips[0].height + 4
+    progress = Image.new("RGB", (margin + strips[0].width, step * len(strips)), "white")
+    pen = ImageDraw.Draw(progress)
+    for k, (path, strip) in enumerate(zip(paths, strips)):
+        progress.paste(strip, (margin, k * step))
+        pen.text((margin / 2, k * step + strip.height / 2), f"epoch {int(path.stem[6:])}", fill="black", anchor="mm",
+                 font_size=10)
+    write_atomically(folder / "progress.png", progress.save)
+
+
+def draw_curve(folder, name, factor, unit):
+    """Reward against reward queries: each epoch's samples with their spread, and the fixed evaluation."""
+    from matplotlib.figure import Figure  # its object interface: no window, no global state
+    rows = read_rows(folder)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    trained = [row for row in rows if row["reward_mean"] is not None]
+    queries = [row["reward_queries"] for row in trained]
+    mean = [factor * row["reward_mean"] for row in trained]
+    low, high = ([m + sign * row["reward_std"] for m, row in zip(mean, trained)] for sign in (-1, 1))
+    axes.fill_between(queries, low, high, alpha=0.2, linewidth=0, label="one standard deviation")
+    axes.plot(queries, mean, label="samples of the epoch")
+    evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
+    axes.plot([row["reward_queries"] for row in evaluated], [factor * row["eval_reward_mean"] for row in evaluated], "o-",
+              label="fixed prompts and noise")
+    axes.set(xlabel="reward queries", ylabel=f"{name} ({unit})" if unit else name)
+    axes.legend()
+    write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))
+
+
+def save_model(folder, pipeline):
+    """The pipeline as model/, in fp32, so that `StableDiffusionPipeline.from_pretrained` draws what the policy drew."""
+    temporary = folder / "new-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    os.replace(temporary, folder / "model")

@@ -1,0 +1,405 @@
+"""Fine-tune a text-to-image diffusion model on a reward with DDPO: the settings, and the experiment in five paragraphs.
+
+    python train.py --reward compressibility                  # the embedded model, on a laptop
+    python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
+    python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
+"""
+import argparse
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import runs
+from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
+from prompts import PROMPT_SETS, load_prompts
+from rewards import DEFAULT_PROMPTS, REWARDS, UNITS, RewardError, display, load_reward
+from sampling import PRECISIONS, load_policy, rollout
+
+RUNS = Path("runs")
+EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The defaults are the paper's (appendix D)."""
+    reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
+    prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
+    algorithm: str = setting("ddpo-is", "%(algorithms)s")
+    model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
+    name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
+    seed: int = setting(0, "of the training: prompts, noise, order")
+    epochs: int = setting(196, "rounds of sampling and learning")
+    samples_per_epoch: int = setting(256, "images drawn, and reward queries spent, an epoch")
+    updates_per_epoch: int = setting(4, "optimizer steps an epoch, each on its own share of the samples")
+    sampling_steps: int = setting(50, "denoising steps T")
+    eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
+    guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
+    learning_rate: float = setting(1e-5, "of AdamW")
+    adam_beta1: float = setting(0.9, "of AdamW")
+    adam_beta2: float = setting(0.999, "of AdamW")
+    adam_epsilon: float = setting(1e-8, "of AdamW")
+    weight_decay: float = setting(1e-4, "of AdamW")
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
+    clip_range: float = setting(1e-4, "trust region of DDPO-IS: the ratio, per latent dimension, stays in 1 +- this")
+    advantage_clip: float = setting(10.0, "advantages are clipped to +- this")
+    stats_buffer: int = setting(32, "last rewards of a prompt that its mean and deviation are taken over")
+    stats_min_count: int = setting(16, "with fewer rewards than this, a prompt uses the batch's mean and deviation")
+    precision: str = setting("fp16", "autocast of the U-Net: fp32, fp16 (GPU only) or bf16; weights train in fp32")
+    sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
+    micro_batch: int = setting(4, "(image, step) pairs learned from at a time: memory and speed only")
+    eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
+    eval_prompts: int = setting(64, "number of those prompts, spread evenly over the prompt set")
+    checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
+    device: str = setting("auto", "auto, cpu or cuda")
+
+
+# What a choice asks for. A flag stands above the preset, the preset above these two, these above Config.
+ALGORITHMS = {"ddpo-is": partial(ddpo_update, loss=clipped_loss), "ddpo-sf": partial(ddpo_update, loss=score_function_loss)}
+ALGORITHM_SETTINGS = {"ddpo-sf": {"updates_per_epoch": 1}}
+PRESETS = {
+    "emoji": {
+        "model": str(Path(__file__).resolve().parent / "assets" / "emoji"), "prompts": "common_animals",
+        "precision": "fp32", "epochs": 15, "samples_per_epoch": 64, "sampling_steps": 10, "learning_rate": 3e-4,
+        # The latent is 8 times smaller than Stable Diffusion's, and so is the sum behind the mean log-probability.
+        "clip_range": 2e-3,
+        # About one image per prompt and epoch: a prompt's own statistics come late, and stale.
+        "stats_buffer": 16, "stats_min_count": 8,
+        "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
+    "paper": {}}
+
+
+class Experiment:
+    """All that changes while a run runs."""
+
+    def __init__(self, config, policy):
+        self.config, self.policy = config, policy
+        self.optimizer = torch.optim.AdamW(
+            policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon, weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
+        self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip)
+        self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # for a user's reward; nothing of ours draws here
+            seed(config.seed)
+        self.epoch, self.seconds = 0, 0.0
+        self.remember()
+
+    def remember(self):
+        """Keep a copy of the state, which an interrupted epoch goes back to."""
+        self.start_of_epoch = self.state_dict()
+
+    def state_dict(self):
+        """A copy of everything, on the CPU, of plain types that torch.load takes with weights_only."""
+        numpy_state = np.random.get_state()
+        return _copy({
+            "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.unet.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(), "torch": torch.get_rng_state(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]], "python": random.getstate()})
+
+    def load_state_dict(self, state):
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        for name in ("optimizer", "scaler", "statistics"):
+            getattr(self, name).load_state_dict(state[name])
+        self.policy.unet.load_state_dict(state["unet"])
+        self.rng.set_state(state["rng"])
+        torch.set_rng_state(state["torch"])
+        np.random.set_state(state["numpy"])
+        random.setstate(state["python"])
+        self.remember()
+
+
+def _copy(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return type(value)(_copy(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+# The log's figures that belong to an epoch of training, in order; null in row 0, of the pretrained weights.
+TRAINING_FIGURES = ("reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics", "loss",
+                    "approx_kl", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation",
+                    "skipped_updates")
+
+
+def train(experiment, prompts, reward, folder):
+    """The experiment: act, judge, compare, learn, tell. Continues from experiment.epoch."""
+    config, policy, rng = experiment.config, experiment.policy, experiment.rng
+    update = ALGORITHMS[config.algorithm]
+    if not runs.read_rows(folder):
+        figures = evaluate(experiment, prompts, reward, folder)
+        runs.append_row(folder, {"epoch": 0, "reward_queries": 0, **dict.fromkeys(TRAINING_FIGURES), **figures})
+        experiment.seconds += figures["seconds_eval"]
+    for epoch in progress_bar(experiment, folder):
+        experiment.remember()  # what an interruption goes back to
+        clock = Clock()
+
+        # 1. Act: draw an image for each of a batch of prompts, and keep the chains.
+        chosen = [prompts[i] for i in torch.randint(len(prompts), (config.samples_per_epoch,), generator=rng)]
+        texts = [prompt.text for prompt in chosen]
+        trajectory, images = rollout(policy, texts, rng, config.sample_batch)
+        clock.lap("seconds_sample")
+
+        # 2. Judge: the only place where the pictures are looked at.
+        rewards, _ = reward(images, chosen)
+        clock.lap("seconds_reward")
+
+        # 3. Compare: was it better than what this prompt usually gets?
+        advantages, own_statistics = experiment.statistics.advantages(texts, rewards)
+
+        # 4. Learn: make the better chains more likely, a little.
+        info = update(policy, trajectory, advantages, experiment.optimizer, experiment.scaler, rng, config)
+        clock.lap("seconds_learn")
+
+        # 5. Tell: evaluate, log and save.
+        experiment.epoch = epoch
+        row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, "reward_mean": rewards.mean().item(),
+               "reward_std": rewards.std(correction=0).item(), **clock.laps, "own_statistics": own_statistics, **info,
+               **evaluate(experiment, prompts, reward, folder)}
+        runs.append_row(folder, row)
+        experiment.seconds += clock.total()
+        if due(epoch, config.checkpoint_every, config.epochs):
+            runs.save_checkpoint(folder, experiment.state_dict())
+            runs.draw_curve(folder, short_name(config.reward), *UNITS.get(config.reward, (1, "")))
+    experiment.remember()
+
+
+def evaluate(experiment, prompts, reward, folder):
+    """Draw the fixed prompts from the fixed noise, if it is time to: figures for the log (null if not), and the pictures.
+
+    These images are not counted as reward queries: nothing is learned from them.
+    """
+    config, epoch = experiment.config, experiment.epoch
+    if not due(epoch, config.eval_every, config.epochs):
+        return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "seconds_eval"))
+    clock = Clock()
+    chosen = [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
+    rng = torch.Generator().manual_seed(EVAL_SEED)
+    _, images = rollout(experiment.policy, [prompt.text for prompt in chosen], rng, config.sample_batch, keep_chain=False,
+                        title="evaluating")
+    rewards, notes = reward(images, chosen)
+    labels = [f"{prompt.text}\n{display(config.reward, value)} {note}"
+              for prompt, value, note in zip(chosen, rewards.tolist(), notes)]
+    runs.save_samples(folder, epoch, images, labels)
+    clock.lap("seconds_eval")
+    return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(), **clock.laps,
+            **({"eval_notes": notes} if any(notes) else {})}
+
+
+def due(epoch, every, last):
+    return epoch % every == 0 or epoch == last
+
+
+def progress_bar(experiment, folder):
+    """The epochs still to run, counted from 1, under a bar that shows the last rewards."""
+    config, first = experiment.config, experiment.epoch
+    with tqdm(total=config.epochs, initial=first, desc=short_name(config.reward), unit="epoch") as bar:
+        def show():
+            rows = runs.read_rows(folder)
+            evaluated = [row["eval_reward_mean"] for row in rows if row["eval_reward_mean"] is not None]
+            shown = {"fixed_prompts": display(config.reward, evaluated[-1])} if evaluated else {}
+            if rows and rows[-1]["reward_mean"] is not None:
+                shown["samples"] = display(config.reward, rows[-1]["reward_mean"])
+            bar.set_postfix(shown)
+
+        show()
+        for epoch in range(first + 1, config.epochs + 1):
+            yield epoch
+            bar.update()
+            show()
+
+
+class Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self):
+        self.laps, self.start, self.last = {}, time.perf_counter(), time.perf_counter()
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else a lap would time the launching of kernels
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 3), now
+
+    def total(self):
+        return time.perf_counter() - self.start
+
+
+# ---- Settings ----
+
+def short_name(reward):
+    """'compressibility', or the function's name of 'path/to/file.py:function'."""
+    return reward.rpartition(":")[2]
+
+
+def build_config(flags):
+    """Config with, in this order, what the algorithm, the preset and the flags ask for. Raises ValueError: see check."""
+    preset = PRESETS[flags.get("preset", "emoji")]
+    algorithm = flags.get("algorithm", Config.algorithm)
+    reward = flags.get("reward", Config.reward)
+    config = Config(**{"prompts": DEFAULT_PROMPTS.get(reward, "common_animals"), **ALGORITHM_SETTINGS.get(algorithm, {}),
+                       **preset, **{key: value for key, value in flags.items() if key != "preset"}})
+    # What is a path is kept whole, so that a run can be resumed from any folder.
+    path, colon, function = config.reward.rpartition(":")
+    config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
+    config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
+    config.model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(config)
+    return config
+
+
+def check(config):
+    """Refuse settings that cannot run. Raises ValueError, in one line, with what to do."""
+    for item in fields(config):
+        value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
+        may_be_zero = item.name in ("weight_decay", "seed", "adam_beta1", "adam_beta2")
+        if item.type in (int, float) and not (np.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
+            raise ValueError(f"{flag} {value}: must be a {'non-negative' if may_be_zero else 'positive'} number")
+    if max(config.adam_beta1, config.adam_beta2) >= 1:
+        raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
+    if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
+        raise ValueError(f"--updates-per-epoch {config.updates_per_epoch}: ddpo-sf takes one update an epoch, since its "
+                         "samples must come from the current weights; use --algorithm ddpo-is for more")
+    if config.samples_per_epoch % config.updates_per_epoch:
+        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
+                         f"{config.updates_per_epoch} equal shares")
+    if config.stats_min_count > config.stats_buffer:
+        raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
+                         "rewards can hold")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is to be seen; use --device cpu")
+    if config.precision == "fp16" and config.device == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; use --precision fp32 (or bf16) on a CPU")
+    if Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
+
+
+def describe(config, policy, prompts, folder):
+    """The derived numbers, in a few lines."""
+    weights = sum(weight.numel() for weight in policy.unet.parameters())
+    images = config.samples_per_epoch // config.updates_per_epoch
+    return (f"{folder}: {short_name(config.reward)} by {config.algorithm} on {len(prompts)} prompts\n"
+            f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}, {config.precision}\n"
+            f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
+            f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
+            f"all, each on {images} images x {config.sampling_steps} steps = {images * config.sampling_steps} pairs")
+
+
+def outcome(config, rows, seconds):
+    """The last line: what became of the reward on the fixed prompts."""
+    before, after = (row["eval_reward_mean"] for row in (rows[0], rows[-1]))
+    factor, _ = UNITS.get(config.reward, (1, ""))
+    change = f" ({factor * (after - before) / abs(before):+.0%})".replace("%", " %") if before else ""
+    return (f"{short_name(config.reward)}: {display(config.reward, before)} -> {display(config.reward, after)}{change} on "
+            f"{config.eval_prompts} fixed prompts after {rows[-1]['reward_queries']} reward queries, "
+            f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")
+
+
+def parse(argv):
+    """Flags, as a dict of those given."""
+    names = {"names": ", ".join(REWARDS), "sets": ", ".join(PROMPT_SETS), "algorithms": ", ".join(ALGORITHMS)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(fail(message))  # one line, not the usage of thirty flags
+    parser.add_argument("--preset", choices=PRESETS, help="emoji, the embedded model (default), or paper")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
+    choices = {"algorithm": ALGORITHMS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda")}
+    for item in fields(Config):
+        emoji = PRESETS["emoji"].get(item.name, item.default)
+        default = f"{item.default}" if emoji == item.default else f"{item.default}; emoji: {Path(str(emoji)).name}"
+        parser.add_argument("--" + item.name.replace("_", "-"), type=item.type, choices=choices.get(item.name),
+                            metavar=item.name.split("_")[-1].upper(),
+                            help=item.metadata["help"] % names + (f" (default: {default})" if default else ""))
+    return vars(parser.parse_args(argv))
+
+
+def open_run(flags):
+    """A new run, or the one to resume: its experiment, prompts, reward function and folder. Raises ValueError."""
+    resumed = flags.pop("resume", None)
+    if resumed is None:
+        config = build_config(flags)
+    else:
+        others = sorted(set(flags) - {"epochs"})
+        if others:
+            raise ValueError(f"--resume takes the run's own settings and only --epochs beside it, not "
+                             + ", ".join("--" + name.replace("_", "-") for name in others))
+        settings = runs.load_settings(resumed)
+        state = runs.load_checkpoint(resumed)
+        try:
+            config = Config(**settings)
+        except TypeError as error:
+            raise ValueError(f"{resumed / 'config.json'} is not of this version: {error}") from error
+        epochs = flags.get("epochs", config.epochs)
+        if epochs < config.epochs or epochs == state["epoch"] and (resumed / "model").exists():
+            raise ValueError(f"{resumed} has done {state['epoch']} of {config.epochs} epochs: give a larger --epochs")
+        config.epochs = epochs
+        check(config)
+    reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
+    policy = load_policy(config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
+                         config.precision)
+    experiment = Experiment(config, policy)
+    if resumed is None:
+        folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))
+    else:
+        folder = resumed
+        experiment.load_state_dict(state)
+        runs.save_settings(folder, asdict(config))
+        runs.forget_after(folder, experiment.epoch)
+    return experiment, prompts, reward, folder
+
+
+def fail(message):
+    """One clear line on a user's mistake; the exit code 2."""
+    print(f"train.py: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    """The command line. Returns the exit code."""
+    flags = parse(argv)
+    try:
+        experiment, prompts, reward, folder = open_run(flags)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(describe(experiment.config, experiment.policy, prompts, folder), flush=True)
+    try:
+        train(experiment, prompts, reward, folder)
+        rows = runs.read_rows(folder)
+        runs.save_model(folder, experiment.policy.pipeline)
+    except KeyboardInterrupt:
+        return stop(experiment, folder, "interrupted", 130)
+    except torch.OutOfMemoryError:
+        return stop(experiment, folder, "out of GPU memory: start again with a smaller --micro-batch or --sample-batch", 2)
+    except (RewardError, FloatingPointError, OSError) as error:
+        return stop(experiment, folder, error, 2)
+    print(outcome(experiment.config, rows, experiment.seconds))
+    return 0
+
+
+def stop(experiment, folder, reason, code):
+    """Save the state at the start of the epoch that was under way, and say how to go on."""
+    try:
+        runs.save_checkpoint(folder, experiment.start_of_epoch)
+        kept = f"the state after {experiment.start_of_epoch['epoch']} epochs is saved"
+    except OSError as error:
+        kept = f"the state could not be saved ({error}); the last checkpoint is unharmed"
+    print(f"\ntrain.py: {reason}; {kept}; go on with: python train.py --resume {folder}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
