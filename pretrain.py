@@ -373,7 +373,7 @@ def contact_sheet(args, path, columns=15):
     sheet.save(path)
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--check", action="store_true", help="measure the models in --output, train nothing")
@@ -383,12 +383,16 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--scenes", type=int, default=50_000, help="size of the pool of training scenes")
     add("--autoencoder-steps", type=int, default=5_000, help="of 16 scenes")
-    add("--judge-steps", type=int, default=3_000, help="of 64 scenes")
-    add("--denoiser-steps", type=int, default=13_000, help="of 64 scenes")
+    add("--judge-steps", type=int, default=1_600, help="of 64 scenes")
+    add("--denoiser-steps", type=int, default=11_500, help="of 64 scenes")
     add("--sampling-steps", type=int, default=10, help="of the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=5.0, help="likewise")
     add("--check-images", type=int, default=4, help="samples of each animal and each number in the check")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     if not os.path.exists(args.font):
         sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
                  "apt install fonts-noto-color-emoji) or give its file with --font")

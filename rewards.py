@@ -58,7 +58,7 @@ UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB")}  # how a
 def display(name, value):
     """A reward as a person reads it: '1.72 kB' for a compressibility of -1.72."""
     factor, unit = UNITS.get(name, (1, ""))
-    return f"{factor * value:.2f} {unit}".rstrip()
+    return f"{factor * value:.2f} {unit}" if unit else f"{value:.3g}"
 
 
 def load_reward(name):

@@ -1,0 +1,704 @@
+"""The claims of this repository, each by its name: oracles first, then invariances, then it learns, then the command line.
+
+    pytest test_ddpo.py        # CPU, no network, under two minutes
+"""
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import ddpo
+import pretrain
+import prompts
+import rewards
+import runs
+import sampling
+import train
+
+HERE = Path(__file__).resolve().parent
+EMOJI = HERE / "assets" / "emoji"
+STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                        set_alpha_to_one=False, clip_sample=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a random pipeline of Stable Diffusion's architecture and its sampler, PNDM: 8 x 8 latents."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length, projection_dim=16))
+    scheduler = PNDMScheduler(skip_prk_steps=True, **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_policy(tiny_model):
+    return sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def learner(policy, learning_rate=1e-3, **settings):
+    """What ddpo_update takes beside a trajectory and advantages."""
+    config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0, **settings})
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
+    return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
+
+
+def weights(policy):
+    return {name: weight.detach().clone() for name, weight in policy.unet.state_dict().items()}
+
+
+# ---- Oracles: diffusers, torch.distributions, closed forms ----
+
+SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"), dict(beta_schedule="squaredcos_cap_v2"),
+             dict(timestep_spacing="trailing"), dict(timestep_spacing="trailing", beta_schedule="linear")]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("change", SCHEDULES, ids=str)
+@pytest.mark.parametrize("steps", [7, 30, 50])
+@pytest.mark.parametrize("eta", [1.0, 0.3])
+def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps, eta):
+    scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "prediction_type": prediction_type, **change})
+    schedule = sampling.ddim_schedule(scheduler, steps, eta)
+    x_t, prediction, noise = torch.randn((3, steps, 4, 8, 8), generator=rng())
+    batched, sigmas = sampling.ddim_mean_sigma(x_t, prediction, schedule.timesteps, schedule)  # every t in one batch
+    following = torch.cat([schedule.timesteps[1:], torch.tensor([-1])])
+    compared = 0
+    for k, (t, t_next) in enumerate(zip(schedule.timesteps.tolist(), following.tolist())):
+        mean, sigma = sampling.ddim_mean_sigma(x_t[k:k + 1], prediction[k:k + 1], schedule.timesteps[k:k + 1], schedule)
+        torch.testing.assert_close(batched[k:k + 1], mean)
+        torch.testing.assert_close(sigmas[k:k + 1], sigma)
+        steps_to = t - 1000 // steps
+        if steps_to == t_next or (steps_to < 0 and t_next == -1):
+            compared += 1
+            theirs, theirs_mean = (scheduler.step(prediction[k:k + 1], t, x_t[k:k + 1], eta=eta, variance_noise=n).prev_sample
+                                   for n in (noise[k:k + 1], torch.zeros(1, 4, 8, 8)))
+            torch.testing.assert_close(mean, theirs_mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sigma * noise[k:k + 1], theirs - theirs_mean, rtol=1e-4, atol=1e-5)
+        else:  # Song et al. 2021, equations 12 and 16, in double precision
+            a = scheduler.alphas_cumprod[t].double()
+            b = (scheduler.alphas_cumprod[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod).double()
+            s = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+            x, p = x_t[k:k + 1].double(), prediction[k:k + 1].double()
+            x_0 = {"epsilon": (x - (1 - a).sqrt() * p) / a.sqrt(), "sample": p,
+                   "v_prediction": a.sqrt() * x - (1 - a).sqrt() * p}[prediction_type]
+            eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
+            torch.testing.assert_close(mean.double(), b.sqrt() * x_0 + (1 - b - s**2).sqrt() * eps, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(sigma.double().flatten(), s.reshape(1), rtol=1e-3, atol=1e-6)
+    # Under "trailing" at 30 steps, diffusers steps to another timestep than the next at 10 of 29.
+    assert compared == steps or change.get("timestep_spacing") == "trailing" and steps in (7, 30)
+
+
+@pytest.mark.parametrize("change, steps, eta, message", [
+    (dict(set_alpha_to_one=True), 50, 1.0, "sigma is 0 at timestep 1"), (dict(steps_offset=0), 50, 1.0, "sigma is 0"),
+    (dict(set_alpha_to_one=True, timestep_spacing="trailing"), 10, 1.0, "sigma is 0"),
+    (dict(timestep_spacing="linspace"), 50, 1.0, "sigma is 0"), (dict(), 50, 0.0, "eta"), (dict(), 50, -1.0, "eta"),
+    (dict(), 50, 1.5, "eta"), (dict(clip_sample=True), 50, 1.0, "clip_sample"), (dict(thresholding=True), 50, 1.0, "clip"),
+    (dict(), 0, 1.0, "sampling steps"), (dict(), 1001, 1.0, "sampling steps"),
+    (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 10, 1.0, "alpha_bar is 0")])
+def test_degenerate_schedules_are_refused(change, steps, eta, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.ddim_schedule(DDIMScheduler(**{**STABLE_DIFFUSION, **change}), steps, eta)
+
+
+def test_log_prob_is_the_mean_over_dimensions_of_torch_distributions():
+    x_prev, mean = torch.randn((2, 5, 4, 8, 8), generator=rng())
+    sigma = torch.rand((5, 1, 1, 1), generator=rng()) + 0.01
+    expected = torch.distributions.Normal(mean, sigma).log_prob(x_prev).mean((1, 2, 3))
+    torch.testing.assert_close(sampling.log_prob(x_prev, mean, sigma), expected)
+
+
+def test_guided_prediction_equals_the_plain_formula(tiny_policy):
+    x_t, t = torch.randn((2, 4, 8, 8), generator=rng()), torch.tensor([751, 1])
+    conditional, unconditional = sampling.encode_prompts(tiny_policy, ["a cat", "an ant"])
+    with torch.no_grad():
+        cond = tiny_policy.unet(x_t, t, conditional).sample
+        uncond = tiny_policy.unet(x_t, t, unconditional.repeat(2, 1, 1)).sample
+        guided = sampling.predict(tiny_policy, x_t, t, (conditional, unconditional))
+        plain = sampling.predict(replace(tiny_policy, guidance_scale=1.0), x_t, t, (conditional, unconditional))
+    torch.testing.assert_close(guided, uncond + 5 * (cond - uncond))
+    torch.testing.assert_close(plain, cond)
+
+
+def test_at_ratio_one_both_estimators_have_the_same_gradient():
+    old, advantages = torch.randn((2, 64), generator=rng())
+    gradients = []
+    for loss in (ddpo.score_function_loss, ddpo.clipped_loss):
+        log_probs = old.clone().requires_grad_()
+        loss(log_probs, old, advantages, 0.1)[0].backward()
+        gradients.append(log_probs.grad)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0], -advantages / 64)
+
+
+@pytest.mark.parametrize("advantage, ratio, moves", [
+    (1, 0.8, True), (1, 1.0, True), (1, 1.2, False), (-1, 0.8, False), (-1, 1.0, True), (-1, 1.2, True)])
+def test_clip_stops_the_gradient_only_where_the_move_already_went_far_enough(advantage, ratio, moves):
+    log_probs = torch.tensor([ratio]).log().requires_grad_()
+    loss, info = ddpo.clipped_loss(log_probs, torch.zeros(1), torch.tensor([float(advantage)]), 0.1)
+    loss.backward()
+    assert log_probs.grad.item() == pytest.approx(-advantage * ratio if moves else 0.0, abs=1e-6)
+    assert (info["clip_fraction_low"], info["clip_fraction_high"]) == (ratio < 0.9, ratio > 1.1)
+
+
+def test_score_function_gradient_agrees_with_the_closed_form_of_a_gaussian_policy():
+    # x ~ Normal(mu, 1), r(x) = -(x - 3)^2: J = -(mu - 3)^2 - 1, dJ/dmu = -2 (mu - 3) = 4 at mu = 1.
+    mu, samples = torch.tensor(1.0, requires_grad=True), 200_000
+    x = 1.0 + torch.randn(samples, generator=rng())
+    reward = -(x - 3) ** 2
+    baseline = -5.0  # J at mu = 1; any constant leaves the mean where it is
+    per_sample = (reward - baseline) * (x - 1.0)
+    log_probs = sampling.log_prob(x.view(-1, 1, 1, 1), mu.expand(samples, 1, 1, 1), torch.ones(samples, 1, 1, 1))
+    loss, _ = ddpo.score_function_loss(log_probs, log_probs.detach(), reward - baseline, 0.1)
+    loss.backward()
+    standard_error = per_sample.std() / samples**0.5
+    assert abs(-mu.grad - 4) < 4 * standard_error
+    assert standard_error < 0.05
+
+
+# ---- Rewards into advantages ----
+
+def test_a_prompt_with_enough_rewards_uses_its_own_statistics_and_another_the_batch():
+    statistics = ddpo.PromptStatistics(buffer=3, min_count=3, clip=10)
+    advantages, share = statistics.advantages(["a", "a", "b", "b"], torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    batch = np.array([1, 2, 3, 6])
+    np.testing.assert_allclose(advantages, (batch - 3) / batch.std(), rtol=1e-6)
+    assert share == 0
+    advantages, share = statistics.advantages(["a", "b", "a"], torch.tensor([5.0, 0.0, 0.0]))
+    own_a, own_b = np.array([2, 5, 0]), np.array([3, 6, 0])  # appended first; the buffer dropped the oldest of "a"
+    np.testing.assert_allclose(advantages, [(5 - own_a.mean()) / own_a.std(), -3 / own_b.std(), -own_a.mean() / own_a.std()],
+                               rtol=1e-6)
+    assert share == 1
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 5], np.array([1, 2, 3, 5]), torch.tensor([1, 2, 3, 5])], ids=type)
+def test_integer_rewards_are_not_truncated_and_advantages_are_float32(values):
+    advantages, _ = ddpo.PromptStatistics(32, 16, 10).advantages("abcd", values)
+    assert advantages.dtype == torch.float32
+    np.testing.assert_allclose(advantages, (np.array([1, 2, 3, 5]) - 2.75) / np.std([1, 2, 3, 5]), rtol=1e-6)
+
+
+def test_equal_rewards_give_zero_and_outliers_are_clipped():
+    statistics = ddpo.PromptStatistics(32, 16, clip=2)
+    assert statistics.advantages("ab", torch.full((2,), 0.1))[0].tolist() == [0, 0]
+    assert statistics.advantages("ab" * 20, torch.full((40,), 0.1))[0].tolist() == [0] * 40
+    assert ddpo.PromptStatistics(32, 16, 2).advantages("abcdefghij", [0] * 9 + [9])[0].max() == 2
+
+
+def test_statistics_survive_a_checkpoint():
+    one, two = (ddpo.PromptStatistics(4, 2, 10) for _ in range(2))
+    one.advantages("aab", [1, 2, 3])
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    after = [statistics.advantages("aaabb", [5, 3, 1, 2, 7]) for statistics in (one, two)]
+    assert after[0][0].tolist() == after[1][0].tolist() and after[0][1] == after[1][1] == 1
+
+
+# ---- The chain and its scoring ----
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 24])
+def test_ratio_is_one_for_every_pair_before_the_first_update(micro_batch):
+    policy = sampling.load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=5.0)
+    trajectory, _ = sampling.rollout(policy, ["a cat", "two dogs"] * 3, rng(), batch_size=4)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(4))
+    with torch.no_grad():
+        scored = torch.cat([sampling.score(policy, trajectory, *part.T) for part in pairs.split(micro_batch)])
+    ratio = (scored - trajectory.log_probs.flatten()).exp()
+    assert (ratio - 1).abs().max() <= 1e-6
+
+
+def test_first_update_reports_a_ratio_of_one_and_the_second_has_moved(tiny_policy):
+    trajectory, _ = sampling.rollout(tiny_policy, ["a cat"] * 8, rng(), 8)
+    info = ddpo.ddpo_update(tiny_policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss,
+                            **learner(tiny_policy))
+    assert info["ratio_deviation"] <= 1e-6
+    assert info["ratio_mean"] != 1 and info["grad_norm"] > 0
+
+
+def test_bf16_autocast_keeps_the_ratio_within_a_thousandth_even_at_unequal_batch_sizes(tiny_model):
+    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, precision="bf16")
+    trajectory, _ = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
+    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(4))
+    with torch.no_grad():
+        scored = torch.cat([sampling.score(policy, trajectory, *part.T) for part in pairs.split(3)])
+    assert trajectory.latents.dtype == scored.dtype == torch.float32
+    assert ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max() < 1e-3
+
+
+def test_pairs_keep_their_own_latents_and_prompts_when_shuffled(tiny_policy):
+    trajectory, _ = sampling.rollout(tiny_policy, ["a cat", "an ant", "two dogs", "a bee"], rng(), 4)
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    pairs = pairs[torch.randperm(len(pairs), generator=rng())]
+    scored = sampling.score(tiny_policy, trajectory, *pairs.T)
+    torch.testing.assert_close(scored, trajectory.log_probs[pairs[:, 0], pairs[:, 1]], rtol=0, atol=1e-6)
+    wrong = sampling.score(tiny_policy, replace(trajectory, prompts=trajectory.prompts[::-1]), *pairs.T)
+    assert (wrong - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
+
+
+@pytest.mark.parametrize("loss", [ddpo.score_function_loss, ddpo.clipped_loss])
+def test_micro_batch_does_not_change_an_update(tiny_model, loss):
+    results = []
+    for micro_batch in (1, 8, 7, 1000):
+        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        trajectory, _ = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8)
+        # SGD: AdamW divides by the gradient's size and would blow rounding of near-zero gradients up.
+        extras = learner(policy, micro_batch=micro_batch, updates_per_epoch=2, max_grad_norm=1e9)
+        extras["optimizer"] = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
+        info = ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=loss, **extras)
+        results.append((weights(policy), info))
+    for other, info in results[1:]:
+        for name, weight in results[0][0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+        assert info["grad_norm"] == pytest.approx(results[0][1]["grad_norm"], rel=1e-3)
+        assert info["approx_kl"] == pytest.approx(results[0][1]["approx_kl"], rel=1e-2, abs=1e-6)
+
+
+def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
+    one, two = (sampling.load_policy(tiny_model, 3, 1.0, 5.0) for _ in range(2))
+    trajectory, _ = sampling.rollout(one, ["a cat", "a dog"], rng(), 2)
+    advantages = torch.tensor([1.0, -2.0])
+    ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **learner(one, updates_per_epoch=1))
+    optimizer = torch.optim.AdamW(two.unet.parameters(), lr=1e-3)
+    total = 0
+    for i, k in itertools.product(range(2), range(3)):
+        log_prob = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
+        total = total - advantages[i] * (log_prob - trajectory.log_probs[i, k]).exp().sum() / 6
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(two.unet.parameters(), 1.0)
+    optimizer.step()
+    moved = sum((a - b).abs().sum() for a, b in zip(weights(one).values(), weights(two).values()))
+    scale = sum(((a - b).abs().sum()) for a, b in zip(
+        weights(one).values(), weights(sampling.load_policy(tiny_model, 3, 1.0, 5.0)).values()))
+    assert moved < 0.01 * scale
+
+
+def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(tiny_policy):
+    texts = ["a cat", "a dog", "an ant", "a bee", "a fox"]
+    (whole, images), (parts, same) = (sampling.rollout(tiny_policy, texts, rng(), size) for size in (5, 2))
+    torch.testing.assert_close(whole.latents, parts.latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, same, rtol=1e-4, atol=1e-5)
+    assert images.shape == (5, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
+
+
+def test_without_chain_only_x_0_is_kept_and_it_is_the_same(tiny_policy):
+    (chain, images), (last, same) = (
+        sampling.rollout(tiny_policy, ["a cat"] * 2, rng(), 2, keep_chain=keep) for keep in (True, False))
+    assert chain.latents.shape == (2, 5, 4, 8, 8) and last.latents.shape == (2, 1, 4, 8, 8)
+    assert torch.equal(chain.latents[:, -1], last.latents[:, -1]) and torch.equal(images, same)
+
+
+def test_rollout_equals_diffusers_own_pipeline(tiny_policy):
+    pipeline = tiny_policy.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 5, 4, 8, 8), generator=rng())
+    handed_out = iter(noise[:, 1:].unbind(1))
+    # diffusers draws each step's noise inside its step; hand it ours.
+    pipeline.scheduler.step = partial(_step_with_noise, pipeline.scheduler.step, handed_out)
+    theirs = pipeline("a cat", num_inference_steps=4, guidance_scale=5.0, eta=1.0, latents=noise[:, 0], output_type="np").images
+    _, ours = sampling.rollout(tiny_policy, ["a cat"], rng(), 1)
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=1e-4)
+
+
+def _step_with_noise(step, noise, *args, eta=1.0, generator=None, **kwargs):
+    return step(*args, eta=eta, variance_noise=next(noise), **kwargs)
+
+
+def test_any_pipeline_loads_in_fp32_with_its_own_schedule_as_ddim(tiny_model, tmp_path):
+    half = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(tiny_model).to(dtype=torch.float16).save_pretrained(half)
+    policy = sampling.load_policy(half, 10, 1.0, 5.0)
+    scheduler = policy.pipeline.scheduler
+    assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
+    assert (scheduler.config.beta_start, scheduler.config.steps_offset) == (0.00085, 1)
+    parts = (policy.unet, policy.pipeline.vae, policy.pipeline.text_encoder)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
+    assert not any(part.training for part in parts)
+    assert [all(w.requires_grad for w in part.parameters()) for part in parts] == [True, False, False]
+
+
+# ---- Rewards and prompts ----
+
+def test_a_noisy_picture_is_a_larger_jpeg_than_a_flat_one_and_a_batch_is_its_rows():
+    images = torch.rand((8, 3, 64, 64), generator=rng())
+    images[0] = 0.5
+    reward = rewards.load_reward("compressibility")
+    values, notes = reward(images, [prompts.Prompt("x")] * 8)
+    assert values.dtype == torch.float32 and values.shape == (8,) and notes == [""] * 8
+    assert values[0] > values[1:].max()
+    for k in range(8):
+        assert reward(images[k:k + 1], [prompts.Prompt("x")])[0].item() == values[k].item()
+    opposite, _ = rewards.load_reward("incompressibility")(images, [prompts.Prompt("x")] * 8)
+    assert torch.equal(opposite, -values)
+
+
+def test_the_jpeg_recipe_is_pinned():
+    ramp = torch.linspace(0, 1, 64).expand(3, 64, 64)
+    grain = torch.rand((3, 64, 64), generator=rng())
+    assert [rewards.jpeg_kilobytes(image) for image in (ramp, grain)] == [0.0, 0.0]
+
+
+
+def test_articles_and_plurals():
+    assert [prompts.with_article(noun) for noun in ("cat", "ant", "owl")] == ["a cat", "an ant", "an owl"]
+    assert [prompts.plural(noun) for noun in ("cat", "mouse", "fox", "butterfly", "monkey", "wolf", "goose", "sheep", "octopus",
+                                              "fly")] == ["cats", "mice", "foxes", "butterflies", "monkeys", "wolves", "geese",
+                                                          "sheep", "octopuses", "flies"]
+    assert prompts.counted("mouse", 3) == "three mice" and prompts.counted("ant", 1) == "an ant"
+
+
+def test_prompt_sets_are_the_papers():
+    common = [prompt.text for prompt in prompts.load_prompts("common_animals")]
+    assert len(common) == len(set(common)) == 45 and {"a cat", "an ant", "a kangaroo"} <= set(common)
+    imagenet = [prompt.text for prompt in prompts.load_prompts("imagenet_animals")]
+    assert len(imagenet) == 398 and (imagenet[0], imagenet[-1]) == ("tench", "puffer")
+    assert not set(prompts.UNSEEN_ANIMALS) & set(prompts.COMMON_ANIMALS) and len(prompts.UNSEEN_ANIMALS) == 30
+
+
+# ---- The embedded model, and learning ----
+
+def test_the_embedded_model_draws_with_plain_diffusers():
+    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a frog", "two pandas"], num_inference_steps=10, eta=1.0, guidance_scale=5.0, generator=rng(),
+                      output_type="np").images
+    assert images.shape == (2, 64, 64, 3) and images.std() > 0.05
+    assert sum(f.stat().st_size for f in EMOJI.rglob("*") if f.is_file()) < 12e6
+
+
+def test_the_check_uses_the_presets_steps_and_guidance():
+    args = pretrain.parse([])
+    config = train.build_config({})
+    assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.guidance_scale)
+
+
+REDNESS = """
+import random
+def redness(images, prompts):
+    values = (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
+    return values, [prompt.upper() for prompt in prompts]
+def shuffled(images, prompts):
+    values = redness(images, prompts)[0].tolist()
+    random.shuffle(values)
+    return values
+def nan(images, prompts): return images.mean((1, 2, 3)) * float("nan")
+def wrong_shape(images, prompts): return images
+def words(images, prompts): return prompts
+def broken(images, prompts): raise KeyError("weights")
+def fails_later(images, prompts):
+    if len(images) == 4: raise RuntimeError("the judge went home")
+    return images.mean((1, 2, 3))
+def interrupts(images, prompts):
+    if len(images) == 4: raise KeyboardInterrupt
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def own_reward(tmp_path):
+    (tmp_path / "own.py").write_text(REDNESS)
+    return "own.py:{}".format
+
+
+def run(*flags, code=0):
+    """train.py in this process. Returns the run's log."""
+    try:
+        returned = train.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        returned = stop.code
+    assert returned == code
+    folders = sorted(Path("runs").glob("*"), key=lambda folder: folder.stat().st_mtime)
+    return runs.read_rows(folders[-1]) if folders else []
+
+
+def tiny_flags(tiny_model, **changes):
+    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "updates-per-epoch": 2, "sampling-steps": 3,
+             "eval-prompts": 3, "eval-every": 1, "checkpoint-every": 1, "name": "r", **changes}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_reward):
+    budget = ["--epochs", 5, "--samples-per-epoch", 32, "--sampling-steps", 5, "--eval-every", 5, "--eval-prompts", 45,
+              "--learning-rate", 5e-4]
+    gains = {}
+    for function in ("redness", "shuffled"):
+        run("--reward", own_reward(function), "--name", function, *budget)
+        model = Path("runs") / function / "model"
+        images = [sampling.rollout(sampling.load_policy(folder, 5, 1.0, 5.0),
+                                   [prompt.text for prompt in prompts.common_animals()], rng(7), 45)[1]
+                  for folder in (EMOJI, model)]
+        before, after = ((x[:, 0] - x[:, 1:].mean(1)).mean((1, 2)) for x in images)
+        gain = after - before  # same prompts, same noise: paired
+        gains[function] = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
+    assert gains["redness"] > 5
+    assert gains["redness"] > gains["shuffled"] + 5
+
+
+def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
+    rows = run(*tiny_flags(tiny_model, **{"learning-rate": 1e-2}))
+    reloaded = sampling.load_policy("runs/r/model", 3, 1.0, 5.0)
+    state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
+    for name, weight in reloaded.unet.state_dict().items():
+        assert torch.equal(weight, state["unet"][name])
+    fixed = [prompts.common_animals()[k * 45 // 3] for k in range(3)]
+    _, images = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)
+    values, _ = rewards.load_reward("compressibility")(images, fixed)
+    assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
+    assert StableDiffusionPipeline.from_pretrained("runs/r/model").unet.dtype == torch.float32
+
+
+def test_a_run_logs_every_epoch_and_leaves_its_pictures(tiny_model, own_reward, capsys):
+    rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), epochs=3, **{"eval-every": 2}))
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert [row["reward_queries"] for row in rows] == [0, 4, 8, 12]
+    assert [row["eval_reward_mean"] is None for row in rows] == [False, True, False, False]
+    assert rows[0]["loss"] is None and all(np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_FIGURES)
+    assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
+            "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
+    assert all(row["ratio_deviation"] <= 1e-6 for row in rows[1:])
+    assert rows[0]["eval_notes"] == ["A CAT", "A RACCOON", "A TURTLE"]
+    left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
+    assert {"config.json", "log.jsonl", "progress.png", "curve.png", "checkpoint/state.pt", "model/model_index.json",
+            "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png"} <= left
+    assert not [name for name in left if "new-" in name]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("redness: ")
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_model):
+    one, two, other = (run(*tiny_flags(tiny_model, name=name, seed=seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert without_seconds(one) == without_seconds(two)
+    assert one[1]["reward_mean"] != other[1]["reward_mean"] and one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf"])
+def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
+    flags = dict(algorithm=algorithm, **{"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}, reward=own_reward("shuffled"))
+    whole = run(*tiny_flags(tiny_model, name="whole", epochs=4, **flags))
+    run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
+    parts = run("--resume", "runs/parts", "--epochs", 4)
+    assert without_seconds(whole) == without_seconds(parts)
+    one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(one["unet"][name], two["unet"][name]) for name in one["unet"])
+    assert one["statistics"] == two["statistics"] and one["python"] == two["python"]
+    assert (Path("runs/whole/progress.png").read_bytes() == Path("runs/parts/progress.png").read_bytes())
+
+
+def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model, own_reward, monkeypatch, capsys):
+    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
+    calls, evaluate = [], train.evaluate
+
+    def interrupted_once(experiment, *args):  # at its worst: weights already updated, row not yet written
+        calls.append(experiment.epoch)
+        if calls == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return evaluate(experiment, *args)
+
+    monkeypatch.setattr(train, "evaluate", interrupted_once)
+    stopped = run(*tiny_flags(tiny_model, name="parts", epochs=3, **{"checkpoint-every": 100}), code=130)
+    assert [row["epoch"] for row in stopped] == [0, 1]
+    assert "after 1 epochs is saved" in (told := capsys.readouterr().err) and "--resume runs/parts" in told
+    assert without_seconds(run("--resume", "runs/parts")) == without_seconds(whole)
+
+
+def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
+    paper = train.build_config({"preset": "paper", "precision": "fp32"})
+    assert (paper.learning_rate, paper.clip_range, paper.sampling_steps, paper.guidance_scale) == (1e-5, 1e-4, 50, 5.0)
+    assert (paper.samples_per_epoch, paper.updates_per_epoch, paper.weight_decay, paper.max_grad_norm) == (256, 4, 1e-4, 1.0)
+    assert (paper.stats_buffer, paper.stats_min_count, paper.advantage_clip, paper.prompts) == (32, 16, 10, "imagenet_animals")
+    assert train.build_config({"algorithm": "ddpo-sf"}).updates_per_epoch == 1
+    assert train.build_config({}).model == str(EMOJI) and train.build_config({}).prompts == "common_animals"
+    assert train.build_config({"sampling_steps": 7}).sampling_steps == 7
+
+
+# ---- Bad input: one clear line, exit code 2, nothing lost ----
+
+@pytest.mark.parametrize("flags, message", [
+    (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
+    (["--reward", "nothing.py:f"], "no reward file"),
+    (["--reward", "own.py:nothing"], "has no function 'nothing'"),
+    (["--reward", "typo.py:f"], "cannot be loaded: SyntaxError"),
+    (["--reward", "prompts.txt:f"], "is not a Python file"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals) nor a text file"),
+    (["--prompts", "empty.txt"], "is empty"),
+    (["--prompts", "binary.txt"], "is not UTF-8"),
+    (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
+    (["--model", "bare"], "no Stable Diffusion pipeline: it has no model_index.json, unet"),
+    (["--model", "truncated"], "its files cannot be loaded"),
+    (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 4"),
+    (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
+    (["--epochs", "0"], "--epochs 0: must be a positive number"),
+    (["--learning-rate", "-1"], "--learning-rate -1.0: must be a positive number"),
+    (["--clip-range", "nan"], "--clip-range nan: must be a positive number"),
+    (["--epochs", "many"], "invalid int value: 'many'"),
+    (["--eta", "0"], "--eta 0.0: must be a positive number"),
+    (["--eta", "2"], "eta is 2, but must be in (0, 1]"),
+    (["--sampling-steps", "2000"], "2000 sampling steps: must be from 1 to 1000"),
+    (["--name", "a/b"], "must be a plain name"),
+    (["--name", "taken"], "exists: choose another --name, or continue it with --resume"),
+    (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+    (["--device", "cuda"], "no GPU is to be seen"),
+    (["--resume", "runs/nothing"], "is no run"),
+    (["--resume", "runs/taken"], "has no checkpoint yet")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
+    own_reward("f")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("typo.py").write_text("def f(:")
+    Path("prompts.txt").write_text("a cat\n")
+    Path("empty.txt").write_text("\n \n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("bare").mkdir()
+    shutil.copytree(tiny_model, "truncated")
+    Path("truncated/unet/diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    Path("runs/taken").mkdir(parents=True)
+    Path("runs/taken/config.json").write_text("{}")
+    run(*(flags if "--model" in flags else ["--model", tiny_model, *flags]) if "--resume" not in flags else flags, code=2)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and told[0].startswith("train.py: ") and message in told[0]
+    assert [path.name for path in Path("runs").iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("function, message", [
+    ("nan", "returned nan for image 0"), ("wrong_shape", "returned shape (3, 3, 16, 16) for 3 images; (3,) was expected"),
+    ("words", "returned list, not numbers"), ("broken", "failed: KeyError: 'weights'"),
+    ("fails_later", "failed: RuntimeError: the judge went home")])
+def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, message, tiny_model, own_reward, capsys):
+    run(*tiny_flags(tiny_model, reward=own_reward(function)), code=2)
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and "the state after 0 epochs is saved" in told
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 0
+
+
+def test_ctrl_c_inside_a_reward_saves_too(tiny_model, own_reward, capsys):
+    run(*tiny_flags(tiny_model, reward=own_reward("interrupts")), code=130)
+    assert "interrupted; the state after 0 epochs is saved" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_model, monkeypatch, capsys):
+    monkeypatch.setitem(train.ALGORITHMS, "ddpo-is", partial(
+        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))))
+    run(*tiny_flags(tiny_model), code=2)
+    assert "the gradient is not finite" in capsys.readouterr().err
+    state = runs.load_checkpoint(Path("runs/r"))
+    start = sampling.load_policy(tiny_model, 3, 1.0, 5.0).unet.state_dict()
+    assert all(torch.equal(weight, start[name]) for name, weight in state["unet"].items())
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
+    run(*tiny_flags(tiny_model))
+    checkpoint, config = Path("runs/r/checkpoint/state.pt"), Path("runs/r/config.json")
+    good, settings = checkpoint.read_bytes(), config.read_text()
+    checkpoint.write_bytes(good[:1000])
+    run("--resume", "runs/r", "--epochs", 3, code=2)
+    assert "is damaged" in capsys.readouterr().err
+    checkpoint.write_bytes(good)
+    config.write_text(settings.replace('"clip_range": 0.', '"clip_range": 1.'))
+    run("--resume", "runs/r", "--epochs", 3, code=2)
+    assert "is of another config: config.json differs in clip_range" in capsys.readouterr().err
+    config.write_text(settings)
+    run("--resume", "runs/r", code=2)
+    assert "has done 2 of 2 epochs: give a larger --epochs" in capsys.readouterr().err
+    run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
+    assert "only --epochs beside it, not --seed" in capsys.readouterr().err
+    assert len(run("--resume", "runs/r", "--epochs", 3)) == 4  # nothing of the above did harm
+
+
+def test_a_full_disk_loses_no_checkpoint(tiny_model, monkeypatch, capsys):
+    save, full = torch.save, []
+
+    def save_until_full(state, path):
+        if full:
+            Path(path).write_bytes(b"half a checkp")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+        full.append(True)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    run(*tiny_flags(tiny_model, epochs=3), code=2)
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "the last checkpoint is unharmed" in told and "Traceback" not in told
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
+
+
+def test_an_unwritable_folder_is_one_clear_line(tiny_model, capsys):
+    Path("runs").write_text("a file stands where the folder should be")
+    run(*tiny_flags(tiny_model), code=2)
+    told = capsys.readouterr().err
+    assert "runs" in told and len(told.strip().splitlines()) == 1
+
+
+# ---- The command line, as typed ----
+
+def command(*flags):
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, flags)], capture_output=True, text=True, timeout=100)
+
+
+def test_the_command_trains_quietly_and_ends_with_the_outcome():
+    done = command("--reward", "compressibility", "--epochs", 1, "--samples-per-epoch", 4, "--sampling-steps", 2,
+                   "--eval-prompts", 3)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("compressibility: ") and " kB (" in last and "on 3 fixed prompts after 4 reward queries" in last
+    assert len(done.stdout.splitlines()) == 4
+    bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert all(line.startswith("compressibility:") for line in bars), "only our own bar reaches the terminal"
+    assert Path("runs/compressibility-ddpo-is-1/model/model_index.json").exists()
+
+
+@pytest.mark.parametrize("flags, message", [(["--reward", "beauty"], "no reward 'beauty'"), (["--epochs", "-3"], "--epochs -3")])
+def test_the_command_answers_a_mistake_in_one_line(flags, message):
+    done = command(*flags)
+    assert done.returncode == 2 and not done.stdout and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *tiny_flags(tiny_model, epochs=10_000)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = Path("runs/r/log.jsonl")
+    for _ in range(600):
+        if log.exists() and len(log.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in told and "python train.py --resume runs/r" in told
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
