@@ -5,8 +5,8 @@
 
 Where we depart from these two lines, as the authors' code does:
  1. r becomes an advantage: whitened per prompt. A constant baseline leaves the gradient unbiased and shrinks its variance.
- 2. log p is the mean over latent dimensions (sampling.log_prob says why), and the sum over t a mean: both only rescale
-    the gradient, which its clipping and AdamW undo; the clip range becomes one per dimension.
+ 2. log p is the mean over the D latent dimensions (sampling.log_prob says why): p_theta / p_old becomes its D-th root, and
+    the clip range one per dimension. The sum over t becomes a mean, a constant factor, to which AdamW is blind.
  3. Advantages are clipped, so that one lucky image cannot own an update.
 """
 from collections import deque
@@ -85,10 +85,10 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
 
     advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
     B / updates images at all their T steps, and its loss is the mean over those pairs: config.micro_batch, how many pairs
-    go through the U-Net at a time, is a knob of memory and speed and cannot change the result. Also read from config:
-    clip_range, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the first
+    go through the U-Net at a time, is a knob of memory and speed and cannot change the result but in rounding. Also read
+    from config: clip_range, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the first
     update's, and skipped_updates, a count.
-    Raises FloatingPointError, before any weight is touched, if a gradient is not finite (under fp16 the scaler skips).
+    Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
     B, T = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
@@ -109,7 +109,8 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
             norm, stepped = optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm)
             norms.append(norm)
             skipped += not stepped
-    return {**_average(infos), "grad_norm": float(np.mean(norms)), "skipped_updates": skipped}
+    finite = [norm for norm in norms if np.isfinite(norm)]  # a skipped step's is not
+    return {**_average(infos), "grad_norm": float(np.mean(finite)) if finite else None, "skipped_updates": skipped}
 
 
 def optimizer_step(unet, optimizer, scaler, max_grad_norm):

@@ -168,16 +168,17 @@ def new_tokenizer():
 
 # ---- Training ----
 
-def fit(name, networks, loss, steps, learning_rate, args):
-    """Train a dict of networks on `loss(networks, rng) -> scalar` and return their EMA weights, in evaluation mode.
+def fit(name, make, loss, steps, learning_rate, args):
+    """Make a dict of networks, train them on `loss(networks, rng) -> scalar`, and return their EMA weights, in evaluation mode.
 
     Step k draws everything from a generator seeded with k, so that a run continued from its checkpoint is the run that
     was never stopped. Linear warm-up, constant rate, linear decay to zero over the last 30 %.
     """
     path = args.work / f"{name}.pt"
-    modules = nn.ModuleDict(networks).to(args.device).train()
+    torch.manual_seed(POOL_SEED)
+    modules = nn.ModuleDict(make()).to(args.device).train()
     ema = AveragedModel(modules, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / 200, 1.0, max(steps - k, 0) / (0.3 * steps)))
     first = 0
@@ -220,7 +221,7 @@ def train_autoencoder(images, args):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(reconstruction.float(), x) + 5e-4 * kl.float()
 
-    return fit("autoencoder", {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
+    return fit("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
 
 
 def train_judge(images, animals, numbers, args):
@@ -236,7 +237,7 @@ def train_judge(images, animals, numbers, args):
         return (F.cross_entropy(animal_logits, torch.as_tensor(animals[chosen], device=args.device))
                 + F.cross_entropy(number_logits, torch.as_tensor(numbers[chosen] - 1, device=args.device)))
 
-    return fit("judge", {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+    return fit("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
 
 
 @torch.no_grad()
@@ -250,6 +251,7 @@ def encode_pool(vae, images, device):
 
 def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
     """U-Net and text encoder jointly, on the epsilon loss; 10 % of captions are dropped, for guidance."""
+    from diffusers.models.attention_processor import AttnProcessor
     kinds = [(a, n, bare) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1) for bare in (False, True)]
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
@@ -265,13 +267,20 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
         t = torch.as_tensor(rng.integers(1000, size=64), device=args.device)                     # (B,)
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
         x_t = scheduler.add_noise(x_0, noise, t)
-        eps = networks["unet"](x_t, t, networks["text_encoder"](ids[rows])[0]).sample
+        states = networks["text_encoder"](ids[rows])[0]
+        with torch.autocast(args.device, torch.bfloat16):  # 1.6 times faster, see train_autoencoder
+            eps = networks["unet"](x_t, t, states).sample.float()
         # Min-SNR weighting (Hang et al. 2023, gamma = 5): the plain loss spends itself on invisible noise.
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         return (snr.clamp(max=5) / snr * (eps - noise).square().mean((1, 2, 3))).mean()
 
-    networks = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
-    return fit("denoiser", networks, loss, args.denoiser_steps, 1e-3, args)
+    def make():
+        networks = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+        if args.device == "cpu":  # the fused attention is slow there in bfloat16, and these sequences are short
+            networks["unet"].set_attn_processor(AttnProcessor())
+        return networks
+
+    return fit("denoiser", make, loss, args.denoiser_steps, 1e-3, args)
 
 
 def scheduler():
@@ -310,6 +319,8 @@ def load_pool(args):
             np.savez(file, images=images, animals=animals, numbers=numbers)
         os.replace(path.with_suffix(".new"), path)
     pool = np.load(path)
+    if len(pool["numbers"]) != args.scenes:
+        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: delete it to draw anew")
     return pool["images"], pool["animals"], pool["numbers"]
 
 

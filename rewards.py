@@ -13,7 +13,6 @@ To add one, write the function and name it in `REWARDS`.
 """
 import importlib.util
 import io
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,7 +74,6 @@ def load_reward(name):
     return _checked(lambda images, prompts: own(images, [prompt.text for prompt in prompts]), name)
 
 
-@cache
 def _load_function(path, function):
     if not path.is_file():
         raise ValueError(f"no reward file {str(path)!r}")

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from rewards import to_pil
-
 COLUMNS = 9
 LABEL_HEIGHT = 26  # pixels: two lines of text
 
@@ -26,8 +24,21 @@ def write_atomically(path, write):
     """Call `write(temporary path)`, then put the file in place: what stood there before survives a kill or a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("new-" + path.name)  # in front, since writers go by the ending
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        _remove(temporary)  # half a checkpoint would keep a full disk full
+        # torch and safetensors tell of a full disk in exceptions of their own.
+        raise error if isinstance(error, OSError) or not isinstance(error, Exception) else OSError(
+            f"{path} could not be written: {str(error).strip().splitlines()[0]}") from error
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def create_run(parent, name, stem, settings):
@@ -59,7 +70,7 @@ def load_settings(folder):
 
 
 def save_checkpoint(folder, state):
-    """Everything that changes in a run, in one file, with the settings it belongs to."""
+    """Everything that changes in a run, in one file, with the settings it belongs to. Raises OSError, the old one kept."""
     state = {"settings": load_settings(folder), **state}
     write_atomically(folder / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
 
@@ -89,24 +100,25 @@ def append_row(folder, row):
 
 
 def read_rows(folder):
-    """The log: a list of one dict an epoch."""
+    """The log: a list of one dict an epoch. A last line that a kill cut short does not count."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def forget_after(folder, epoch):
-    """Drop the log's rows and the pictures of epochs after `epoch`: a resumed run makes them again."""
+    """Drop the log's rows, the pictures and the model of epochs after `epoch`: a resumed run makes them again."""
     rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(folder / "log.jsonl", lambda path: path.write_text(text))
     for path in (folder / "samples").glob("epoch_*.png"):
         if int(path.stem[6:]) > epoch:
             path.unlink()
+    _remove(folder / "model")
 
 
-def save_samples(folder, epoch, images, labels):
-    """Draw images (B, 3, H, W) with labels of up to two lines as samples/epoch_NNNN.png, and progress.png anew."""
-    pictures = [to_pil(image) for image in images]
+def save_samples(folder, epoch, pictures, labels):
+    """Draw pictures with labels of up to two lines as samples/epoch_NNNN.png, and progress.png anew."""
     write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(pictures, labels).save)
     draw_progress(folder, tile_size(pictures))
 
@@ -116,14 +128,15 @@ def tile_size(pictures):
     return min(max(128, pictures[0].width), 256)
 
 
-def draw_grid(pictures, labels):
-    """Pictures in rows of nine, each with its label under it."""
+def draw_grid(pictures, labels, columns=COLUMNS):
+    """Pictures in rows, each with its label under it."""
     tile = tile_size(pictures)
-    grid = Image.new("RGB", (min(COLUMNS, len(pictures)) * (tile + 4), -(-len(pictures) // COLUMNS)
-                             * (tile + LABEL_HEIGHT + 4)), "white")
+    columns = min(columns, len(pictures))
+    grid = Image.new("RGB", (columns * (tile + 4), -(-len(pictures) // columns) * (tile + LABEL_HEIGHT + 4)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (picture, label) in enumerate(zip(pictures, labels)):
-        x, y = k % COLUMNS * (tile + 4), k // COLUMNS * (tile + LABEL_HEIGHT + 4)
+        x, y = k % columns * (tile + 4), k // columns * (tile + LABEL_HEIGHT + 4)
+        label = "\n".join(line if len(line) <= tile // 5 else line[:tile // 5 - 1] + "…" for line in label.split("\n"))
         grid.paste(picture.resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
         pen.multiline_text((x + tile / 2, y + tile + 1), label, fill="black", anchor="ma", align="center", spacing=1,
                            font_size=10)
@@ -169,8 +182,5 @@ def draw_curve(folder, name, factor, unit):
 
 def save_model(folder, pipeline):
     """The pipeline as model/, in fp32, so that `StableDiffusionPipeline.from_pretrained` draws what the policy drew."""
-    temporary = folder / "new-model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    os.replace(temporary, folder / "model")
+    _remove(folder / "model")
+    write_atomically(folder / "model", pipeline.save_pretrained)

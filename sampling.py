@@ -119,7 +119,7 @@ def ddim_mean_sigma(x_t, prediction, t, schedule):
         x_0 = prediction
     else:
         raise ValueError(f"prediction type {schedule.prediction_type!r}: must be epsilon, v_prediction or sample")
-    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
+    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mean, sigma
 
 
@@ -170,6 +170,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
 
     rng is a CPU generator, the only source of noise; batch_size is a knob of memory that leaves each image its own noise.
     Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored.
+    Raises FloatingPointError if an image is not finite: as 8-bit pixels it would pass for a black one.
     """
     starts = range(0, len(prompts), batch_size)
     parts, images = [], []
@@ -210,9 +211,9 @@ def score(policy, trajectory, images, steps):
     images, steps (N,): the pairs, image i at step k (0 is the first, T -> T - 1). The recorded x_{t-1} is scored, never a
     new one: the policy gradient asks how likely the weights make what was done.
     """
+    prompt_states = encode_prompts(policy, [trajectory.prompts[i] for i in images.tolist()])
     images, steps = images.to(policy.device), steps.to(policy.device)
     x_t, x_prev = trajectory.latents[images, steps], trajectory.latents[images, steps + 1]
-    prompt_states = encode_prompts(policy, [trajectory.prompts[i] for i in images.tolist()])
     return log_prob(x_prev, *p_mean_sigma(policy, x_t, trajectory.timesteps[steps], prompt_states))
 
 
@@ -221,8 +222,11 @@ def decode(policy, x_0):
     """Latents (B, C, H, W) -> images (B, 3, 8H, 8W in Stable Diffusion), fp32 in [0, 1]."""
     vae = policy.pipeline.vae
     with torch.autocast(policy.device.type, PRECISIONS[policy.precision], enabled=policy.precision != "fp32"):
-        images = vae.decode(x_0 / vae.config.scaling_factor).sample
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+        # A few at a time: at 512 x 512 pixels the decoder's activations are what takes most memory of all.
+        images = torch.cat([vae.decode(part / vae.config.scaling_factor).sample.float() for part in x_0.split(8)])
+    if not images.isfinite().all():
+        raise FloatingPointError("an image is not finite: try --precision fp32, or a smaller --learning-rate")
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32"):
@@ -243,7 +247,12 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
     except Exception as error:  # a dozen types, from the hub's to safetensors' own
         where = "its files cannot be loaded" if Path(model).is_dir() else (
             "it is neither a folder here nor reachable on the hub (no such name, or no network)")
-        raise ValueError(f"model {str(model)!r}: {where}: {str(error).strip().splitlines()[0][:200]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model {str(model)!r}: {where}: {reason[:200]}") from error
+    unet, vae, encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
+    if (unet.in_channels, unet.cross_attention_dim) != (vae.latent_channels, encoder.hidden_size) or unet.addition_embed_type:
+        raise ValueError(f"model {str(model)!r} is no text-to-image model of Stable Diffusion 1 or 2's architecture: its U-Net "
+                         "asks for more than a latent and a text")
     # Stable Diffusion ships another sampler; its betas and offsets are the model's, the step is ours.
     scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.scheduler = scheduler

@@ -289,8 +289,11 @@ def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
     one, two = (sampling.load_policy(tiny_model, 3, 1.0, 5.0) for _ in range(2))
     trajectory, _ = sampling.rollout(one, ["a cat", "a dog"], rng(), 2)
     advantages = torch.tensor([1.0, -2.0])
-    ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **learner(one, updates_per_epoch=1))
-    optimizer = torch.optim.AdamW(two.unet.parameters(), lr=1e-3)
+    extras = learner(one, updates_per_epoch=1)
+    # SGD: AdamW would hide a wrong scale.
+    extras["optimizer"], optimizer = (torch.optim.SGD(policy.unet.parameters(), lr=0.1) for policy in (one, two))
+    before = weights(one)
+    ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **extras)
     total = 0
     for i, k in itertools.product(range(2), range(3)):
         log_prob = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
@@ -298,10 +301,9 @@ def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
     total.backward()
     torch.nn.utils.clip_grad_norm_(two.unet.parameters(), 1.0)
     optimizer.step()
-    moved = sum((a - b).abs().sum() for a, b in zip(weights(one).values(), weights(two).values()))
-    scale = sum(((a - b).abs().sum()) for a, b in zip(
-        weights(one).values(), weights(sampling.load_policy(tiny_model, 3, 1.0, 5.0)).values()))
-    assert moved < 0.01 * scale
+    apart, moved = (sum((a - b).abs().sum() for a, b in zip(weights(one).values(), other.values()))
+                    for other in (weights(two), before))
+    assert 0 < moved and apart < 1e-3 * moved
 
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(tiny_policy):
@@ -320,15 +322,17 @@ def test_without_chain_only_x_0_is_kept_and_it_is_the_same(tiny_policy):
 
 
 def test_rollout_equals_diffusers_own_pipeline(tiny_policy):
-    pipeline = tiny_policy.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn((1, 5, 4, 8, 8), generator=rng())
-    handed_out = iter(noise[:, 1:].unbind(1))
-    # diffusers draws each step's noise inside its step; hand it ours.
-    pipeline.scheduler.step = partial(_step_with_noise, pipeline.scheduler.step, handed_out)
-    theirs = pipeline("a cat", num_inference_steps=4, guidance_scale=5.0, eta=1.0, latents=noise[:, 0], output_type="np").images
     _, ours = sampling.rollout(tiny_policy, ["a cat"], rng(), 1)
+    theirs = drawn_by_diffusers(tiny_policy.pipeline, "a cat", torch.randn((1, 5, 4, 8, 8), generator=rng()))
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=1e-4)
+
+
+def drawn_by_diffusers(pipeline, prompt, noise):
+    """One image (1, H, W, 3) by diffusers' pipeline from noise (1, T + 1, C, H, W): it draws its own inside its step."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.step = partial(_step_with_noise, pipeline.scheduler.step, iter(noise[:, 1:].unbind(1)))
+    return pipeline(prompt, num_inference_steps=noise.shape[1] - 1, guidance_scale=5.0, eta=1.0, latents=noise[:, 0],
+                    output_type="np").images
 
 
 def _step_with_noise(step, noise, *args, eta=1.0, generator=None, **kwargs):
@@ -345,7 +349,8 @@ def test_any_pipeline_loads_in_fp32_with_its_own_schedule_as_ddim(tiny_model, tm
     parts = (policy.unet, policy.pipeline.vae, policy.pipeline.text_encoder)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
     assert not any(part.training for part in parts)
-    assert [all(w.requires_grad for w in part.parameters()) for part in parts] == [True, False, False]
+    assert all(weight.requires_grad for weight in policy.unet.parameters())
+    assert not any(weight.requires_grad for part in parts[1:] for weight in part.parameters())
 
 
 # ---- Rewards and prompts ----
@@ -366,7 +371,7 @@ def test_a_noisy_picture_is_a_larger_jpeg_than_a_flat_one_and_a_batch_is_its_row
 def test_the_jpeg_recipe_is_pinned():
     ramp = torch.linspace(0, 1, 64).expand(3, 64, 64)
     grain = torch.rand((3, 64, 64), generator=rng())
-    assert [rewards.jpeg_kilobytes(image) for image in (ramp, grain)] == [0.0, 0.0]
+    assert [rewards.jpeg_kilobytes(image) for image in (ramp, grain)] == [1.159, 5.392]  # Pillow 13.0.0
 
 
 
@@ -419,6 +424,14 @@ def broken(images, prompts): raise KeyError("weights")
 def fails_later(images, prompts):
     if len(images) == 4: raise RuntimeError("the judge went home")
     return images.mean((1, 2, 3))
+queries = 0
+def fills_the_disk(images, prompts):
+    global queries
+    queries += len(images)
+    if queries > 3 + 4 + 3:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return images.mean((1, 2, 3))
 def interrupts(images, prompts):
     if len(images) == 4: raise KeyboardInterrupt
     return images.mean((1, 2, 3))
@@ -460,22 +473,26 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_rewar
                   for folder in (EMOJI, model)]
         before, after = ((x[:, 0] - x[:, 1:].mean(1)).mean((1, 2)) for x in images)
         gain = after - before  # same prompts, same noise: paired
-        gains[function] = (gain.mean() / (gain.std() / len(gain) ** 0.5)).item()
-    assert gains["redness"] > 5
-    assert gains["redness"] > gains["shuffled"] + 5
+        gains[function] = gain.mean().item(), (gain.std() / len(gain) ** 0.5).item()
+    (learned, error), (chance, _) = gains["redness"], gains["shuffled"]
+    assert learned > 5 * error
+    assert abs(chance) < learned / 3
 
 
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
     rows = run(*tiny_flags(tiny_model, **{"learning-rate": 1e-2}))
+    pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     reloaded = sampling.load_policy("runs/r/model", 3, 1.0, 5.0)
     state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
     for name, weight in reloaded.unet.state_dict().items():
         assert torch.equal(weight, state["unet"][name])
     fixed = [prompts.common_animals()[k * 45 // 3] for k in range(3)]
     _, images = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)
+    np.testing.assert_allclose(images[:1].permute(0, 2, 3, 1).numpy(), drawn_by_diffusers(
+        pipeline, "a cat", torch.randn((3, 4, 4, 8, 8), generator=rng(train.EVAL_SEED))[:1]), atol=1e-4)
     values, _ = rewards.load_reward("compressibility")(images, fixed)
     assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
-    assert StableDiffusionPipeline.from_pretrained("runs/r/model").unet.dtype == torch.float32
 
 
 def test_a_run_logs_every_epoch_and_leaves_its_pictures(tiny_model, own_reward, capsys):
@@ -514,7 +531,7 @@ def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorith
     assert without_seconds(whole) == without_seconds(parts)
     one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(one["unet"][name], two["unet"][name]) for name in one["unet"])
-    assert one["statistics"] == two["statistics"] and one["python"] == two["python"]
+    assert one["statistics"] == two["statistics"] and one["global_rngs"]["python"] == two["global_rngs"]["python"]
     assert (Path("runs/whole/progress.png").read_bytes() == Path("runs/parts/progress.png").read_bytes())
 
 
@@ -579,7 +596,7 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     (["--resume", "runs/taken"], "has no checkpoint yet")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
     own_reward("f")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("typo.py").write_text("def f(:")
     Path("prompts.txt").write_text("a cat\n")
@@ -617,9 +634,20 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_m
         ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))))
     run(*tiny_flags(tiny_model), code=2)
     assert "the gradient is not finite" in capsys.readouterr().err
-    state = runs.load_checkpoint(Path("runs/r"))
-    start = sampling.load_policy(tiny_model, 3, 1.0, 5.0).unet.state_dict()
-    assert all(torch.equal(weight, start[name]) for name, weight in state["unet"].items())
+    policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)
+    start, extras = weights(policy), learner(policy)
+    for weight in policy.unet.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(FloatingPointError):
+        ddpo.optimizer_step(policy.unet, extras["optimizer"], extras["scaler"], 1.0)
+    assert all(torch.equal(weight, start[name]) for name, weight in policy.unet.state_dict().items())
+
+
+def test_an_image_that_is_not_finite_is_no_black_picture(tiny_policy):
+    with torch.no_grad():
+        tiny_policy.pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="image is not finite"):
+        sampling.rollout(tiny_policy, ["a cat"], rng(), 1)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
@@ -635,27 +663,33 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
     assert "is of another config: config.json differs in clip_range" in capsys.readouterr().err
     config.write_text(settings)
     run("--resume", "runs/r", code=2)
-    assert "has done 2 of 2 epochs: give a larger --epochs" in capsys.readouterr().err
+    assert "has done all its 2 epochs: give a larger --epochs" in capsys.readouterr().err
+    run("--resume", "runs/r", "--epochs", 1, code=2)
+    assert "can only be made longer" in capsys.readouterr().err
     run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
     assert "only --epochs beside it, not --seed" in capsys.readouterr().err
     assert len(run("--resume", "runs/r", "--epochs", 3)) == 4  # nothing of the above did harm
 
 
-def test_a_full_disk_loses_no_checkpoint(tiny_model, monkeypatch, capsys):
-    save, full = torch.save, []
-
-    def save_until_full(state, path):
-        if full:
-            Path(path).write_bytes(b"half a checkp")
-            raise OSError(28, "No space left on device")
-        save(state, path)
-        full.append(True)
-
-    monkeypatch.setattr(torch, "save", save_until_full)
-    run(*tiny_flags(tiny_model, epochs=3), code=2)
-    told = capsys.readouterr().err
-    assert "No space left on device" in told and "the last checkpoint is unharmed" in told and "Traceback" not in told
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_loses_no_checkpoint(tiny_model, own_reward):
+    # In its second epoch the reward sees to it that no file can grow beyond 50 kB: as torch and safetensors meet a full disk.
+    done = command(*tiny_flags(tiny_model, reward=own_reward("fills_the_disk"), epochs=3))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "state.pt could not be written" in done.stderr and "an earlier checkpoint is unharmed" in done.stderr
+    assert not list(Path("runs/r").rglob("new-*"))
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
+    Path("own.py").write_text(REDNESS.replace("resource.setrlimit", "print"))  # room again
+    assert [row["epoch"] for row in run("--resume", "runs/r")] == [0, 1, 2, 3]
+
+
+def test_a_kill_between_log_and_checkpoint_or_amid_a_line_does_no_harm(tiny_model):
+    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
+    run(*tiny_flags(tiny_model, name="parts", epochs=2))
+    with open("runs/parts/log.jsonl", "a") as log:
+        log.write(json.dumps({"epoch": 3, "reward_mean": 0.0}) + "\n" + '{"epoch": 4, "rew')
+    Path("runs/parts/samples/epoch_0003.png").write_bytes(b"half a picture")
+    assert without_seconds(run("--resume", "runs/parts", "--epochs", 3)) == without_seconds(whole)
 
 
 def test_an_unwritable_folder_is_one_clear_line(tiny_model, capsys):
@@ -691,7 +725,7 @@ def test_the_command_answers_a_mistake_in_one_line(flags, message):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *tiny_flags(tiny_model, epochs=10_000)],
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *tiny_flags(tiny_model, epochs=10_000, **{"checkpoint-every": 10_000})],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = Path("runs/r/log.jsonl")
     for _ in range(600):

@@ -5,7 +5,9 @@
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
 import argparse
+import math
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +21,7 @@ from tqdm import tqdm
 import runs
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from prompts import PROMPT_SETS, load_prompts
-from rewards import DEFAULT_PROMPTS, REWARDS, UNITS, RewardError, display, load_reward
+from rewards import DEFAULT_PROMPTS, REWARDS, UNITS, RewardError, display, load_reward, to_pil
 from sampling import PRECISIONS, load_policy, rollout
 
 RUNS = Path("runs")
@@ -87,26 +89,26 @@ class Experiment:
         self.optimizer = torch.optim.AdamW(
             policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
+        # The default grows the scale after 2,000 good steps, which is more than a run has.
+        self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=config.precision == "fp16")
         self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
-        for seed in (random.seed, np.random.seed, torch.manual_seed):  # for a user's reward; nothing of ours draws here
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
         self.epoch, self.seconds = 0, 0.0
         self.remember()
 
     def remember(self):
-        """Keep a copy of the state, which an interrupted epoch goes back to."""
-        self.start_of_epoch = self.state_dict()
+        """Keep a copy of the state between two epochs, which an interrupted epoch goes back to."""
+        self.remembered = self.state_dict()
 
     def state_dict(self):
         """A copy of everything, on the CPU, of plain types that torch.load takes with weights_only."""
-        numpy_state = np.random.get_state()
         return _copy({
             "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(), "torch": torch.get_rng_state(),
-            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]], "python": random.getstate()})
+            "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
+            "global_rngs": global_rngs()})
 
     def load_state_dict(self, state):
         self.epoch, self.seconds = state["epoch"], state["seconds"]
@@ -114,10 +116,23 @@ class Experiment:
             getattr(self, name).load_state_dict(state[name])
         self.policy.unet.load_state_dict(state["unet"])
         self.rng.set_state(state["rng"])
-        torch.set_rng_state(state["torch"])
-        np.random.set_state(state["numpy"])
-        random.setstate(state["python"])
+        set_global_rngs(state["global_rngs"])
         self.remember()
+
+
+def global_rngs():
+    """States of the libraries' own generators: nothing of ours draws from them, but a user's reward may."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_global_rngs(states):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _copy(value):
@@ -142,8 +157,8 @@ def train(experiment, prompts, reward, folder):
         figures = evaluate(experiment, prompts, reward, folder)
         runs.append_row(folder, {"epoch": 0, "reward_queries": 0, **dict.fromkeys(TRAINING_FIGURES), **figures})
         experiment.seconds += figures["seconds_eval"]
+        experiment.remember()
     for epoch in progress_bar(experiment, folder):
-        experiment.remember()  # what an interruption goes back to
         clock = Clock()
 
         # 1. Act: draw an image for each of a batch of prompts, and keep the chains.
@@ -153,7 +168,7 @@ def train(experiment, prompts, reward, folder):
         clock.lap("seconds_sample")
 
         # 2. Judge: the only place where the pictures are looked at.
-        rewards, _ = reward(images, chosen)
+        rewards, notes = reward(images, chosen)
         clock.lap("seconds_reward")
 
         # 3. Compare: was it better than what this prompt usually gets?
@@ -167,35 +182,42 @@ def train(experiment, prompts, reward, folder):
         experiment.epoch = epoch
         row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, "reward_mean": rewards.mean().item(),
                "reward_std": rewards.std(correction=0).item(), **clock.laps, "own_statistics": own_statistics, **info,
-               **evaluate(experiment, prompts, reward, folder)}
+               **evaluate(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
         runs.append_row(folder, row)
         experiment.seconds += clock.total()
+        experiment.remember()
         if due(epoch, config.checkpoint_every, config.epochs):
-            runs.save_checkpoint(folder, experiment.state_dict())
+            runs.save_checkpoint(folder, experiment.remembered)
             runs.draw_curve(folder, short_name(config.reward), *UNITS.get(config.reward, (1, "")))
-    experiment.remember()
 
 
 def evaluate(experiment, prompts, reward, folder):
     """Draw the fixed prompts from the fixed noise, if it is time to: figures for the log (null if not), and the pictures.
 
-    These images are not counted as reward queries: nothing is learned from them.
+    These images are not counted as reward queries: nothing is learned from them. The global generators are put back, so
+    that how often one evaluates changes nothing.
     """
     config, epoch = experiment.config, experiment.epoch
     if not due(epoch, config.eval_every, config.epochs):
         return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "seconds_eval"))
-    clock = Clock()
-    chosen = [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
-    rng = torch.Generator().manual_seed(EVAL_SEED)
-    _, images = rollout(experiment.policy, [prompt.text for prompt in chosen], rng, config.sample_batch, keep_chain=False,
-                        title="evaluating")
+    clock, rngs = Clock(), global_rngs()
+    chosen, images = draw_fixed(experiment.policy, prompts, config)
     rewards, notes = reward(images, chosen)
     labels = [f"{prompt.text}\n{display(config.reward, value)} {note}"
               for prompt, value, note in zip(chosen, rewards.tolist(), notes)]
-    runs.save_samples(folder, epoch, images, labels)
+    runs.save_samples(folder, epoch, [to_pil(image) for image in images], labels)
+    set_global_rngs(rngs)
     clock.lap("seconds_eval")
     return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(), **clock.laps,
             **({"eval_notes": notes} if any(notes) else {})}
+
+
+def draw_fixed(policy, prompts, config):
+    """The evaluation's prompts, spread evenly over the set, and their images, always from the same noise."""
+    chosen = [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
+    _, images = rollout(policy, [prompt.text for prompt in chosen], torch.Generator().manual_seed(EVAL_SEED),
+                        config.sample_batch, keep_chain=False, title="evaluating")
+    return chosen, images
 
 
 def due(epoch, every, last):
@@ -228,7 +250,7 @@ class Clock:
         self.laps, self.start, self.last = {}, time.perf_counter(), time.perf_counter()
 
     def lap(self, name):
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # else a lap would time the launching of kernels
         now = time.perf_counter()
         self.laps[name], self.last = round(now - self.last, 3), now
@@ -249,8 +271,9 @@ def build_config(flags):
     preset = PRESETS[flags.get("preset", "emoji")]
     algorithm = flags.get("algorithm", Config.algorithm)
     reward = flags.get("reward", Config.reward)
-    config = Config(**{"prompts": DEFAULT_PROMPTS.get(reward, "common_animals"), **ALGORITHM_SETTINGS.get(algorithm, {}),
+    config = Config(**{**ALGORITHM_SETTINGS.get(algorithm, {}),
                        **preset, **{key: value for key, value in flags.items() if key != "preset"}})
+    config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
     # What is a path is kept whole, so that a run can be resumed from any folder.
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
@@ -267,8 +290,10 @@ def check(config):
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         may_be_zero = item.name in ("weight_decay", "seed", "adam_beta1", "adam_beta2")
-        if item.type in (int, float) and not (np.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
+        if item.type in (int, float) and not (math.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
             raise ValueError(f"{flag} {value}: must be a {'non-negative' if may_be_zero else 'positive'} number")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed {config.seed}: must be below {2**32}")
     if max(config.adam_beta1, config.adam_beta2) >= 1:
         raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
     if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
@@ -320,7 +345,8 @@ def parse(argv):
     choices = {"algorithm": ALGORITHMS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda")}
     for item in fields(Config):
         emoji = PRESETS["emoji"].get(item.name, item.default)
-        default = f"{item.default}" if emoji == item.default else f"{item.default}; emoji: {Path(str(emoji)).name}"
+        default = f"{item.default}" if emoji == item.default else (
+            f"{item.default or 'the reward’s'}; preset emoji: {Path(str(emoji)).name}")
         parser.add_argument("--" + item.name.replace("_", "-"), type=item.type, choices=choices.get(item.name),
                             metavar=item.name.split("_")[-1].upper(),
                             help=item.metadata["help"] % names + (f" (default: {default})" if default else ""))
@@ -344,8 +370,10 @@ def open_run(flags):
         except TypeError as error:
             raise ValueError(f"{resumed / 'config.json'} is not of this version: {error}") from error
         epochs = flags.get("epochs", config.epochs)
-        if epochs < config.epochs or epochs == state["epoch"] and (resumed / "model").exists():
-            raise ValueError(f"{resumed} has done {state['epoch']} of {config.epochs} epochs: give a larger --epochs")
+        if epochs < config.epochs:
+            raise ValueError(f"--epochs {epochs}: {resumed} is a run of {config.epochs} epochs, and can only be made longer")
+        if epochs == state["epoch"] and (resumed / "model").exists():
+            raise ValueError(f"{resumed} has done all its {epochs} epochs: give a larger --epochs to go on")
         config.epochs = epochs
         check(config)
     reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
@@ -356,7 +384,10 @@ def open_run(flags):
         folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))
     else:
         folder = resumed
-        experiment.load_state_dict(state)
+        try:
+            experiment.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint of {resumed} is of another model than {config.model}") from error
         runs.save_settings(folder, asdict(config))
         runs.forget_after(folder, experiment.epoch)
     return experiment, prompts, reward, folder
@@ -375,6 +406,11 @@ def main(argv=None):
         experiment, prompts, reward, folder = open_run(flags)
     except (ValueError, OSError) as error:
         return fail(error)
+    except torch.OutOfMemoryError:
+        return fail("the model does not fit into the GPU's memory")
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted before the run began", file=sys.stderr)
+        return 130
     print(describe(experiment.config, experiment.policy, prompts, folder), flush=True)
     try:
         train(experiment, prompts, reward, folder)
@@ -383,20 +419,26 @@ def main(argv=None):
     except KeyboardInterrupt:
         return stop(experiment, folder, "interrupted", 130)
     except torch.OutOfMemoryError:
-        return stop(experiment, folder, "out of GPU memory: start again with a smaller --micro-batch or --sample-batch", 2)
+        return stop(experiment, folder, "out of GPU memory: a run with a smaller --micro-batch or --sample-batch needs less", 2)
     except (RewardError, FloatingPointError, OSError) as error:
         return stop(experiment, folder, error, 2)
+    except Exception:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
+        stop(experiment, folder, "failed", 1)
+        raise
     print(outcome(experiment.config, rows, experiment.seconds))
     return 0
 
 
 def stop(experiment, folder, reason, code):
     """Save the state at the start of the epoch that was under way, and say how to go on."""
+    impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short
     try:
-        runs.save_checkpoint(folder, experiment.start_of_epoch)
-        kept = f"the state after {experiment.start_of_epoch['epoch']} epochs is saved"
+        runs.save_checkpoint(folder, experiment.remembered)
+        kept = f"the state after {experiment.remembered['epoch']} epochs is saved"
     except OSError as error:
-        kept = f"the state could not be saved ({error}); the last checkpoint is unharmed"
+        kept = f"the state could not be saved ({error}), an earlier checkpoint is unharmed"
+    finally:
+        signal.signal(signal.SIGINT, impatience)
     print(f"\ntrain.py: {reason}; {kept}; go on with: python train.py --resume {folder}", file=sys.stderr)
     return code
 

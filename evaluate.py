@@ -1,0 +1,66 @@
+"""What training did to the pictures: the base model and the trained one on the same fixed prompts and noise.
+
+    python evaluate.py runs/compressibility-ddpo-is-1 [more runs]
+
+Prints a row a run: the reward before and after, and how many animals the independent judge (judge.py, the embedded
+model's) named before, and of these how many it still names. Writes before_after.png into each run's folder.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import runs
+from judge import ANIMALS, load_judge, name_animals
+from prompts import load_prompts, with_article
+from rewards import RewardError, display, load_reward, to_pil
+from sampling import load_policy
+from train import Config, check, draw_fixed, short_name
+
+COLUMNS = 12
+ASKED = {with_article(animal): animal for animal in ANIMALS}  # "a cat" -> "cat"
+
+
+def evaluate_run(folder):
+    """Table row of one finished run. Raises ValueError if it is not one."""
+    config = Config(**runs.load_settings(folder))
+    check(config)
+    if not (folder / "model").exists():
+        raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
+    reward, prompts, judge = load_reward(config.reward), load_prompts(config.prompts), load_judge()
+    means, named, pictures, labels = [], [], [], []
+    for model in (config.model, folder / "model"):
+        policy = load_policy(model, config.sampling_steps, config.eta, config.guidance_scale, config.device, config.precision)
+        chosen, images = draw_fixed(policy, prompts, config)
+        values, _ = reward(images, chosen)
+        means.append(values.mean().item())
+        if images.shape[-1] == 64 and all(prompt.text in ASKED for prompt in chosen):
+            seen, _ = name_animals(judge, images)
+            named.append([name == ASKED[prompt.text] for name, prompt in zip(seen, chosen)])
+        pictures += [to_pil(image) for image in images[:COLUMNS]]
+        labels += [f"{prompt.text}\n{display(config.reward, value)}" for prompt, value in zip(chosen, values[:COLUMNS].tolist())]
+    grid = runs.draw_grid(pictures, labels, columns=len(pictures) // 2)  # before above after
+    runs.write_atomically(folder / "before_after.png", grid.save)
+    judged = ("-", "-")
+    if named:
+        before, after = named
+        still = sum(b and a for b, a in zip(before, after))
+        judged = f"{sum(before)} of {len(before)}", f"{still} ({still / max(sum(before), 1):.0%})"
+    return [short_name(config.reward), config.algorithm, str(config.seed), *(display(config.reward, m) for m in means),
+            f"{(means[1] - means[0]) / abs(means[0]):+.0%}" if means[0] else "-", *judged]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders under runs/")
+    rows = [["reward", "algorithm", "seed", "before", "after", "reward gained", "named before", "still named"], ["---"] * 8]
+    try:
+        rows += [evaluate_run(folder) for folder in parser.parse_args(argv).runs]
+    except (ValueError, OSError, RewardError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
