@@ -4,6 +4,7 @@
 """
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -736,3 +737,12 @@ def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in told and "python train.py --resume runs/r" in told
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
+
+
+# ---- The README ----
+
+def test_every_function_the_readme_names_stands_where_its_link_points():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text(encoding="utf-8"))
+    assert len(links) >= 6
+    for name, file, line in links:
+        assert re.match(rf"(def|class) {name}\b", (HERE / file).read_text(encoding="utf-8").splitlines()[int(line) - 1])
