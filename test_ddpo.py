@@ -229,11 +229,11 @@ def test_statistics_survive_a_checkpoint():
 
 # ---- The chain and its scoring ----
 
-@pytest.mark.parametrize("micro_batch", [1, 5, 24])
+@pytest.mark.parametrize("micro_batch", [1, 7, 60])
 def test_ratio_is_one_for_every_pair_before_the_first_update(micro_batch):
-    policy = sampling.load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=5.0)
+    policy = sampling.load_policy(EMOJI, steps=10, eta=1.0, guidance_scale=5.0)  # the preset's
     trajectory, _ = sampling.rollout(policy, ["a cat", "two dogs"] * 3, rng(), batch_size=4)
-    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(4))
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(10))
     with torch.no_grad():
         scored = torch.cat([sampling.score(policy, trajectory, *part.T) for part in pairs.split(micro_batch)])
     ratio = (scored - trajectory.log_probs.flatten()).exp()
@@ -463,13 +463,13 @@ def tiny_flags(tiny_model, **changes):
 
 
 def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_reward):
-    budget = ["--epochs", 5, "--samples-per-epoch", 32, "--sampling-steps", 5, "--eval-every", 5, "--eval-prompts", 45,
-              "--learning-rate", 5e-4]
+    budget = ["--epochs", 5, "--samples-per-epoch", 64, "--sampling-steps", 5, "--guidance-scale", 1, "--eval-every", 5,
+              "--eval-prompts", 1]
     gains = {}
     for function in ("redness", "shuffled"):
         run("--reward", own_reward(function), "--name", function, *budget)
         model = Path("runs") / function / "model"
-        images = [sampling.rollout(sampling.load_policy(folder, 5, 1.0, 5.0),
+        images = [sampling.rollout(sampling.load_policy(folder, 5, 1.0, 1.0),
                                    [prompt.text for prompt in prompts.common_animals()], rng(7), 45)[1]
                   for folder in (EMOJI, model)]
         before, after = ((x[:, 0] - x[:, 1:].mean(1)).mean((1, 2)) for x in images)
@@ -477,7 +477,7 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_rewar
         gains[function] = gain.mean().item(), (gain.std() / len(gain) ** 0.5).item()
     (learned, error), (chance, _) = gains["redness"], gains["shuffled"]
     assert learned > 5 * error
-    assert abs(chance) < learned / 3
+    assert chance < learned / 3  # noise moves the pictures too, but not up the reward
 
 
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
