@@ -338,6 +338,14 @@ def load_pool(args):
 
 # ---- What came out ----
 
+def load_pipeline(args):
+    """The model in --output, by plain diffusers."""
+    from diffusers import StableDiffusionPipeline
+    pipeline = StableDiffusionPipeline.from_pretrained(args.output).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @torch.no_grad()
 def sample(pipeline, prompts, args):
     """Images (B, 3, 64, 64) in [0, 1] of B prompts, by plain diffusers: DDIM, eta = 1, seed 0."""
@@ -350,9 +358,7 @@ def sample(pipeline, prompts, args):
 
 def check(args):
     """Print the table of the model card: autoencoder, judge, and the share of samples that show what was asked for."""
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained(args.output).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(args)
     judge = load_judge(args.output.parent / WEIGHTS.name, args.device)
 
     def right(images, animals, numbers):
@@ -380,9 +386,7 @@ def check(args):
 
 def contact_sheet(args, path, columns=15):
     """One picture of every animal, then rows of two, three and four, with captions."""
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained(args.output).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(args)
     prompts = [caption(a, 1) for a in range(len(ANIMALS))]
     prompts += [caption((7 * n + 5 * k) % len(ANIMALS), n) for n in (2, 3, 4) for k in range(columns)]
     tile, label = 96, 14
