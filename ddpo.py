@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sampling import score
 
+BASELINES = ("prompt", "batch", "none")
 
 def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
     """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right at theta = theta_old only."""
@@ -48,10 +49,11 @@ class PromptStatistics:
 
     Each prompt keeps its last `buffer` rewards. A prompt with fewer than `min_count` of them borrows the statistics of the
     whole batch: with more prompts than images an epoch, most do so for many epochs (logged as `own_statistics`).
+    For ablations the baseline may also be "batch", the batch's statistics for all, or "none", the bare rewards.
     """
 
-    def __init__(self, buffer, min_count, clip):
-        self.buffer, self.min_count, self.clip = buffer, min_count, clip
+    def __init__(self, buffer, min_count, clip, baseline="prompt"):
+        self.buffer, self.min_count, self.clip, self.baseline = buffer, min_count, clip, baseline
         self.rewards = {}  # prompt -> deque of its last rewards
 
     def advantages(self, prompts, rewards):
@@ -60,9 +62,11 @@ class PromptStatistics:
         Appends first, then normalises, with the population's standard deviation. Equal rewards give exactly 0.
         """
         rewards = np.asarray(rewards, np.float64)
+        if self.baseline == "none":
+            return torch.tensor(rewards, dtype=torch.float32).clamp(-self.clip, self.clip), 0.0
         for prompt, reward in zip(prompts, rewards):
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer)).append(float(reward))
-        own = [len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
+        own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
         groups = [np.array(self.rewards[prompt]) if o else rewards for prompt, o in zip(prompts, own)]
         advantages = [_whiten(reward, group) for reward, group in zip(rewards, groups)]
         return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(own))
@@ -84,33 +88,51 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
 
     advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
-    B / updates images at all their T steps, and its loss is the mean over those pairs: config.micro_batch, how many pairs
-    go through the U-Net at a time, is a knob of memory and speed and cannot change the result but in rounding. Also read
-    from config: clip_range, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the first
-    update's, and skipped_updates, a count.
+    B / updates images at all their T steps, and its loss is the mean over those pairs. Also read from config: micro_batch,
+    clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the
+    first update's, and skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
     B, T = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
-    old_log_probs, advantages = trajectory.log_probs, advantages.to(trajectory.log_probs.device)
-    groups = torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1)
-    infos, norms, skipped = [], [], 0
+    advantages = advantages.to(policy.device)
+    infos, steps = [], []
     with tqdm(desc="learning", total=B * T, leave=False, disable=None) as bar:
-        for group in groups:
+        for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
             pairs = torch.cartesian_prod(group, torch.arange(T))             # (N, 2): every image at every step
-            for part in pairs[torch.randperm(len(pairs), generator=rng)].split(config.micro_batch):
-                images, steps = part.T
-                log_probs = score(policy, trajectory, images, steps)         # where grad log p_theta comes from
-                value, info = loss(log_probs, old_log_probs[images, steps], advantages[images],
-                                   config.clip_range)
-                scaler.scale(value * (len(part) / len(pairs))).backward()
-                infos.append({"loss": value.detach(), **info, "pairs": len(part), "update": len(norms)})
-                bar.update(len(part))
-            norm, stepped = optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm)
-            norms.append(norm)
-            skipped += not stepped
-    finite = [norm for norm in norms if np.isfinite(norm)]  # a skipped step's is not
-    return {**_average(infos), "grad_norm": float(np.mean(finite)) if finite else None, "skipped_updates": skipped}
+            pairs = pairs[torch.randperm(len(pairs), generator=rng)]
+            infos.append(accumulate_gradient(policy, trajectory, advantages, pairs, scaler, config, loss, bar))
+            steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
+    # Before the first step the policy is the one that sampled, so this is 0 up to rounding, or something is wrong.
+    return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"].item()}
+
+
+def accumulate_gradient(policy, trajectory, advantages, pairs, scaler, config, loss, bar):
+    """Add the gradient of the mean loss over N (image, step) pairs (N, 2) to that of the U-Net. Returns info, on the device.
+
+    config.micro_batch, how many pairs go through the U-Net at a time, is a knob of memory and speed and cannot change the
+    result but in rounding.
+    """
+    total = {}
+    for part in pairs.split(config.micro_batch):
+        images, steps = part.T
+        log_probs, kl = score(policy, trajectory, images, steps)             # where grad log p_theta comes from
+        value, info = loss(log_probs, trajectory.log_probs[images, steps], advantages[images], config.clip_range)
+        value = value + config.kl_weight * kl.mean()                         # DPOK (Fan et al. 2023), equation 9
+        share = len(part) / len(pairs)
+        scaler.scale(value * share).backward()
+        add_info(total, {"loss": value.detach(), "kl_pretrained": kl.detach().mean(), **info}, share)
+        bar.update(len(part))
+    return total
+
+
+def add_info(total, info, share):
+    """Weigh a micro-batch's figures into those of its update: a mean, or a maximum for ratio_deviation."""
+    for name, value in info.items():
+        if name == "ratio_deviation":
+            total[name] = torch.maximum(value, total.get(name, value))
+        else:
+            total[name] = total.get(name, 0) + share * value
 
 
 def optimizer_step(unet, optimizer, scaler, max_grad_norm):
@@ -126,10 +148,9 @@ def optimizer_step(unet, optimizer, scaler, max_grad_norm):
     return norm, scaler.get_scale() >= scale
 
 
-def _average(infos):
-    weights = np.array([info["pairs"] for info in infos]) / sum(info["pairs"] for info in infos)
-    names = ("loss", "approx_kl", "ratio_mean", "clip_fraction_low", "clip_fraction_high")
-    averages = {name: float(sum(w * info[name].item() for w, info in zip(weights, infos))) for name in names}
-    # Before the first step the policy is the one that sampled, so this is 0 up to rounding, or something is wrong.
-    first = [info["ratio_deviation"].item() for info in infos if info["update"] == 0]
-    return {**averages, "ratio_deviation": max(first)}
+def summary(infos, steps):
+    """The updates' infos and optimizer steps as one epoch's figures: means, and the number of skipped steps."""
+    finite = [norm for norm, _ in steps if np.isfinite(norm)]  # a skipped step's is not
+    return {**{name: float(np.mean([info[name].item() for info in infos])) for name in infos[0]},
+            "grad_norm": float(np.mean(finite)) if finite else None,
+            "skipped_updates": sum(not stepped for _, stepped in steps)}

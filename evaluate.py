@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import runs
-from judge import ANIMALS, load_judge, name_animals
-from prompts import load_prompts, with_article
+from judge import right_animals
+from prompts import load_prompts
 from rewards import RewardError, display, load_reward, to_pil
 from sampling import load_policy
-from train import Config, check, draw_fixed, short_name
+from settings import Config, check, short_name
+from train import draw_fixed
 
 COLUMNS = 12
-ASKED = {with_article(animal): animal for animal in ANIMALS}  # "a cat" -> "cat"
 
 
 def evaluate_run(folder):
@@ -26,23 +26,21 @@ def evaluate_run(folder):
     check(config)
     if not (folder / "model").exists():
         raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
-    reward, prompts, judge = load_reward(config.reward), load_prompts(config.prompts), load_judge()
+    reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
     means, named, pictures, labels = [], [], [], []
     for model in (config.model, folder / "model"):
         policy = load_policy(model, config.sampling_steps, config.eta, config.guidance_scale, config.device, config.precision)
         chosen, images = draw_fixed(policy, prompts, config)
         values, _ = reward(images, chosen)
         means.append(values.mean().item())
-        if images.shape[-1] == 64 and all(prompt.text in ASKED for prompt in chosen):
-            seen, _ = name_animals(judge, images)
-            named.append([name == ASKED[prompt.text] for name, prompt in zip(seen, chosen)])
+        named.append(right_animals(images, [prompt.text for prompt in chosen]))
         pictures += [to_pil(image) for image in images[:COLUMNS]]
         labels += [f"{prompt.text}\n{display(config.reward, value)}" for prompt, value in zip(chosen, values[:COLUMNS].tolist())]
     grid = runs.draw_grid(pictures, labels, columns=len(pictures) // 2)  # before above after
     runs.write_atomically(folder / "before_after.png", grid.save)
     judged = ("-", "-")
-    if named:
-        before, after = named
+    before, after = named
+    if before is not None:
         still = sum(b and a for b, a in zip(before, after))
         judged = f"{sum(before)} of {len(before)}", f"{still} ({still / max(sum(before), 1):.0%})"
     return [short_name(config.reward), config.algorithm, str(config.seed), *(display(config.reward, m) for m in means),

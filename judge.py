@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prompts import COMMON_ANIMALS, UNSEEN_ANIMALS
+from prompts import COMMON_ANIMALS, UNSEEN_ANIMALS, with_article
 
 ANIMALS = COMMON_ANIMALS + UNSEEN_ANIMALS  # class k of the first output
+ASKED = {with_article(animal): animal for animal in ANIMALS}  # "a cat" -> "cat"
+SIZE = 64  # pixels
 MAX_NUMBER = 4  # the second output's class k means k + 1 animals
 WEIGHTS = Path(__file__).parent / "assets" / "emoji_judge.safetensors"
 
@@ -52,3 +54,20 @@ def name_animals(judge, images):
     device = next(judge.parameters()).device
     animals, numbers = judge(images.to(device, torch.float32))
     return [ANIMALS[k] for k in animals.argmax(1).tolist()], (numbers.argmax(1) + 1).tolist()
+
+
+def right_animals(images, texts):
+    """Whether the judge names, in each of B images (B, 3, 64, 64), the animal asked for by the texts, "a cat": B bools.
+
+    None where it cannot tell: pictures of another size, or another prompt among them.
+    """
+    if images.shape[-2:] != (SIZE, SIZE) or not all(text in ASKED for text in texts):
+        return None
+    named, _ = name_animals(load_judge(), images)
+    return [name == ASKED[text] for name, text in zip(named, texts)]
+
+
+def share_named(images, texts):
+    """The share of them that are right, or None."""
+    right = right_animals(images, texts)
+    return None if right is None else sum(right) / len(right)

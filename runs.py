@@ -120,7 +120,7 @@ def forget_after(folder, epoch):
 def save_samples(folder, epoch, pictures, labels):
     """Draw pictures with labels of up to two lines as samples/epoch_NNNN.png, and progress.png anew."""
     write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(pictures, labels).save)
-    draw_progress(folder, tile_size(pictures))
+    draw_progress(folder, min(COLUMNS, len(pictures)))
 
 
 def tile_size(pictures):
@@ -143,21 +143,27 @@ def draw_grid(pictures, labels, columns=COLUMNS):
     return grid
 
 
-def draw_progress(folder, tile):
+def draw_progress(folder, columns):
     """The first row of every grid under samples/ under each other, with the number of epochs on the left."""
     paths = sorted((folder / "samples").glob("epoch_*.png"))
-    strips = []
-    for path in paths:
-        with Image.open(path) as grid:
-            strips.append(grid.convert("RGB").crop((0, 0, grid.width, tile)))
-    margin, step = 60, strips[0].height + 4
-    progress = Image.new("RGB", (margin + strips[0].width, step * len(strips)), "white")
-    pen = ImageDraw.Draw(progress)
-    for k, (path, strip) in enumerate(zip(paths, strips)):
-        progress.paste(strip, (margin, k * step))
-        pen.text((margin / 2, k * step + strip.height / 2), f"epoch {int(path.stem[6:])}", fill="black", anchor="mm",
-                 font_size=10)
+    progress = first_rows([(f"epoch {int(path.stem[6:])}", path) for path in paths], columns)
     write_atomically(folder / "progress.png", progress.save)
+
+
+def first_rows(labelled, columns=COLUMNS):
+    """The first row of each grid of (label, path), without its captions, under each other, the labels on the left."""
+    strips = []
+    for _, path in labelled:
+        with Image.open(path) as grid:
+            strips.append(grid.convert("RGB").crop((0, 0, grid.width, grid.width // columns - 4)))  # less the gap
+    margin, step = 90, strips[0].height + 4
+    rows = Image.new("RGB", (margin + strips[0].width, step * len(strips)), "white")
+    pen = ImageDraw.Draw(rows)
+    for k, ((label, _), strip) in enumerate(zip(labelled, strips)):
+        rows.paste(strip, (margin, k * step))
+        pen.multiline_text((margin / 2, k * step + strip.height / 2), label.replace(", ", ",\n"), fill="black", anchor="mm",
+                           align="center", font_size=10)
+    return rows
 
 
 def draw_curve(folder, name, factor, unit):

@@ -12,8 +12,9 @@ policy than the one that drew the pictures.
 
 B images, T denoising steps, N (image, step) pairs, latents of (C, H, W).
 """
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,13 @@ class Trajectory:
         assert self.latents.dtype == self.log_probs.dtype == torch.float32, "a trajectory is kept in fp32"
 
 
+    @classmethod
+    def join(cls, parts):
+        """Chains of several rollouts over one schedule, as one trajectory."""
+        latents, log_probs = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "log_probs"))
+        return cls(latents, log_probs, parts[0].timesteps, sum((part.prompts for part in parts), ()))
+
+
 @dataclass(frozen=True)
 class Policy:
     """A text-to-image pipeline as a policy. Only the U-Net's weights train; VAE and text encoder are frozen."""
@@ -55,6 +63,7 @@ class Policy:
     schedule: Schedule
     guidance_scale: float  # w = 1 is the conditional prediction alone
     precision: str         # of the U-Net's autocast; the weights, the latents and the step's arithmetic stay fp32
+    reference: object = None  # the pretrained policy, a frozen copy, where a penalty on the KL to it is asked for
 
     @property
     def unet(self):
@@ -134,6 +143,11 @@ def log_prob(x_prev, mean, sigma):
     return density.mean((1, 2, 3))
 
 
+def gaussian_kl(mean, mean_reference, sigma):
+    """KL(Normal(mean, sigma^2 I) || Normal(mean_reference, sigma^2 I)), per latent dimension: (N, C, H, W) -> (N,)."""
+    return ((mean - mean_reference) ** 2 / (2 * sigma**2)).mean((1, 2, 3))
+
+
 def encode_prompts(policy, prompts):
     """B texts -> the text encoder's last hidden states (B, L, E) and those of the empty prompt (1, L, E)."""
     tokenizer, encoder = policy.pipeline.tokenizer, policy.pipeline.text_encoder
@@ -173,28 +187,33 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     Raises FloatingPointError if an image is not finite: as 8-bit pixels it would pass for a black one.
     """
     starts = range(0, len(prompts), batch_size)
+    # A generator for each image, so that its noise does not depend on how many are drawn at a time, and is drawn when it is
+    # needed: the noise of a whole chain at once would be as large as the chain.
+    rngs = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (len(prompts),), generator=rng).tolist()]
     parts, images = [], []
     with tqdm(desc=title, total=len(starts) * len(policy.schedule.timesteps), leave=False, disable=None) as bar:
         for start in starts:
-            trajectory = _rollout_batch(policy, tuple(prompts[start:start + batch_size]), rng, keep_chain, bar)
+            batch = slice(start, start + batch_size)
+            trajectory = _rollout_batch(policy, tuple(prompts[batch]), rngs[batch], keep_chain, bar)
             parts.append(trajectory)
             images.append(decode(policy, trajectory.latents[:, -1]))
-    latents, log_probs = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "log_probs"))
-    return Trajectory(latents, log_probs, policy.schedule.timesteps, tuple(prompts)), torch.cat(images)
+    return Trajectory.join(parts), torch.cat(images)
 
 
 @torch.no_grad()
-def _rollout_batch(policy, prompts, rng, keep_chain, bar):
+def _rollout_batch(policy, prompts, rngs, keep_chain, bar):
     timesteps, unet = policy.schedule.timesteps, policy.unet
     shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
-    # Image after image, so that an image's noise does not depend on how many are drawn at a time.
-    noise = torch.randn((len(prompts), len(timesteps) + 1, *shape), generator=rng).to(policy.device)
+
+    def noise():
+        return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(policy.device)
+
     prompt_states = encode_prompts(policy, prompts)
-    x_t = noise[:, 0]                                                        # x_T ~ Normal(0, I)
+    x_t = noise()                                                            # x_T ~ Normal(0, I)
     latents, log_probs = [x_t], []
-    for step, t in enumerate(timesteps):
+    for t in timesteps:
         mean, sigma = p_mean_sigma(policy, x_t, t.expand(len(prompts)), prompt_states)
-        x_prev = mean + sigma * noise[:, step + 1]
+        x_prev = mean + sigma * noise()
         if keep_chain:
             log_probs.append(log_prob(x_prev, mean, sigma))
             latents.append(x_prev)
@@ -206,15 +225,21 @@ def _rollout_batch(policy, prompts, rng, keep_chain, bar):
 
 
 def score(policy, trajectory, images, steps):
-    """log p_theta(x_{t-1} | x_t, c) of N recorded actions under the current weights, (N,) fp32, with gradient.
+    """N recorded actions under the current weights: log p_theta(x_{t-1} | x_t, c) (N,) and the KL to policy.reference (N,).
 
-    images, steps (N,): the pairs, image i at step k (0 is the first, T -> T - 1). The recorded x_{t-1} is scored, never a
-    new one: the policy gradient asks how likely the weights make what was done.
+    images, steps (N,): the pairs, image i at step k (0 is the first, T -> T - 1). Both fp32, with gradient. The recorded
+    x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make what was done. Without a
+    reference the KL is 0, and costs nothing.
     """
     prompt_states = encode_prompts(policy, [trajectory.prompts[i] for i in images.tolist()])
     images, steps = images.to(policy.device), steps.to(policy.device)
-    x_t, x_prev = trajectory.latents[images, steps], trajectory.latents[images, steps + 1]
-    return log_prob(x_prev, *p_mean_sigma(policy, x_t, trajectory.timesteps[steps], prompt_states))
+    x_t, x_prev, t = trajectory.latents[images, steps], trajectory.latents[images, steps + 1], trajectory.timesteps[steps]
+    mean, sigma = p_mean_sigma(policy, x_t, t, prompt_states)
+    if policy.reference is None:
+        return log_prob(x_prev, mean, sigma), torch.zeros_like(sigma.flatten())
+    with torch.no_grad():
+        mean_reference, _ = p_mean_sigma(policy.reference, x_t, t, prompt_states)
+    return log_prob(x_prev, mean, sigma), gaussian_kl(mean, mean_reference, sigma)
 
 
 @torch.no_grad()
@@ -229,9 +254,10 @@ def decode(policy, x_0):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32"):
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False):
     """A pipeline of Stable Diffusion's architecture, by folder or hub name, as a policy with an eta > 0 DDIM chain.
 
+    With keep_reference, policy.reference is a frozen copy of it as it is now: one more U-Net in memory.
     Raises ValueError, in one line, if the model is not to be had, is of another architecture or has no usable schedule.
     """
     import diffusers
@@ -259,8 +285,13 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
     pipeline.to(device)
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.eval().requires_grad_(False)
+    policy = Policy(pipeline, ddim_schedule(scheduler, steps, eta, device), float(guidance_scale), precision)
+    if keep_reference:
+        frozen = copy.copy(pipeline)  # shares all but the U-Net
+        frozen.unet = copy.deepcopy(pipeline.unet)
+        policy = replace(policy, reference=replace(policy, pipeline=frozen))
     pipeline.unet.requires_grad_(True)
-    return Policy(pipeline, ddim_schedule(scheduler, steps, eta, device), float(guidance_scale), precision)
+    return policy
 
 
 def _refuse_incomplete_folder(folder):

@@ -1,16 +1,14 @@
-"""Fine-tune a text-to-image diffusion model on a reward with DDPO: the settings, and the experiment in five paragraphs.
+"""Fine-tune a text-to-image diffusion model on a reward, with DDPO or the baselines: the experiment in five paragraphs.
 
     python train.py --reward compressibility                  # the embedded model, on a laptop
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
-import argparse
-import math
 import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,66 +17,23 @@ import torch
 from tqdm import tqdm
 
 import runs
+from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from prompts import PROMPT_SETS, load_prompts
-from rewards import DEFAULT_PROMPTS, REWARDS, UNITS, RewardError, display, load_reward, to_pil
-from sampling import PRECISIONS, load_policy, rollout
+from judge import load_judge, share_named
+from prompts import load_prompts
+from rewards import UNITS, RewardError, display, load_reward, to_pil
+from sampling import Trajectory, load_policy, rollout
+from settings import Config, build_config, check, parse, short_name
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
+PICTURES_AT_ONCE = 256  # drawn before they are judged: 10,000 of 512 x 512 pixels would fill 31 GB
 
-
-def setting(default, text):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    """Every setting of a run. The defaults are the paper's (appendix D)."""
-    reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
-    prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
-    algorithm: str = setting("ddpo-is", "%(algorithms)s")
-    model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
-    name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
-    seed: int = setting(0, "of the training: prompts, noise, order")
-    epochs: int = setting(196, "rounds of sampling and learning")
-    samples_per_epoch: int = setting(256, "images drawn, and reward queries spent, an epoch")
-    updates_per_epoch: int = setting(4, "optimizer steps an epoch, each on its own share of the samples")
-    sampling_steps: int = setting(50, "denoising steps T")
-    eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
-    guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
-    learning_rate: float = setting(1e-5, "of AdamW")
-    adam_beta1: float = setting(0.9, "of AdamW")
-    adam_beta2: float = setting(0.999, "of AdamW")
-    adam_epsilon: float = setting(1e-8, "of AdamW")
-    weight_decay: float = setting(1e-4, "of AdamW")
-    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
-    clip_range: float = setting(1e-4, "trust region of DDPO-IS: the ratio, per latent dimension, stays in 1 +- this")
-    advantage_clip: float = setting(10.0, "advantages are clipped to +- this")
-    stats_buffer: int = setting(32, "last rewards of a prompt that its mean and deviation are taken over")
-    stats_min_count: int = setting(16, "with fewer rewards than this, a prompt uses the batch's mean and deviation")
-    precision: str = setting("fp16", "autocast of the U-Net: fp32, fp16 (GPU only) or bf16; weights train in fp32")
-    sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
-    micro_batch: int = setting(4, "(image, step) pairs learned from at a time: memory and speed only")
-    eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
-    eval_prompts: int = setting(64, "number of those prompts, spread evenly over the prompt set")
-    checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
-    device: str = setting("auto", "auto, cpu or cuda")
-
-
-# What a choice asks for. A flag stands above the preset, the preset above these two, these above Config.
-ALGORITHMS = {"ddpo-is": partial(ddpo_update, loss=clipped_loss), "ddpo-sf": partial(ddpo_update, loss=score_function_loss)}
-ALGORITHM_SETTINGS = {"ddpo-sf": {"updates_per_epoch": 1}}
-PRESETS = {
-    "emoji": {
-        "model": str(Path(__file__).resolve().parent / "assets" / "emoji"), "prompts": "common_animals",
-        "precision": "fp32", "epochs": 26, "samples_per_epoch": 64, "sampling_steps": 10, "learning_rate": 4e-4,
-        # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
-        "clip_range": 2e-3,
-        # About one image per prompt and epoch: a prompt's own statistics come late, and stale.
-        "stats_buffer": 16, "stats_min_count": 8,
-        "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
-    "paper": {}}
+# How an algorithm learns, and whether from the chain or from x_0 alone, when no chain needs to be kept.
+UPDATES = {"ddpo-is": (partial(ddpo_update, loss=clipped_loss), True),
+           "ddpo-sf": (partial(ddpo_update, loss=score_function_loss), True),
+           "rwr": (rwr_update, False),
+           "rwr-sparse": (rwr_update, False)}
 
 
 class Experiment:
@@ -91,7 +46,8 @@ class Experiment:
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
         # The default grows the scale after 2,000 good steps, which is more than a run has.
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=config.precision == "fp16")
-        self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip)
+        self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip,
+                                           config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
@@ -143,52 +99,73 @@ def _copy(value):
     return type(value)(_copy(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-# The log's figures that belong to an epoch of training, in order; null in row 0, of the pretrained weights.
+# The log's figures that belong to an epoch of training, in order; null in row 0, of the pretrained weights, and where the
+# algorithm has no such figure.
 TRAINING_FIGURES = ("reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics", "loss",
-                    "approx_kl", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation",
-                    "skipped_updates")
+                    "approx_kl", "kl_pretrained", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "denoising_error",
+                    "grad_norm", "ratio_deviation", "skipped_updates")
 
 
 def train(experiment, prompts, reward, folder):
     """The experiment: act, judge, compare, learn, tell. Continues from experiment.epoch."""
     config, policy, rng = experiment.config, experiment.policy, experiment.rng
-    update = ALGORITHMS[config.algorithm]
+    update, keep_chain = UPDATES[config.algorithm]
     if not runs.read_rows(folder):
         figures = evaluate(experiment, prompts, reward, folder)
         runs.append_row(folder, {"epoch": 0, "reward_queries": 0, **dict.fromkeys(TRAINING_FIGURES), **figures})
         experiment.seconds += figures["seconds_eval"]
         experiment.remember()
     for epoch in progress_bar(experiment, folder):
-        clock = Clock()
-
-        # 1. Act: draw an image for each of a batch of prompts, and keep the chains.
+        clock, parts = Clock(), []
         chosen = [prompts[i] for i in torch.randint(len(prompts), (config.samples_per_epoch,), generator=rng)]
         texts = [prompt.text for prompt in chosen]
-        trajectory, images = rollout(policy, texts, rng, config.sample_batch)
-        clock.lap("seconds_sample")
+        for start in range(0, len(chosen), PICTURES_AT_ONCE):
+            some = chosen[start:start + PICTURES_AT_ONCE]
 
-        # 2. Judge: the only place where the pictures are looked at.
-        rewards, notes = reward(images, chosen)
-        clock.lap("seconds_reward")
+            # 1. Act: draw an image for each of a batch of prompts, and keep the chains.
+            trajectory, images = rollout(policy, [prompt.text for prompt in some], rng, config.sample_batch, keep_chain)
+            clock.lap("seconds_sample")
+
+            # 2. Judge: the only place where the pictures are looked at.
+            parts.append((trajectory, *reward(images, some)))
+            clock.lap("seconds_reward")
+        trajectory, rewards, notes = join(parts)
 
         # 3. Compare: was it better than what this prompt usually gets?
-        advantages, own_statistics = experiment.statistics.advantages(texts, rewards)
+        credit, compared = compare(experiment, texts, rewards)
 
-        # 4. Learn: make the better chains more likely, a little.
-        info = update(policy, trajectory, advantages, experiment.optimizer, experiment.scaler, rng, config)
+        # 4. Learn: make the better pictures more likely, a little.
+        info = update(policy, trajectory, credit, experiment.optimizer, experiment.scaler, rng, config)
         clock.lap("seconds_learn")
 
         # 5. Tell: evaluate, log and save.
         experiment.epoch = epoch
-        row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, "reward_mean": rewards.mean().item(),
-               "reward_std": rewards.std(correction=0).item(), **clock.laps, "own_statistics": own_statistics, **info,
-               **evaluate(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
+        row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_FIGURES),
+               "reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **clock.laps, **compared,
+               **info, **evaluate(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
         runs.append_row(folder, row)
         experiment.seconds += clock.total()
         experiment.remember()
         if due(epoch, config.checkpoint_every, config.epochs):
             runs.save_checkpoint(folder, experiment.remembered)
             runs.draw_curve(folder, short_name(config.reward), *UNITS.get(config.reward, (1, "")))
+
+
+def join(parts):
+    """Trajectories, rewards (B,) and notes of several parts, as one each."""
+    trajectories, rewards, notes = zip(*parts)
+    return Trajectory.join(trajectories), torch.cat(rewards), sum(notes, [])
+
+
+def compare(experiment, texts, rewards):
+    """What each picture is worth to the algorithm, (B,): advantages for DDPO, weights for RWR; and figures for the log."""
+    config = experiment.config
+    if config.algorithm == "rwr":
+        return rwr_weights(texts, rewards, config.beta), {}
+    if config.algorithm == "rwr-sparse":
+        return sparse_weights(texts, rewards, config.percentile), {}
+    advantages, own_statistics = experiment.statistics.advantages(texts, rewards)
+    return advantages, {"own_statistics": own_statistics}
 
 
 def evaluate(experiment, prompts, reward, folder):
@@ -199,7 +176,7 @@ def evaluate(experiment, prompts, reward, folder):
     """
     config, epoch = experiment.config, experiment.epoch
     if not due(epoch, config.eval_every, config.epochs):
-        return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "seconds_eval"))
+        return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "eval_named", "seconds_eval"))
     clock, rngs = Clock(), global_rngs()
     chosen, images = draw_fixed(experiment.policy, prompts, config)
     rewards, notes = reward(images, chosen)
@@ -208,7 +185,8 @@ def evaluate(experiment, prompts, reward, folder):
     runs.save_samples(folder, epoch, [to_pil(image) for image in images], labels)
     set_global_rngs(rngs)
     clock.lap("seconds_eval")
-    return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(), **clock.laps,
+    return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(),
+            "eval_named": share_named(images, [prompt.text for prompt in chosen]), **clock.laps,
             **({"eval_notes": notes} if any(notes) else {})}
 
 
@@ -244,7 +222,7 @@ def progress_bar(experiment, folder):
 
 
 class Clock:
-    """Seconds since the last lap, by name."""
+    """Seconds since the last lap, by name; laps of one name add up."""
 
     def __init__(self):
         self.laps, self.start, self.last = {}, time.perf_counter(), time.perf_counter()
@@ -253,75 +231,25 @@ class Clock:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # else a lap would time the launching of kernels
         now = time.perf_counter()
-        self.laps[name], self.last = round(now - self.last, 3), now
+        self.laps[name], self.last = round(self.laps.get(name, 0) + now - self.last, 3), now
 
     def total(self):
         return time.perf_counter() - self.start
 
 
-# ---- Settings ----
-
-def short_name(reward):
-    """'compressibility', or the function's name of 'path/to/file.py:function'."""
-    return reward.rpartition(":")[2]
-
-
-def build_config(flags):
-    """Config with, in this order, what the algorithm, the preset and the flags ask for. Raises ValueError: see check."""
-    preset = PRESETS[flags.get("preset", "emoji")]
-    algorithm = flags.get("algorithm", Config.algorithm)
-    reward = flags.get("reward", Config.reward)
-    config = Config(**{**ALGORITHM_SETTINGS.get(algorithm, {}),
-                       **preset, **{key: value for key, value in flags.items() if key != "preset"}})
-    config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
-    # What is a path is kept whole, so that a run can be resumed from any folder.
-    path, colon, function = config.reward.rpartition(":")
-    config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
-    config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
-    config.model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(config)
-    return config
-
-
-def check(config):
-    """Refuse settings that cannot run. Raises ValueError, in one line, with what to do."""
-    for item in fields(config):
-        value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
-        may_be_zero = item.name in ("weight_decay", "seed", "adam_beta1", "adam_beta2")
-        if item.type in (int, float) and not (math.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
-            raise ValueError(f"{flag} {value}: must be a {'non-negative' if may_be_zero else 'positive'} number")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed {config.seed}: must be below {2**32}")
-    if max(config.adam_beta1, config.adam_beta2) >= 1:
-        raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
-    if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
-        raise ValueError(f"--updates-per-epoch {config.updates_per_epoch}: ddpo-sf takes one update an epoch, since its "
-                         "samples must come from the current weights; use --algorithm ddpo-is for more")
-    if config.samples_per_epoch % config.updates_per_epoch:
-        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
-                         f"{config.updates_per_epoch} equal shares")
-    if config.stats_min_count > config.stats_buffer:
-        raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
-                         "rewards can hold")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is to be seen; use --device cpu")
-    if config.precision == "fp16" and config.device == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; use --precision fp32 (or bf16) on a CPU")
-    if Path(config.name).name != config.name or config.name in (".", ".."):
-        raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
-
-
 def describe(config, policy, prompts, folder):
     """The derived numbers, in a few lines."""
     weights = sum(weight.numel() for weight in policy.unet.parameters())
-    images = config.samples_per_epoch // config.updates_per_epoch
+    if UPDATES[config.algorithm][1]:
+        images = config.samples_per_epoch // config.updates_per_epoch
+        share = f"{images} images x {config.sampling_steps} steps = {images * config.sampling_steps} pairs"
+    else:
+        share = f"{config.batch_size} images"
     return (f"{folder}: {short_name(config.reward)} by {config.algorithm} on {len(prompts)} prompts\n"
             f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}, {config.precision}\n"
             f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
             f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
-            f"all, each on {images} images x {config.sampling_steps} steps = {images * config.sampling_steps} pairs")
+            f"all, each on {share}")
 
 
 def outcome(config, rows, seconds):
@@ -332,25 +260,6 @@ def outcome(config, rows, seconds):
     return (f"{short_name(config.reward)}: {display(config.reward, before)} -> {display(config.reward, after)}{change} on "
             f"{config.eval_prompts} fixed prompts after {rows[-1]['reward_queries']} reward queries, "
             f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")
-
-
-def parse(argv):
-    """Flags, as a dict of those given."""
-    names = {"names": ", ".join(REWARDS), "sets": ", ".join(PROMPT_SETS), "algorithms": ", ".join(ALGORITHMS)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(fail(message))  # one line, not the usage of thirty flags
-    parser.add_argument("--preset", choices=PRESETS, help="emoji, the embedded model (default), or paper")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
-    choices = {"algorithm": ALGORITHMS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda")}
-    for item in fields(Config):
-        emoji = PRESETS["emoji"].get(item.name, item.default)
-        default = f"{item.default}" if emoji == item.default else (
-            f"{item.default or 'the reward’s'}; preset emoji: {Path(str(emoji)).name}")
-        parser.add_argument("--" + item.name.replace("_", "-"), type=item.type, choices=choices.get(item.name),
-                            metavar=item.name.split("_")[-1].upper(),
-                            help=item.metadata["help"] % names + (f" (default: {default})" if default else ""))
-    return vars(parser.parse_args(argv))
 
 
 def open_run(flags):
@@ -378,7 +287,7 @@ def open_run(flags):
         check(config)
     reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
     policy = load_policy(config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
-                         config.precision)
+                         config.precision, keep_reference=config.kl_weight > 0)
     experiment = Experiment(config, policy)
     if resumed is None:
         folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))
@@ -401,8 +310,8 @@ def fail(message):
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    flags = parse(argv)
     try:
+        flags = parse(argv, __doc__)
         experiment, prompts, reward, folder = open_run(flags)
     except (ValueError, OSError) as error:
         return fail(error)

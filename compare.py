@@ -1,0 +1,327 @@
+"""Figure 4 of the paper on the embedded model: the four algorithms at the same number of reward queries, by one command.
+
+    python compare.py --reward compressibility --seeds 5       # the comparison
+    python compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
+    python compare.py --ablation clip-range                    # one question; python compare.py --help names them all
+
+Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. Finished runs
+stand in results/REWARD/STUDY.jsonl, one line each, and are not run again; a run that was stopped is resumed. From them
+come STUDY.md, the table, and STUDY.png, the figure; and from the first seed's run, while it is there, STUDY_pictures.png.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import runs
+from rewards import REWARDS, UNITS
+from settings import ALGORITHMS, build_config, short_name
+from train import RUNS
+from variance import measure_variance
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+QUERIES = 1536
+SWEEP_QUERIES, SWEEP_SEED = 640, 100  # the comparison uses seeds from 0
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is a good enough 2.
+T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+
+
+def rounds(number, queries, images=32, passes=5):
+    """RWR's settings for that many rounds: each picture is learned from five times, as in the paper (400 x 128 / 10,000)."""
+    samples = queries // number
+    return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
+            "updates_per_epoch": round(passes * samples / images)}
+
+
+# The same number of settings for each algorithm, over learning rate and what is its own.
+SWEEP = {
+    "ddpo-is": [dict(learning_rate=4e-4, updates_per_epoch=4), dict(learning_rate=6e-4, updates_per_epoch=4),
+                dict(learning_rate=4e-4, updates_per_epoch=8), dict(learning_rate=6e-4, updates_per_epoch=8),
+                dict(learning_rate=2e-4, updates_per_epoch=16)],
+    "ddpo-sf": [dict(learning_rate=8e-4, samples_per_epoch=64), dict(learning_rate=4e-4, samples_per_epoch=32),
+                dict(learning_rate=4e-4, samples_per_epoch=16), dict(learning_rate=6e-4, samples_per_epoch=16),
+                dict(learning_rate=2e-4, samples_per_epoch=8)],
+    "rwr": [dict(learning_rate=lr, beta=beta, **rounds(number, SWEEP_QUERIES))
+            for lr, beta, number in ((1e-4, 5.0, 2), (3e-5, 5.0, 2), (3e-4, 5.0, 2), (1e-4, 20.0, 2), (1e-4, 5.0, 4))],
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rounds(number, SWEEP_QUERIES))
+                   for lr, percentile, number in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (3e-4, 0.9, 2), (1e-4, 0.75, 2),
+                                                  (1e-4, 0.9, 4))]}
+
+# One question each, on top of the emoji preset: the curves' labels and the flags behind them, and the number of queries.
+ABLATIONS = {
+    "guidance": (768, {"guided training": {"algorithm": "rwr-sparse", **rounds(6, 768)},
+                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rounds(6, 768)}}),
+    "kl": (768, {f"KL weight {weight:g}": {"kl_weight": weight} for weight in (0.0, 0.01, 0.1, 1.0)}),
+    "interleaving": (800, {f"{number} round{'s' * (number > 1)}": {"algorithm": "rwr", **rounds(number, 800)}
+                           for number in (1, 2, 5, 10, 20)}),
+    "estimators": (768, {"DDPO-IS": {}, "DDPO-SF, 64 images an update": {"algorithm": "ddpo-sf", "samples_per_epoch": 64},
+                         "DDPO-SF, as many updates": {"algorithm": "ddpo-sf", "samples_per_epoch": 8}}),
+    "clip-range": (768, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
+    "baseline": (768, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of results/REWARD/STUDY.jsonl to be: `flags` of train.py, name and seed apart, in the order they are shown."""
+    study: str
+    label: str
+    seed: int
+    flags: dict
+
+    @property
+    def name(self):
+        """Of its folder under runs/."""
+        words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
+        return f"{self.study}-{self.flags['reward']}-{words}-seed{self.seed}"
+
+    @property
+    def arguments(self):
+        """Of train.py."""
+        pairs = [(name.replace("_", "-"), value) for name, value in {**self.flags, "seed": self.seed}.items()]
+        return [word for name, value in pairs for word in (
+            [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", f"{value}"])]
+
+    @property
+    def queries(self):
+        return self.flags["epochs"] * build_config(self.flags).samples_per_epoch
+
+
+def plan(study, label, seed, flags, queries):
+    """A run of that many reward queries, or the next smaller number that its epochs divide, evaluated about eight times."""
+    epochs = flags.get("epochs", queries // build_config(flags).samples_per_epoch)
+    if epochs < 1:
+        raise ValueError(f"{queries} queries are less than an epoch of {label}")
+    every = -(-epochs // 8)
+    return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every, "checkpoint_every": every})
+
+
+def plans(args, common):
+    """The runs of the study asked for, seed by seed, so that a study cut short is one of fewer seeds."""
+    if args.sweep:
+        return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**common, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
+                for algorithm, choices in SWEEP.items() for k, choice in enumerate(choices)]
+    if args.ablation:
+        queries, choices = ABLATIONS[args.ablation]
+        return [plan(args.ablation, label, seed, {**common, **choice}, queries)
+                for seed in range(args.seeds) for label, choice in choices.items()]
+    return [plan("main", algorithm, seed, {**common, "algorithm": algorithm}, args.queries)
+            for seed in range(args.seeds) for algorithm in ALGORITHMS]
+
+
+def do(run, bar):
+    """Train it, from the start or from where it was stopped, and return its line for the results."""
+    folder = RUNS / run.name
+    if (folder / "checkpoint").exists():
+        arguments = ["--resume", str(folder)]
+    elif folder.exists():
+        raise ValueError(f"{folder} was stopped before its first checkpoint: delete it, and go on with the same command")
+    else:
+        arguments = [*run.arguments, "--name", run.name]
+    done, start = bar.n, time.time()
+    if not (folder / "model").exists():
+        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *arguments], text=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
+        try:
+            while process.poll() is None:
+                rows = runs.read_rows(folder)
+                bar.n = done + (rows[-1]["reward_queries"] if rows else 0)
+                bar.refresh()
+                time.sleep(1)
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted, too, and saves
+            raise
+        if process.returncode:
+            raise ValueError(f"{run.name} failed: {process.stderr.read().strip().splitlines()[-1]}")
+    bar.n = done + run.queries
+    rows = runs.read_rows(folder)
+    seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
+    kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "reward_mean", "approx_kl", "grad_norm", "loss")
+    return {**asdict(run), "command": " ".join(["python train.py", *run.arguments]), "commit": commit(), "machine": machine(),
+            "minutes": round(seconds / 60, 2), "updates": run.flags["epochs"] * build_config(run.flags).updates_per_epoch,
+            "rows": [{name: row[name] for name in kept} for row in rows]}
+
+
+def commit():
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def machine():
+    import torch
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, torch {torch.__version__}{gpu}"
+
+
+# ---- What came out ----
+
+def evaluated(line):
+    """The evaluations of a run: queries, reward, share of the animals that the judge names (NaN where it cannot)."""
+    rows = [row for row in line["rows"] if row["eval_reward_mean"] is not None]
+    return tuple(np.array([np.nan if row[name] is None else row[name] for row in rows], float)
+                 for name in ("reward_queries", "eval_reward_mean", "eval_named"))
+
+
+def area(line):
+    """Area under the curve of reward against queries, divided by the queries: the mean reward on the way."""
+    queries, reward, _ = evaluated(line)
+    return np.trapezoid(reward, queries) / queries[-1]
+
+
+def queries_to(line, gain):
+    """Reward queries, interpolated, at which the reward first stood that share of its start above it; NaN if it never did."""
+    queries, reward, _ = evaluated(line)
+    target = reward[0] + gain * abs(reward[0])
+    above = np.nonzero(reward >= target)[0]
+    if not len(above):
+        return np.nan
+    k = above[0]
+    return np.interp(target, reward[k - 1:k + 1], queries[k - 1:k + 1])
+
+
+def interval(values):
+    """Mean, and half the 95 % interval of the mean (Student's t over the seeds); NaN for one seed."""
+    values = np.asarray(values, float)
+    n = len(values)
+    spread = values.std(ddof=1) / n**0.5 if n > 1 else np.nan
+    return values.mean(), spread * (T_95[n - 1] if n <= len(T_95) else 2.0)
+
+
+def by_label(lines):
+    """label -> its lines, in the order of the first."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(line["label"], []).append(line)
+    return groups
+
+
+def table(lines, reward):
+    """The study in Markdown, one row a label."""
+    factor, unit = UNITS.get(reward, (1, ""))
+
+    def cell(values, digits=2, scale=1.0):
+        mean, half = interval([scale * value for value in values])
+        return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+    rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "change (%)", f"area under the curve ({unit})",
+             "still named, end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
+    for label, group in by_label(lines).items():
+        ends = [evaluated(line) for line in group]
+        reached = []
+        for gain in (0.1, 0.2):
+            values = [value for value in (queries_to(line, gain) for line in group) if np.isfinite(value)]
+            reached.append(f"{np.mean(values):.0f} ({len(values)} of {len(group)})" if values else f"- (0 of {len(group)})")
+        rows.append([label, str(len(group)), cell([e[1][0] for e in ends], scale=factor), cell([e[1][-1] for e in ends],
+                     scale=factor), cell([100 * (e[1][-1] - e[1][0]) / abs(e[1][0]) for e in ends], 1),
+                     cell([area(line) for line in group], scale=factor), cell([100 * e[2][-1] for e in ends], 1), *reached,
+                     f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def figure(lines, reward, path):
+    """Reward against queries, and against the share of animals that the judge still names: mean and 95 % interval."""
+    from matplotlib.figure import Figure
+    factor, unit = UNITS.get(reward, (1, ""))
+    plot = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = plot.subplots(1, 2, sharey=True)
+    for label, group in by_label(lines).items():
+        curves = [evaluated(line) for line in group]
+        queries, rewards, named = (np.stack([curve[k] for curve in curves]) for k in range(3))
+        mean, half = np.array([interval(column) for column in factor * rewards.T]).T
+        drawn, = left.plot(queries[0], mean, "o-", markersize=3, label=f"{label} ({len(group)} seeds)")
+        left.fill_between(queries[0], mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        right.plot(100 * named.mean(0), mean, "-", color=drawn.get_color())
+        right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=drawn.get_color())
+    name = f"{reward} ({unit})" if unit else reward
+    left.set(xlabel="reward queries", ylabel=name, title="mean and 95 % interval over seeds")
+    right.set(xlabel="animals that the judge names (%)", title="line: mean on the way; points: seeds at the end")
+    left.legend(fontsize=8)
+    runs.write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
+
+
+def pictures(planned, path):
+    """The first fixed prompts before, and after each label's run of the first seed, one row each; needs their folders."""
+    first = [run for run in planned if run.seed == planned[0].seed]
+    grids = [sorted((RUNS / run.name / "samples").glob("epoch_*.png")) for run in first]
+    if all(grids):
+        rows = [("before", grids[0][0]), *((run.label, grid[-1]) for run, grid in zip(first, grids))]
+        runs.write_atomically(path, runs.first_rows(rows).save)
+
+
+def report(lines, planned, path):
+    """STUDY.md, STUDY.png and the pictures."""
+    reward = short_name(planned[0].flags["reward"])
+    settings = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
+    made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
+    text = (f"# {planned[0].study}: {reward}\n\n`{command_line()}`, {'; '.join(made)}. 95 % intervals (Student's t) over the "
+            f"seeds.\n\n{table(lines, reward)}\n\n![the curves]({path.name}.png)\n\n{settings}\n")
+    runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
+    figure(lines, reward, path.with_name(path.name + ".png"))
+    pictures(planned, path.with_name(path.name + "_pictures.png"))
+    return table(lines, reward)
+
+
+def command_line():
+    return " ".join(["python compare.py", *sys.argv[1:]])
+
+
+def study(args):
+    """Run what is missing of a study, and report. Raises ValueError, OSError."""
+    common = {"reward": args.reward, **({"device": args.device} if args.device else {})}
+    planned = plans(args, common)
+    path = RESULTS / short_name(args.reward) / planned[0].study
+    log = path.with_name(path.name + ".jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def finished():
+        lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+        return {(line["label"], line["seed"], json.dumps(line["flags"])): line for line in lines}
+
+    def key(run):
+        return run.label, run.seed, json.dumps(run.flags)
+
+    missing = [run for run in planned if key(run) not in finished()]
+    with tqdm(total=sum(run.queries for run in planned), unit="query", smoothing=0,
+              initial=sum(run.queries for run in planned if run not in missing)) as bar:
+        for run in missing:
+            bar.set_description(run.name)
+            line = do(run, bar)
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+    lines = finished()
+    return report([lines[key(run)] for run in planned], planned, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
+    parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
+    parser.add_argument("--queries", type=int, default=QUERIES, help=f"reward queries of a run (default: {QUERIES})")
+    parser.add_argument("--device", help="of train.py: auto, cpu or cuda")
+    parser.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
+    parser.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
+    args = parser.parse_args(argv)
+    args.seeds = args.seeds or (3 if args.ablation else 5)
+    try:
+        print(measure_variance(args.reward, RESULTS / short_name(args.reward)) if args.ablation == "variance" else study(args))
+    except (ValueError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncompare.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
