@@ -66,11 +66,11 @@ ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "
 PRESETS = {
     "emoji": {
         "model": str(Path(__file__).resolve().parent / "assets" / "emoji"), "prompts": "common_animals",
-        "precision": "fp32", "epochs": 26, "samples_per_epoch": 64, "sampling_steps": 8, "learning_rate": 4e-4,
+        "precision": "fp32", "epochs": 26, "samples_per_epoch": 64, "sampling_steps": 10, "learning_rate": 4e-4,
         # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
         "clip_range": 2e-3,
         # About one image per prompt and epoch: a prompt's own statistics come late, and stale.
-        "stats_buffer": 16, "stats_min_count": 4,
+        "stats_buffer": 16, "stats_min_count": 8,
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,17 @@ import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import baselines_rwr
+import compare
 import ddpo
 import pretrain
 import prompts
 import rewards
 import runs
 import sampling
+import settings
 import train
+import variance
 
 HERE = Path(__file__).resolve().parent
 EMOJI = HERE / "assets" / "emoji"
@@ -70,9 +75,10 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def learner(policy, learning_rate=1e-3, **settings):
-    """What ddpo_update takes beside a trajectory and advantages."""
-    config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0, **settings})
+def learner(policy, learning_rate=1e-3, **changes):
+    """What ddpo_update and rwr_update take beside a trajectory and advantages or weights."""
+    config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
+                                "kl_weight": 0.0, "batch_size": 8, "guided_training": True, **changes})
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
     return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
 
@@ -140,6 +146,14 @@ def test_log_prob_is_the_mean_over_dimensions_of_torch_distributions():
     sigma = torch.rand((5, 1, 1, 1), generator=rng()) + 0.01
     expected = torch.distributions.Normal(mean, sigma).log_prob(x_prev).mean((1, 2, 3))
     torch.testing.assert_close(sampling.log_prob(x_prev, mean, sigma), expected)
+
+
+def test_kl_is_that_of_torch_distributions_per_dimension():
+    mean, other = torch.randn(2, 3, 4, 8, 8, generator=rng())
+    sigma = torch.rand(3, 1, 1, 1, generator=rng()) + 0.1
+    Normal = torch.distributions.Normal
+    oracle = torch.distributions.kl_divergence(Normal(mean, sigma), Normal(other, sigma)).mean((1, 2, 3))
+    torch.testing.assert_close(sampling.gaussian_kl(mean, other, sigma), oracle)
 
 
 def test_guided_prediction_equals_the_plain_formula(tiny_policy):
@@ -227,15 +241,152 @@ def test_statistics_survive_a_checkpoint():
     assert after[0][0].tolist() == after[1][0].tolist() and after[0][1] == after[1][1] == 1
 
 
+def test_other_baselines_are_the_batch_alone_or_nothing():
+    prompts, values = ["a"] * 4 + ["b"] * 4, np.arange(8.0)
+    advantages = {name: ddpo.PromptStatistics(4, 2, 100, name).advantages(prompts, values)[0] for name in ddpo.BASELINES}
+    np.testing.assert_allclose(advantages["batch"], (values - 3.5) / values.std(), rtol=1e-6)
+    np.testing.assert_allclose(advantages["none"], values)
+    np.testing.assert_allclose(advantages["prompt"][:4], advantages["prompt"][4:])
+
+
+# ---- Reward-weighted regression ----
+
+def test_rwr_weights_are_a_softmax_per_prompt_that_averages_one():
+    prompts, values = ["a", "b", "a", "b", "b"], [1, 5, 2, 5, 6]  # integers, too
+    weights = baselines_rwr.rwr_weights(prompts, values, beta=2.0)
+    e = np.exp(2.0)
+    np.testing.assert_allclose(weights[[0, 2]], np.array([1, e]) / (1 + e) * 2, rtol=1e-6)
+    np.testing.assert_allclose(weights[[1, 3, 4]], np.array([1, 1, e]) / (2 + e) * 3, rtol=1e-6)
+    # Per prompt, not global: what another prompt gets does not matter.
+    torch.testing.assert_close(baselines_rwr.rwr_weights(prompts, [1, 105, 2, 105, 106], 2.0), weights)
+    assert weights.dtype == torch.float32
+
+
+def test_rwr_at_beta_zero_is_plain_fine_tuning_and_at_a_large_one_the_best_sample():
+    prompts, values = ["a"] * 3 + ["b"] * 2, [0.1, 0.3, 0.2, -1e4, 1e4]
+    assert baselines_rwr.rwr_weights(prompts, values, 0.0).tolist() == [1] * 5
+    torch.testing.assert_close(baselines_rwr.rwr_weights(prompts, values, 1e4), torch.tensor([0.0, 3, 0, 0, 2]))
+
+
+def test_sparse_weights_keep_the_top_fraction_of_each_prompt():
+    prompts = ["a"] * 20 + ["b"] * 4
+    weights = baselines_rwr.sparse_weights(prompts, [*range(20), 900, 903, 901, 902], percentile=0.9)
+    assert weights.tolist() == [0] * 18 + [10, 10] + [0, 4, 0, 0]  # of fewer than ten: the best one
+    assert baselines_rwr.sparse_weights(prompts, range(24), 0.0).tolist() == [1] * 24
+    assert baselines_rwr.sparse_weights(["a"] * 4, [1, 7, 7, 7], 0.5).tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize("weigh", [baselines_rwr.rwr_weights, baselines_rwr.sparse_weights])
+def test_where_nothing_can_be_compared_all_weights_are_one(weigh):
+    assert weigh(["a", "b", "b", "b"], [3.0, 0.1, 0.1, 0.1], 0.9).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_uniform_weights_without_guidance_are_the_plain_denoising_loss(tiny_policy, kind):
+    tiny_policy.pipeline.scheduler.register_to_config(prediction_type=kind)
+    policy = replace(tiny_policy, guidance_scale=1.0, schedule=replace(tiny_policy.schedule, prediction_type=kind))
+    trajectory, _ = sampling.rollout(policy, ["a cat", "a dog", "an ant"], rng(), 3, keep_chain=False)
+    noise, t, rows = torch.randn(3, 4, 8, 8, generator=rng(1)), torch.tensor([3, 500, 999]), torch.arange(3)
+    with torch.no_grad():
+        ours, _ = baselines_rwr.weighted_denoising_loss(
+            *baselines_rwr._predict_and_target(policy, trajectory, rows, noise, t), torch.ones(3))
+        # As in diffusers' train_text_to_image.py.
+        pipeline, x_0 = policy.pipeline, trajectory.latents[:, 0]
+        x_t = pipeline.scheduler.add_noise(x_0, noise, t)
+        ids = pipeline.tokenizer(list(trajectory.prompts), padding="max_length", return_tensors="pt").input_ids
+        target = {"epsilon": noise, "v_prediction": pipeline.scheduler.get_velocity(x_0, noise, t), "sample": x_0}[kind]
+        plain = torch.nn.functional.mse_loss(pipeline.unet(x_t, t, pipeline.text_encoder(ids)[0]).sample, target)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_the_weighted_loss_is_the_mean_of_weight_times_squared_error():
+    prediction, target = torch.randn(2, 3, 4, 2, 2, generator=rng())
+    loss, info = baselines_rwr.weighted_denoising_loss(prediction, target, torch.tensor([2.0, 0.0, 1.0]))
+    errors = [((prediction[i] - target[i]) ** 2).mean() for i in range(3)]
+    torch.testing.assert_close(loss, (2 * errors[0] + errors[2]) / 3)
+    torch.testing.assert_close(info["denoising_error"], sum(errors) / 3)
+
+
+def test_rwr_draws_from_reshuffled_passes_over_the_kept_samples():
+    batches = baselines_rwr._reshuffled_passes(torch.tensor([3, 5, 8]), batches=4, batch_size=5, rng=rng())
+    assert batches.shape == (4, 5)
+    assert sorted(torch.unique(batches, return_counts=True)[1].tolist()) == [6, 7, 7]
+    for start in range(0, 18, 3):  # each pass holds each sample once
+        assert sorted(batches.flatten()[start:start + 3].tolist()) == [3, 5, 8]
+
+
+def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do_not_count(tiny_model):
+    results = []
+    for micro_batch, noise in ((1, 0), (8, 0), (3, 0), (8, 9)):
+        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        trajectory, _ = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
+        trajectory.latents[[0, 5]] += noise
+        extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9)
+        extras["optimizer"] = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
+        info = baselines_rwr.rwr_update(policy, trajectory, torch.tensor([0.0, 1, 2, 1, 1, 0, 2, 1]), **extras)
+        results.append((weights(policy), info))
+    for other, info in results[1:]:
+        assert info == pytest.approx(results[0][1], rel=1e-3)
+        for name, weight in results[0][0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_training_without_guidance_is_another_loss(tiny_model):
+    losses = []
+    for guided in (True, False):
+        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        trajectory, _ = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
+        losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
+                                               **learner(policy, guided_training=guided))["denoising_error"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest number of bytes that the tensors made in it held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def test_without_chain_memory_does_not_grow_with_the_number_of_steps(tiny_model):
+    peaks = {}
+    for steps, keep_chain in itertools.product((10, 80), (False, True)):
+        policy = sampling.load_policy(tiny_model, steps, 1.0, 5.0)
+        with PeakMemory() as memory:
+            sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain)
+        peaks[steps, keep_chain] = memory.peak
+    chain = 8 * 70 * (4 * 8 * 8 + 1) * 4  # bytes of 70 more latents and log-probs of 8 images
+    assert peaks[80, False] - peaks[10, False] < 0.02 * chain
+    assert peaks[80, True] - peaks[10, True] > chain
+
+
 # ---- The chain and its scoring ----
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 60])
 def test_ratio_is_one_for_every_pair_before_the_first_update(micro_batch):
-    policy = sampling.load_policy(EMOJI, steps=10, eta=1.0, guidance_scale=5.0)  # the preset's
+    config = settings.build_config({})
+    policy = sampling.load_policy(EMOJI, config.sampling_steps, config.eta, config.guidance_scale)
     trajectory, _ = sampling.rollout(policy, ["a cat", "two dogs"] * 3, rng(), batch_size=4)
-    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(10))
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(config.sampling_steps))
     with torch.no_grad():
-        scored = torch.cat([sampling.score(policy, trajectory, *part.T) for part in pairs.split(micro_batch)])
+        scored = torch.cat([sampling.score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
     ratio = (scored - trajectory.log_probs.flatten()).exp()
     assert (ratio - 1).abs().max() <= 1e-6
 
@@ -253,18 +404,31 @@ def test_bf16_autocast_keeps_the_ratio_within_a_thousandth_even_at_unequal_batch
     trajectory, _ = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(4))
     with torch.no_grad():
-        scored = torch.cat([sampling.score(policy, trajectory, *part.T) for part in pairs.split(3)])
+        scored = torch.cat([sampling.score(policy, trajectory, *part.T)[0] for part in pairs.split(3)])
     assert trajectory.latents.dtype == scored.dtype == torch.float32
     assert ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max() < 1e-3
+
+
+def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(tiny_model):
+    kls = {}
+    for weight in (0.0, 100.0):
+        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, keep_reference=True)
+        trajectory, _ = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
+        extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
+        kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)), loss=ddpo.clipped_loss,
+                                        **extras)["kl_pretrained"] for k in range(8)]
+        assert all(not weight.requires_grad for weight in policy.reference.unet.parameters())
+    assert kls[0.0][0] == kls[100.0][0] == 0
+    assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 
 
 def test_pairs_keep_their_own_latents_and_prompts_when_shuffled(tiny_policy):
     trajectory, _ = sampling.rollout(tiny_policy, ["a cat", "an ant", "two dogs", "a bee"], rng(), 4)
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     pairs = pairs[torch.randperm(len(pairs), generator=rng())]
-    scored = sampling.score(tiny_policy, trajectory, *pairs.T)
+    scored, _ = sampling.score(tiny_policy, trajectory, *pairs.T)
     torch.testing.assert_close(scored, trajectory.log_probs[pairs[:, 0], pairs[:, 1]], rtol=0, atol=1e-6)
-    wrong = sampling.score(tiny_policy, replace(trajectory, prompts=trajectory.prompts[::-1]), *pairs.T)
+    wrong, _ = sampling.score(tiny_policy, replace(trajectory, prompts=trajectory.prompts[::-1]), *pairs.T)
     assert (wrong - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
 
 
@@ -297,7 +461,7 @@ def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
     ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **extras)
     total = 0
     for i, k in itertools.product(range(2), range(3)):
-        log_prob = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
+        log_prob, _ = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
         total = total - advantages[i] * (log_prob - trajectory.log_probs[i, k]).exp().sum() / 6
     total.backward()
     torch.nn.utils.clip_grad_norm_(two.unet.parameters(), 1.0)
@@ -324,8 +488,14 @@ def test_without_chain_only_x_0_is_kept_and_it_is_the_same(tiny_policy):
 
 def test_rollout_equals_diffusers_own_pipeline(tiny_policy):
     _, ours = sampling.rollout(tiny_policy, ["a cat"], rng(), 1)
-    theirs = drawn_by_diffusers(tiny_policy.pipeline, "a cat", torch.randn((1, 5, 4, 8, 8), generator=rng()))
+    theirs = drawn_by_diffusers(tiny_policy.pipeline, "a cat", first_noise(rng(), images=1, states=5))
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=1e-4)
+
+
+def first_noise(rng, images, states):
+    """The noise (1, T + 1, 4, 8, 8) of the first of so many images of a rollout."""
+    seed = torch.randint(2**62, (images,), generator=rng)[0].item()
+    return torch.randn((1, states, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
 
 
 def drawn_by_diffusers(pipeline, prompt, noise):
@@ -405,7 +575,7 @@ def test_the_embedded_model_draws_with_plain_diffusers():
 
 def test_the_check_uses_the_presets_steps_and_guidance():
     args = pretrain.parse([])
-    config = train.build_config({})
+    config = settings.build_config({})
     assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.guidance_scale)
 
 
@@ -480,6 +650,14 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_rewar
     assert chance < learned / 3  # noise moves the pictures too, but not up the reward
 
 
+def test_rwr_learns_on_the_embedded_model_in_one_round(own_reward):
+    rows = run("--reward", own_reward("redness"), "--algorithm", "rwr", "--epochs", 1, "--samples-per-epoch", 96,
+               "--sampling-steps", 4, "--guidance-scale", 1, "--beta", 100, "--updates-per-epoch", 24, "--batch-size", 32,
+               "--learning-rate", 3e-4, "--eval-prompts", 45)
+    gain, spread = rows[1]["eval_reward_mean"] - rows[0]["eval_reward_mean"], rows[0]["eval_reward_std"] / 45**0.5
+    assert gain > 3 * spread
+
+
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
     rows = run(*tiny_flags(tiny_model, **{"learning-rate": 1e-2}))
     pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")
@@ -491,7 +669,7 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
     fixed = [prompts.common_animals()[k * 45 // 3] for k in range(3)]
     _, images = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)
     np.testing.assert_allclose(images[:1].permute(0, 2, 3, 1).numpy(), drawn_by_diffusers(
-        pipeline, "a cat", torch.randn((3, 4, 4, 8, 8), generator=rng(train.EVAL_SEED))[:1]), atol=1e-4)
+        pipeline, "a cat", first_noise(rng(train.EVAL_SEED), images=3, states=4)), atol=1e-4)
     values, _ = rewards.load_reward("compressibility")(images, fixed)
     assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
 
@@ -501,7 +679,8 @@ def test_a_run_logs_every_epoch_and_leaves_its_pictures(tiny_model, own_reward, 
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert [row["reward_queries"] for row in rows] == [0, 4, 8, 12]
     assert [row["eval_reward_mean"] is None for row in rows] == [False, True, False, False]
-    assert rows[0]["loss"] is None and all(np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_FIGURES)
+    assert rows[0]["loss"] is None and all(
+        np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_FIGURES if name != "denoising_error")
     assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
             "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
     assert all(row["ratio_deviation"] <= 1e-6 for row in rows[1:])
@@ -523,7 +702,7 @@ def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_mode
     assert one[1]["reward_mean"] != other[1]["reward_mean"] and one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf"])
+@pytest.mark.parametrize("algorithm", settings.ALGORITHMS)
 def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
     flags = dict(algorithm=algorithm, **{"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}, reward=own_reward("shuffled"))
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=4, **flags))
@@ -554,13 +733,87 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
 
 
 def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
-    paper = train.build_config({"preset": "paper", "precision": "fp32"})
+    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
     assert (paper.learning_rate, paper.clip_range, paper.sampling_steps, paper.guidance_scale) == (1e-5, 1e-4, 50, 5.0)
     assert (paper.samples_per_epoch, paper.updates_per_epoch, paper.weight_decay, paper.max_grad_norm) == (256, 4, 1e-4, 1.0)
     assert (paper.stats_buffer, paper.stats_min_count, paper.advantage_clip, paper.prompts) == (32, 16, 10, "imagenet_animals")
-    assert train.build_config({"algorithm": "ddpo-sf"}).updates_per_epoch == 1
-    assert train.build_config({}).model == str(EMOJI) and train.build_config({}).prompts == "common_animals"
-    assert train.build_config({"sampling_steps": 7}).sampling_steps == 7
+    assert settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": "ddpo-sf"}).updates_per_epoch == 1
+    for algorithm in ("rwr", "rwr-sparse"):
+        rwr = settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": algorithm})
+        assert (rwr.samples_per_epoch, rwr.updates_per_epoch, rwr.batch_size) == (10_000, 400, 128)
+        assert (rwr.beta, rwr.percentile, rwr.guided_training) == (0.2, 0.9, True)
+    assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "common_animals"
+    assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
+
+
+# ---- compare.py ----
+
+def line(label, seed, queries, rewards, named=None):
+    return {"study": "s", "label": label, "seed": seed, "flags": {"reward": "compressibility"}, "command": "python train.py",
+            "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2, "rows": [
+                {"reward_queries": q, "eval_reward_mean": r, "eval_named": n}
+                for q, r, n in zip(queries, rewards, named or [1.0] * len(queries))]}
+
+
+def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
+    assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5), rel=1e-3)
+    assert compare.interval([5])[0] == 5 and np.isnan(compare.interval([5])[1])
+    one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
+    assert compare.area(one) == pytest.approx((-1.5 * 100 - 200) / 300)
+    assert compare.queries_to(one, 0.25) == pytest.approx(50) and compare.queries_to(one, 0.0) == 0
+    assert np.isnan(compare.queries_to(one, 0.9))
+    skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "eval_named": None}]}
+    assert compare.area(skipped) == compare.area(one)
+
+
+def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 2, "eval_prompts": 9, "updates_per_epoch": 1}
+    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    args = SimpleNamespace(sweep=False, ablation="tiny", seeds=1, reward="compressibility", device=None)
+    done = compare.plans(args, {"reward": "compressibility"})[1]
+    folder = tmp_path / "results" / "compressibility"
+    folder.mkdir(parents=True)
+    (folder / "tiny.jsonl").write_text(json.dumps(
+        {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "flags": done.flags}) + "\n")
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "| two | 1 | 2.00 | 0.50 | 75.0 |" in told and "| one | 1 |" in told
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
+    assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("nothing is missing"))
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
+    assert capsys.readouterr().out == told
+    assert len((folder / "tiny.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries():
+    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}):
+        args = SimpleNamespace(**{"sweep": False, "ablation": None, "seeds": 2, "queries": compare.QUERIES, **options})
+        planned = compare.plans(args, {"reward": "compressibility"})
+        assert len({planned_run.name for planned_run in planned}) == len(planned)
+        assert len({planned_run.queries for planned_run in planned}) == 1
+        for planned_run in planned:  # raises ValueError where train.py would
+            settings.build_config(settings.parse(planned_run.arguments, ""))
+
+
+def test_signal_to_noise_is_that_of_a_known_gaussian():
+    mean, N, batch = 0.05, 800, 64
+    gradients = mean + np.random.default_rng(0).standard_normal((N, 100))
+    advantages = np.ones(N)
+    snr, error = variance.jackknife(gradients @ gradients.T, advantages, batch, groups=20)
+    assert snr == pytest.approx(mean * batch**0.5, abs=4 * error) and 0 < error < snr / 5
+
+
+def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy):
+    trajectory, _ = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
+    advantages, extras = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    ddpo.accumulate_gradient(tiny_policy, trajectory, advantages, pairs, extras["scaler"], extras["config"],
+                             ddpo.score_function_loss, SimpleNamespace(update=lambda n: None))
+    gradient = torch.cat([weight.grad.flatten() for weight in tiny_policy.unet.parameters()])
+    torch.testing.assert_close(-(advantages @ variance.score_functions(tiny_policy, trajectory)) / 3, gradient,
+                               rtol=1e-3, atol=1e-6)
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
@@ -582,6 +835,11 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 4"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
+    (["--no-guided-training"], "--no-guided-training is for RWR"),
+    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight 1 is for DDPO"),
+    (["--percentile", "1"], "--percentile 1: must be below 1"),
+    (["--beta", "-1"], "--beta -1.0: must be a non-negative number"),
+    (["--baseline", "value"], "invalid choice: 'value'"),
     (["--epochs", "0"], "--epochs 0: must be a positive number"),
     (["--learning-rate", "-1"], "--learning-rate -1.0: must be a positive number"),
     (["--clip-range", "nan"], "--clip-range nan: must be a positive number"),
@@ -631,8 +889,8 @@ def test_ctrl_c_inside_a_reward_saves_too(tiny_model, own_reward, capsys):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_model, monkeypatch, capsys):
-    monkeypatch.setitem(train.ALGORITHMS, "ddpo-is", partial(
-        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))))
+    monkeypatch.setitem(train.UPDATES, "ddpo-is", (partial(
+        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))), True))
     run(*tiny_flags(tiny_model), code=2)
     assert "the gradient is not finite" in capsys.readouterr().err
     policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)

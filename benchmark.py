@@ -1,0 +1,136 @@
+"""What a query costs on the machine at hand, and whether the ratio is 1 there: seconds, memory, precision.
+
+    python benchmark.py                                        # the emoji preset
+    python benchmark.py --preset paper --model random          # Stable Diffusion v1.4's architecture, without a download
+    python benchmark.py --preset paper --model random --algorithm rwr --images 256
+
+For each precision it draws images as train.py does, scores what was drawn at other batch sizes than it was drawn at (kernels
+of another shape round otherwise, and under autocast that is not small), learns from it, and prints a row of a table. `random`
+makes the model once, under runs/: its pictures are noise, but they cost what real ones cost.
+"""
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import runs
+from prompts import load_prompts
+from sampling import PRECISIONS, load_policy, rollout, score
+from settings import ALGORITHMS, PRESETS, build_config
+from train import RUNS, UPDATES, Experiment
+
+# TFLOP of a query at 512 x 512 and 50 steps: a guided U-Net step is 2 x 0.803 forward, learning three times that; decoding 2.5.
+TFLOP_STEP, TFLOP_DECODE = 2 * 0.803, 2.5
+
+
+def random_stable_diffusion(folder):
+    """A pipeline of Stable Diffusion v1.4's architecture with random weights, 4 GB in fp32, in that folder."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    # The embedded model's tokenizer, padded to Stable Diffusion's length: which words a random model reads is all the same.
+    tokenizer = CLIPTokenizer.from_pretrained(Path(PRESETS["emoji"]["model"]) / "tokenizer", model_max_length=77)
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+                              steps_offset=1, set_alpha_to_one=False)
+    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
+                                       requires_safety_checker=False)
+    runs.write_atomically(folder, pipeline.save_pretrained)
+
+
+def timed(device, work):
+    """The result of work(), its seconds, and on a GPU its peak memory in GB."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+
+
+@torch.no_grad()
+def ratio_deviation(policy, trajectory, micro_batch):
+    """Largest |p_theta / p_old - 1| over all recorded pairs, scored so many at a time by the weights that drew them."""
+    B, T = trajectory.log_probs.shape
+    pairs = torch.cartesian_prod(torch.arange(B), torch.arange(T))
+    scored = torch.cat([score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
+    return ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max().item()
+
+
+def measure(config, images, micro_batches, peak):
+    """A row of the table."""
+    policy = load_policy(config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device, config.precision)
+    experiment = Experiment(config, policy)
+    update, keep_chain = UPDATES[config.algorithm]
+    texts = [prompt.text for prompt in (load_prompts(config.prompts) * images)[:images]]
+
+    def draw(number):
+        return rollout(policy, texts[:number], torch.Generator().manual_seed(0), config.sample_batch, keep_chain)
+
+    def learn(trajectory):
+        return update(policy, trajectory, torch.randn(images).abs(), experiment.optimizer, experiment.scaler, experiment.rng,
+                      config)
+
+    draw(min(images, config.sample_batch))  # to warm up: the first call of each kernel is not what an epoch is made of
+    (trajectory, _), sampling, memory_sampling = timed(config.device, lambda: draw(images))
+    deviations = [ratio_deviation(policy, trajectory, size) for size in micro_batches] if keep_chain else []
+    _, learning, memory_learning = timed(config.device, lambda: learn(trajectory))
+    row = [config.precision, f"{sampling / images:.3g}", f"{learning / images:.3g}", f"{memory_sampling:.1f}",
+           f"{memory_learning:.1f}", *(f"{deviation:.1e}" for deviation in deviations)]
+    if peak and keep_chain:
+        query = config.sampling_steps * 4 * TFLOP_STEP + TFLOP_DECODE
+        row.append(f"{query / peak / ((sampling + learning) / images):.0%}")
+    return row
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="emoji", help="whose settings (default: emoji)")
+    add("--model", help="folder or hub name, or random; by default the preset's")
+    add("--algorithm", choices=ALGORITHMS, default="ddpo-is")
+    add("--precision", nargs="+", choices=PRECISIONS, help="default: fp32 on a CPU, all three on a GPU")
+    add("--images", type=int, default=16, help="drawn and learned from (default: 16)")
+    add("--sample-batch", type=int, help="images drawn at a time; by default the preset's")
+    add("--micro-batch", type=int, help="pairs learned from at a time; by default the preset's")
+    add("--ratio-batches", type=int, nargs="+", default=[1, 7, 16], help="pairs scored at a time (default: 1 7 16)")
+    add("--peak-tflops", type=float, help="of the card, dense, for the share of it that 512 x 512 pictures reach")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch")
+             if getattr(args, name)}
+    try:
+        if args.model == "random":
+            flags["model"] = str(RUNS / "random-stable-diffusion")
+            if not Path(flags["model"]).exists():
+                random_stable_diffusion(Path(flags["model"]))
+        config = build_config({**flags, "precision": "fp32"})
+        updates = 1 if UPDATES[config.algorithm][1] else max(1, 5 * args.images // config.batch_size)
+        config = replace(config, samples_per_epoch=args.images, updates_per_epoch=updates)
+        names = ["precision", "sampling (s/query)", "learning (s/query)", "peak GB sampling", "peak GB learning"]
+        chain = UPDATES[config.algorithm][1]
+        names += [f"largest \\|ratio - 1\\| at {size} pairs" for size in args.ratio_batches] if chain else []
+        names += ["share of peak"] if args.peak_tflops and chain else []
+        print(f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
+              f"learned from {config.micro_batch} at a time\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+        for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
+            row = measure(replace(config, precision=precision), args.images, args.ratio_batches, args.peak_tflops)
+            print("| " + " | ".join(row) + " |", flush=True)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
