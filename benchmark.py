@@ -14,13 +14,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import runs
 from prompts import load_prompts
-from sampling import PRECISIONS, load_policy, rollout, score
+from sampling import PRECISIONS, rollout, score
 from settings import ALGORITHMS, PRESETS, build_config
-from train import RUNS, UPDATES, Experiment
+from train import RUNS, UPDATES, Experiment, policy_of
 
 # TFLOP of a query at 512 x 512 and 50 steps: a guided U-Net step is 2 x 0.803 forward, learning three times that; decoding 2.5.
 TFLOP_STEP, TFLOP_DECODE = 2 * 0.803, 2.5
@@ -67,25 +68,28 @@ def ratio_deviation(policy, trajectory, micro_batch):
     return ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max().item()
 
 
-def measure(config, images, micro_batches, peak):
+def benchmark(config, images, micro_batches, peak):
     """A row of the table."""
-    policy = load_policy(config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device, config.precision)
+    policy = policy_of(config)
     experiment = Experiment(config, policy)
     update, keep_chain = UPDATES[config.algorithm]
     texts = [prompt.text for prompt in (load_prompts(config.prompts) * images)[:images]]
 
-    def draw(number):
-        return rollout(policy, texts[:number], torch.Generator().manual_seed(0), config.sample_batch, keep_chain)
+    def draw():
+        return rollout(policy, texts, torch.Generator().manual_seed(0), config.sample_batch, keep_chain)
 
     def learn(trajectory):
         return update(policy, trajectory, torch.randn(images).abs(), experiment.optimizer, experiment.scaler, experiment.rng,
                       config)
 
-    draw(min(images, config.sample_batch))  # to warm up: the first call of each kernel is not what an epoch is made of
-    (trajectory, _), sampling, memory_sampling = timed(config.device, lambda: draw(images))
+    trajectory, _ = draw()
+    learn(trajectory)  # to warm up: the first call of each kernel is not what an epoch is made of
+    (trajectory, _), sampling, memory_sampling = timed(config.device, draw)
     deviations = [ratio_deviation(policy, trajectory, size) for size in micro_batches] if keep_chain else []
     _, learning, memory_learning = timed(config.device, lambda: learn(trajectory))
-    row = [config.precision, f"{sampling / images:.3g}", f"{learning / images:.3g}", f"{memory_sampling:.1f}",
+    # RWR learns from five pictures for each one drawn, whatever whole batches are here.
+    share = 1 if keep_chain else 5 * images / (config.updates_per_epoch * config.batch_size)
+    row = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}", f"{memory_sampling:.1f}",
            f"{memory_learning:.1f}", *(f"{deviation:.1e}" for deviation in deviations)]
     if peak and keep_chain:
         query = config.sampling_steps * 4 * TFLOP_STEP + TFLOP_DECODE
@@ -108,8 +112,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch")
-             if getattr(args, name)}
+             if getattr(args, name) is not None}
     try:
+        for name in ("images", "sample_batch", "micro_batch", "ratio_batches"):
+            if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
+        if args.peak_tflops and args.preset != "paper":
+            raise ValueError("--peak-tflops is of --preset paper: its arithmetic is of 512 x 512 pictures")
+        if "fp16" in (args.precision or ()) and device == "cpu":
+            raise ValueError("--precision fp16 needs a GPU")
         if args.model == "random":
             flags["model"] = str(RUNS / "random-stable-diffusion")
             if not Path(flags["model"]).exists():
@@ -124,12 +135,21 @@ def main(argv=None):
         print(f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
               f"learned from {config.micro_batch} at a time\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
         for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
-            row = measure(replace(config, precision=precision), args.images, args.ratio_batches, args.peak_tflops)
-            print("| " + " | ".join(row) + " |", flush=True)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            print("| " + " | ".join(row(replace(config, precision=precision), args)) + " |", flush=True)
+    except (ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def row(config, args):
+    """A row of the table, or what stood in its way: the other precisions are measured all the same."""
+    try:
+        return benchmark(config, args.images, args.ratio_batches, args.peak_tflops)
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        return [config.precision, str(error).splitlines()[0]]
 
 
 if __name__ == "__main__":

@@ -5,25 +5,29 @@
     python compare.py --ablation clip-range                    # one question; python compare.py --help names them all
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. Finished runs
-stand in results/REWARD/STUDY.jsonl, one line each, and are not run again; a run that was stopped is resumed. From them
-come STUDY.md, the table, and STUDY.png, the figure; and from the first seed's run, while it is there, STUDY_pictures.png.
+stand in results/REWARD/STUDY.jsonl, one line each, and are not run again unless a setting has changed since; a run that was
+stopped is resumed. From them come STUDY.md, the table, and STUDY.png, the figure; and from the first seed's runs, while their
+folders under runs/ are there, STUDY_pictures.png.
 """
 import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import runs
-from rewards import REWARDS, UNITS
-from settings import ALGORITHMS, build_config, short_name
+from rewards import REWARDS, UNITS, RewardError, load_reward
+from settings import ALGORITHMS, build_config, load_config, shared_settings, short_name
 from train import RUNS
 from variance import measure_variance
 
@@ -35,11 +39,11 @@ SWEEP_QUERIES, SWEEP_SEED = 832, 100  # the comparison uses seeds from 0
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
 
 
-def rounds(number, queries, images=32, passes=5):
-    """RWR's settings for that many rounds: each picture is learned from five times, as in the paper (400 x 128 / 10,000)."""
+def rwr_rounds(number, queries, images=32):
+    """RWR's settings for that many rounds. As many pictures are learned from as five passes over all drawn, as in the paper."""
     samples = queries // number
     return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
-            "updates_per_epoch": round(passes * samples / images)}
+            "updates_per_epoch": round(5 * samples / images)}
 
 
 # The same number of settings for each algorithm, over learning rate and what is its own.
@@ -48,19 +52,19 @@ SWEEP = {
                 dict(learning_rate=4e-4, updates_per_epoch=8)],
     "ddpo-sf": [dict(learning_rate=8e-4, samples_per_epoch=64), dict(learning_rate=4e-4, samples_per_epoch=16),
                 dict(learning_rate=6e-4, samples_per_epoch=16)],
-    "rwr": [dict(learning_rate=lr, beta=beta, **rounds(2, SWEEP_QUERIES)) for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
-    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rounds(2, SWEEP_QUERIES))
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(2, SWEEP_QUERIES)) for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(2, SWEEP_QUERIES))
                    for lr, percentile in ((1e-4, 0.9), (3e-5, 0.9), (1e-4, 0.75))]}
 
 # One question each, on top of the emoji preset: the curves' labels and the flags behind them, and the number of queries.
 ABLATIONS = {
-    "guidance": (768, {"guided training": {"algorithm": "rwr-sparse", **rounds(6, 768)},
-                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rounds(6, 768)}}),
+    "guidance": (768, {"guided training": {"algorithm": "rwr-sparse", **rwr_rounds(6, 768)},
+                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rwr_rounds(6, 768)}}),
     "kl": (768, {f"KL weight {weight:g}": {"kl_weight": weight} for weight in (0.0, 0.01, 0.1, 1.0)}),
-    "interleaving": (800, {f"{number} round{'s' * (number > 1)}": {"algorithm": "rwr", **rounds(number, 800)}
+    "interleaving": (800, {f"{number} round{'s' * (number > 1)}": {"algorithm": "rwr", **rwr_rounds(number, 800)}
                            for number in (1, 2, 5, 10, 20)}),
     "estimators": (768, {"DDPO-IS": {}, "DDPO-SF, 64 images an update": {"algorithm": "ddpo-sf", "samples_per_epoch": 64},
-                         "DDPO-SF, as many updates": {"algorithm": "ddpo-sf", "samples_per_epoch": 8}}),
+                         "DDPO-SF, as many updates": {"algorithm": "ddpo-sf", "samples_per_epoch": 16}}),
     "clip-range": (768, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
     "baseline": (768, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
 }
@@ -78,7 +82,7 @@ class Run:
     def name(self):
         """Of its folder under runs/."""
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
-        return f"{self.study}-{self.flags['reward']}-{words}-seed{self.seed}"
+        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}"
 
     @property
     def arguments(self):
@@ -88,15 +92,25 @@ class Run:
             [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", f"{value}"])]
 
     @property
+    def config(self):
+        return build_config({**self.flags, "seed": self.seed})
+
+    @property
     def queries(self):
-        return self.flags["epochs"] * build_config(self.flags).samples_per_epoch
+        return self.config.epochs * self.config.samples_per_epoch
+
+    @property
+    def key(self):
+        """By which its line is found again: all that makes its numbers what they are."""
+        return self.label, self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
 
 
 def plan(study, label, seed, flags, queries):
-    """A run of that many reward queries, or the next smaller number that its epochs divide, evaluated about eight times."""
-    epochs = flags.get("epochs", queries // build_config(flags).samples_per_epoch)
-    if epochs < 1:
-        raise ValueError(f"{queries} queries are less than an epoch of {label}")
+    """A run of that many reward queries, evaluated about eight times, or after each of fewer epochs."""
+    samples = build_config(flags).samples_per_epoch
+    if queries < samples or queries % samples:
+        raise ValueError(f"--queries {queries} does not divide into epochs of {samples}, as {label} has them")
+    epochs = queries // samples
     every = -(-epochs // 8)
     return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every, "checkpoint_every": every})
 
@@ -110,54 +124,77 @@ def plans(args, common):
         queries, choices = ABLATIONS[args.ablation]
         return [plan(args.ablation, label, seed, {**common, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
-    # The control is what a round of RWR does without any reward: its pictures change, too.
+    # The control is what RWR's rounds do without any reward: the pictures change, too.
     methods = {**{algorithm: {"algorithm": algorithm} for algorithm in ALGORITHMS}, "no reward": {"algorithm": "rwr", "beta": 0.0}}
     return [plan("main", label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
 
-def do(run, bar):
-    """Train it, from the start or from where it was stopped, and return its line for the results."""
-    folder = RUNS / run.name
-    if (folder / "checkpoint").exists():
+def finish(run, bar):
+    """Train it, from the start, from where it was stopped, or not at all if that is done. Returns its line for the results."""
+    folder, made = RUNS / run.name, {"commit": commit(), "machine": machine()}
+    arguments = [*run.arguments, "--name", run.name]
+    if folder.exists():
+        there, wanted = shared_settings(load_config(folder)), shared_settings(run.config)
+        if there != wanted:
+            raise ValueError(f"{folder} is of other settings ({', '.join(k for k in wanted if wanted[k] != there[k])}): delete "
+                             "it or rename it, and go on with the same command")
+        if not (folder / "checkpoint" / "state.pt").exists():
+            raise ValueError(f"{folder} was stopped before its first checkpoint: delete it, and go on with the same command")
         arguments = ["--resume", str(folder)]
-    elif folder.exists():
-        raise ValueError(f"{folder} was stopped before its first checkpoint: delete it, and go on with the same command")
-    else:
-        arguments = [*run.arguments, "--name", run.name]
-    done, start = bar.n, time.time()
+    done = bar.n
     if not (folder / "model").exists():
-        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *arguments], text=True, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
-        try:
-            while process.poll() is None:
-                rows = runs.read_rows(folder)
-                bar.n = done + (rows[-1]["reward_queries"] if rows else 0)
-                bar.refresh()
-                time.sleep(1)
-        except KeyboardInterrupt:
-            process.wait()  # it was interrupted, too, and saves
-            raise
-        if process.returncode:
-            raise ValueError(f"{run.name} failed: {process.stderr.read().strip().splitlines()[-1]}")
-    bar.n = done + run.queries
+        _train(arguments, folder, lambda queries: _show(bar, done + queries))
+    _show(bar, done + run.queries)
     rows = runs.read_rows(folder)
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "reward_mean", "approx_kl", "grad_norm", "loss")
-    return {**asdict(run), "command": " ".join(["python train.py", *run.arguments]), "commit": commit(), "machine": machine(),
-            "minutes": round(seconds / 60, 2), "updates": run.flags["epochs"] * build_config(run.flags).updates_per_epoch,
-            "rows": [{name: row[name] for name in kept} for row in rows]}
+    return {"study": run.study, "label": run.label, "seed": run.seed, "command": " ".join(["python train.py", *run.arguments]),
+            **made, "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
+            "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config)}
+
+
+def _train(arguments, folder, show):
+    """python train.py in a process of its own, its reward queries shown while it runs. Raises ValueError if it fails."""
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would block it when full
+        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *arguments], stdout=subprocess.DEVNULL,
+                                   stderr=errors, env={**os.environ, "TQDM_DISABLE": "1"})
+        try:
+            while process.poll() is None:
+                rows = runs.read_rows(folder)
+                show(rows[-1]["reward_queries"] if rows else 0)
+                time.sleep(1)
+        except BaseException:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)  # it saves; after a Ctrl-C it has had one, and does not mind another
+                process.wait()
+            raise
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise ValueError(f"{folder} stopped: {said[-1]}")
+
+
+def _show(bar, queries):
+    bar.n = queries
+    bar.refresh()
 
 
 def commit():
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+    """The commit of the code, with -dirty where code or assets are not as committed."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if git("status", "-s", "--", "*.py", "assets") else "")
+    except OSError:  # no git here
+        return "unknown"
 
 
 def machine():
-    import torch
+    """What a run's minutes were measured on."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, torch {torch.__version__}{gpu}"
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}{gpu}"
 
 
 # ---- What came out ----
@@ -170,7 +207,7 @@ def evaluated(line):
 
 
 def area(line):
-    """Area under the curve of reward against queries, divided by the queries: the mean reward on the way."""
+    """Area under the curve of reward against queries, divided by the queries: the mean reward on the way there."""
     queries, reward, _ = evaluated(line)
     return np.trapezoid(reward, queries) / queries[-1]
 
@@ -183,7 +220,7 @@ def queries_to(line, gain):
     if not len(above):
         return np.nan
     k = above[0]
-    return np.interp(target, reward[k - 1:k + 1], queries[k - 1:k + 1])
+    return queries[0] if k == 0 else np.interp(target, reward[k - 1:k + 1], queries[k - 1:k + 1])
 
 
 def interval(values):
@@ -204,23 +241,27 @@ def by_label(lines):
 
 def table(lines, reward):
     """The study in Markdown, one row a label."""
-    factor, unit = UNITS.get(reward, (1, ""))
+    factor, unit = UNITS.get(reward, (1, "reward"))
 
     def cell(values, digits=2, scale=1.0):
         mean, half = interval([scale * value for value in values])
+        if not np.isfinite(mean):
+            return "-"
         return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
-    rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "change (%)", f"area under the curve ({unit})",
-             "still named, end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
+    rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "reward gained (%)", f"mean on the way ({unit})",
+             "named at the end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
     for label, group in by_label(lines).items():
         ends = [evaluated(line) for line in group]
         reached = []
         for gain in (0.1, 0.2):
-            values = [value for value in (queries_to(line, gain) for line in group) if np.isfinite(value)]
-            reached.append(f"{np.mean(values):.0f} ({len(values)} of {len(group)})" if values else f"- (0 of {len(group)})")
+            values = [queries_to(line, gain) for line in group]
+            got = np.isfinite(values).sum()
+            reached.append(cell(values, 0) if got == len(group) else f"{got} of {len(group)} seeds got there")
+        gained = [100 * (e[1][-1] - e[1][0]) / abs(e[1][0]) if e[1][0] else np.nan for e in ends]
         rows.append([label, str(len(group)), cell([e[1][0] for e in ends], scale=factor), cell([e[1][-1] for e in ends],
-                     scale=factor), cell([100 * (e[1][-1] - e[1][0]) / abs(e[1][0]) for e in ends], 1),
-                     cell([area(line) for line in group], scale=factor), cell([100 * e[2][-1] for e in ends], 1), *reached,
+                     scale=factor), cell(gained, 1), cell([area(line) for line in group], scale=factor),
+                     cell([100 * e[2][-1] for e in ends], 1), *reached,
                      f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -240,7 +281,8 @@ def figure(lines, reward, path):
         left.fill_between(queries[0], mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
         right.plot(100 * named.mean(0), mean, "-", color=drawn.get_color())
         right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=drawn.get_color())
-    name = f"{reward} ({unit})" if unit else reward
+    name = {"compressibility": "JPEG size (kB): lower is better", "incompressibility": "JPEG size (kB): higher is better"}
+    name = name.get(reward, f"{reward} ({unit})" if unit else reward)
     left.set(xlabel="reward queries", ylabel=name, title="mean and 95 % interval over seeds")
     right.set(xlabel="animals that the judge names (%)", title="line: mean on the way; points: seeds at the end")
     left.legend(fontsize=8)
@@ -256,63 +298,65 @@ def pictures(planned, path):
         runs.write_atomically(path, runs.first_rows(rows).save)
 
 
-def report(lines, planned, path):
-    """STUDY.md, STUDY.png and the pictures."""
+def report(lines, planned, path, command):
+    """STUDY.md, STUDY.png and the pictures. Returns the table."""
     reward = short_name(planned[0].flags["reward"])
     settings = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
     made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
-    text = (f"# {planned[0].study}: {reward}\n\n`{command_line()}`, {'; '.join(made)}. 95 % intervals (Student's t) over the "
-            f"seeds.\n\n{table(lines, reward)}\n\n![the curves]({path.name}.png)\n\n{settings}\n")
+    text = (f"# {planned[0].study}: {reward}\n\n`{command}`; {'; '.join(made)}. Intervals are 95 % (Student's t) over the seeds; "
+            f"a gain is a share of the start; named: by the independent judge, of 45 fixed prompts.\n\n{table(lines, reward)}\n\n"
+            f"![the curves]({path.name}.png)\n\nThe first seed's commands:\n\n{settings}\n")
     runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     figure(lines, reward, path.with_name(path.name + ".png"))
     pictures(planned, path.with_name(path.name + "_pictures.png"))
     return table(lines, reward)
 
 
-def command_line():
-    return " ".join(["python compare.py", *sys.argv[1:]])
-
-
-def study(args):
+def study(args, command):
     """Run what is missing of a study, and report. Raises ValueError, OSError."""
+    load_reward(args.reward)  # a name that is none is told before anything is made
     common = {"reward": args.reward, **({"device": args.device} if args.device else {})}
     planned = plans(args, common)
     path = RESULTS / short_name(args.reward) / planned[0].study
     log = path.with_name(path.name + ".jsonl")
-    log.parent.mkdir(parents=True, exist_ok=True)
 
     def finished():
-        lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-        return {(line["label"], line["seed"], json.dumps(line["flags"])): line for line in lines}
+        return {(line["label"], line["seed"], json.dumps(line["settings"], sort_keys=True)): line for line in runs.read_lines(log)}
 
-    def key(run):
-        return run.label, run.seed, json.dumps(run.flags)
-
-    missing = [run for run in planned if key(run) not in finished()]
-    with tqdm(total=sum(run.queries for run in planned), unit="query", smoothing=0,
-              initial=sum(run.queries for run in planned if run not in missing)) as bar:
+    missing = [run for run in planned if run.key not in finished()]
+    total = sum(run.queries for run in planned)
+    with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
         for run in missing:
             bar.set_description(run.name)
-            line = do(run, bar)
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            runs.append_line(log, finish(run, bar))
     lines = finished()
-    return report([lines[key(run)] for run in planned], planned, path)
+    return report([lines[run.key] for run in planned], planned, path, command)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
-    parser.add_argument("--queries", type=int, default=QUERIES, help=f"reward queries of a run (default: {QUERIES})")
+    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison (default: {QUERIES})")
     parser.add_argument("--device", help="of train.py: auto, cpu or cuda")
-    parser.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
-    parser.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
+    which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
-    args.seeds = args.seeds or (3 if args.ablation else 5)
+    command = " ".join(["python compare.py", *argv])
     try:
-        print(measure_variance(args.reward, RESULTS / short_name(args.reward)) if args.ablation == "variance" else study(args))
-    except (ValueError, OSError) as error:
+        if args.queries is not None and (args.sweep or args.ablation):
+            raise ValueError("--queries is of the comparison: a sweep and each ablation have their own")
+        if args.seeds is not None and (args.sweep or args.ablation == "variance" or args.seeds < 1):
+            raise ValueError(f"--seeds {args.seeds}: a sweep and the variance have their own; else it must be at least 1")
+        args.seeds, args.queries = args.seeds or (3 if args.ablation else 5), args.queries or QUERIES
+        if args.ablation == "variance":
+            flags = {"reward": args.reward, **({"device": args.device} if args.device else {})}
+            print(measure_variance(RESULTS / short_name(args.reward), **flags))
+        else:
+            print(study(args, command))
+    except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

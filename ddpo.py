@@ -68,7 +68,7 @@ class PromptStatistics:
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer)).append(float(reward))
         own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
         groups = [np.array(self.rewards[prompt]) if o else rewards for prompt, o in zip(prompts, own)]
-        advantages = [_whiten(reward, group) for reward, group in zip(rewards, groups)]
+        advantages = [whiten(reward, group) for reward, group in zip(rewards, groups)]
         return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(own))
 
     def state_dict(self):
@@ -78,7 +78,8 @@ class PromptStatistics:
         self.rewards = {prompt: deque(rewards, maxlen=self.buffer) for prompt, rewards in state.items()}
 
 
-def _whiten(reward, group):
+def whiten(reward, group):
+    """How many standard deviations of its group a reward lies above the group's mean; 0 if the group's rewards are equal."""
     # A floor under the deviation, as usual, would blow rounding errors of near-equal rewards up to advantages.
     spread = group.std()
     return 0.0 if spread <= 1e-6 * np.abs(group).max() else (reward - group.mean()) / spread

@@ -13,24 +13,22 @@ import runs
 from judge import right_animals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward, to_pil
-from sampling import load_policy
-from settings import Config, check, short_name
-from train import draw_fixed
+from settings import check, load_config, short_name
+from train import draw_fixed, policy_of
 
 COLUMNS = 12
 
 
 def evaluate_run(folder):
     """Table row of one finished run. Raises ValueError if it is not one."""
-    config = Config(**runs.load_settings(folder))
+    config = load_config(folder)
     check(config)
     if not (folder / "model").exists():
         raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
     reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
     means, named, pictures, labels = [], [], [], []
     for model in (config.model, folder / "model"):
-        policy = load_policy(model, config.sampling_steps, config.eta, config.guidance_scale, config.device, config.precision)
-        chosen, images = draw_fixed(policy, prompts, config)
+        chosen, images = draw_fixed(policy_of(config, model), prompts, config)
         values, _ = reward(images, chosen)
         means.append(values.mean().item())
         named.append(right_animals(images, [prompt.text for prompt in chosen]))
@@ -50,14 +48,15 @@ def evaluate_run(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders under runs/")
-    rows = [["reward", "algorithm", "seed", "before", "after", "reward gained", "named before", "still named"], ["---"] * 8]
-    try:
-        rows += [evaluate_run(folder) for folder in parser.parse_args(argv).runs]
-    except (ValueError, OSError, RewardError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+    rows, refused = [["reward", "algorithm", "seed", "before", "after", "reward gained", "named before", "still named"], ["---"] * 8], 0
+    for folder in parser.parse_args(argv).runs:
+        try:
+            rows.append(evaluate_run(folder))
+        except (ValueError, OSError, RewardError, FloatingPointError) as error:  # the others are evaluated all the same
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            refused = 2
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    return 0
+    return refused
 
 
 if __name__ == "__main__":

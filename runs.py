@@ -31,7 +31,7 @@ def write_atomically(path, write):
         _remove(temporary)  # half a checkpoint would keep a full disk full
         # torch and safetensors tell of a full disk in exceptions of their own.
         raise error if isinstance(error, OSError) or not isinstance(error, Exception) else OSError(
-            f"{path} could not be written: {str(error).strip().splitlines()[0]}") from error
+            f"{path} could not be written: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def _remove(path):
@@ -93,17 +93,30 @@ def load_checkpoint(folder):
     return state
 
 
+def append_line(path, line):
+    """Add one dict to a file of JSON lines, in place of a last line that a kill cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_text() if path.exists() else ""
+    if not whole.endswith("\n"):
+        write_atomically(path, lambda temporary: temporary.write_text(whole[:whole.rfind("\n") + 1]))
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path):
+    """The dicts of a file of JSON lines, none if there is no file. A last line that a kill cut short does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def append_row(folder, row):
     """Add one epoch to the log."""
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(folder / "log.jsonl", row)
 
 
 def read_rows(folder):
-    """The log: a list of one dict an epoch. A last line that a kill cut short does not count."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The log: a list of one dict an epoch."""
+    return read_lines(folder / "log.jsonl")
 
 
 def forget_after(folder, epoch):

@@ -52,6 +52,8 @@ class Trajectory:
     @classmethod
     def join(cls, parts):
         """Chains of several rollouts over one schedule, as one trajectory."""
+        if len(parts) == 1:
+            return parts[0]
         latents, log_probs = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "log_probs"))
         return cls(latents, log_probs, parts[0].timesteps, sum((part.prompts for part in parts), ()))
 
@@ -92,6 +94,9 @@ def ddim_schedule(scheduler, steps, eta, device="cpu"):
                          "would not be the one that is scored; set both to False")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.cpu().long()
+    if timesteps.max() >= config.num_train_timesteps:
+        raise ValueError(f"{steps} sampling steps: with this schedule's offset and spacing the first would be timestep "
+                         f"{timesteps.max()}, of which the model knows none above {config.num_train_timesteps - 1}; take fewer")
     alpha_bar = scheduler.alphas_cumprod[timesteps].float()
     alpha_bar_prev = torch.cat([alpha_bar[1:], scheduler.final_alpha_cumprod.float().reshape(1)])
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)

@@ -4,11 +4,12 @@ A flag stands above the preset, the preset above what the algorithm asks for, an
 """
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+import runs
 from ddpo import BASELINES
 from prompts import PROMPT_SETS
 from rewards import DEFAULT_PROMPTS, REWARDS
@@ -74,6 +75,12 @@ PRESETS = {
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
 
+# Settings that only some algorithms read: given with another, they are a mistake. (RWR has no chain to take a KL or a ratio
+# over; and a DDPO update without guidance would score another policy than the one that sampled.)
+DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
+OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO, "stats_buffer": DDPO,
+          "stats_min_count": DDPO, "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
+
 # What a preset says for one algorithm, above what it says for all: chosen by compare.py --sweep.
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 416, "updates_per_epoch": 65, "batch_size": 32, "eval_every": 1,
               "checkpoint_every": 1}
@@ -89,6 +96,9 @@ def build_config(flags):
     """Config with, in this order, what the algorithm, the preset and the flags ask for. Raises ValueError: see check."""
     preset, algorithm = flags.get("preset", "emoji"), flags.get("algorithm", Config.algorithm)
     reward = flags.get("reward", Config.reward)
+    for name in flags:
+        if algorithm not in OWNERS.get(name, ALGORITHMS):
+            raise ValueError(f"--{name.replace('_', '-')} is not of {algorithm}, but of {', '.join(OWNERS[name])}")
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
                        **{key: value for key, value in flags.items() if key != "preset"}})
     config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
@@ -101,6 +111,21 @@ def build_config(flags):
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check(config)
     return config
+
+
+def load_config(folder):
+    """The settings of a run under runs/. Raises ValueError if there is none, or it is of another version."""
+    try:
+        return Config(**runs.load_settings(folder))
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not of this version: {error}") from error
+
+
+def shared_settings(config):
+    """The settings that make a result what it is, as they may be published: no name, no seed, no folder of this machine."""
+    here = str(Path(__file__).resolve().parent)
+    return {name: value.replace(here + "/", "") if isinstance(value, str) else value
+            for name, value in asdict(config).items() if name not in ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")}
 
 
 def check(config):
@@ -117,15 +142,9 @@ def check(config):
     if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
         raise ValueError(f"--updates-per-epoch {config.updates_per_epoch}: ddpo-sf takes one update an epoch, since its "
                          "samples must come from the current weights; use --algorithm ddpo-is for more")
-    ddpo = config.algorithm.startswith("ddpo")
-    if ddpo and config.samples_per_epoch % config.updates_per_epoch:
+    if config.algorithm in DDPO and config.samples_per_epoch % config.updates_per_epoch:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
                          f"{config.updates_per_epoch} equal shares")
-    if ddpo and not config.guided_training:
-        raise ValueError("--no-guided-training is for RWR: in DDPO an unguided update scores another policy than the one that "
-                         "sampled; --guidance-scale 1 trains and samples without")
-    if not ddpo and config.kl_weight:
-        raise ValueError(f"--kl-weight {config.kl_weight:g} is for DDPO: RWR has no chain to take the KL over")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
     if config.percentile >= 1:

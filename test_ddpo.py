@@ -23,6 +23,7 @@ from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffus
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import baselines_rwr
+import benchmark
 import compare
 import ddpo
 import pretrain
@@ -717,7 +718,7 @@ def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorith
 
 def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model, own_reward, monkeypatch, capsys):
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
-    calls, evaluate = [], train.evaluate
+    calls, evaluate = [], train.evaluate_fixed
 
     def interrupted_once(experiment, *args):  # at its worst: weights already updated, row not yet written
         calls.append(experiment.epoch)
@@ -725,7 +726,7 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
             raise KeyboardInterrupt
         return evaluate(experiment, *args)
 
-    monkeypatch.setattr(train, "evaluate", interrupted_once)
+    monkeypatch.setattr(train, "evaluate_fixed", interrupted_once)
     stopped = run(*tiny_flags(tiny_model, name="parts", epochs=3, **{"checkpoint-every": 100}), code=130)
     assert [row["epoch"] for row in stopped] == [0, 1]
     assert "after 1 epochs is saved" in (told := capsys.readouterr().err) and "--resume runs/parts" in told
@@ -761,6 +762,7 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
     assert compare.area(one) == pytest.approx((-1.5 * 100 - 200) / 300)
     assert compare.queries_to(one, 0.25) == pytest.approx(50) and compare.queries_to(one, 0.0) == 0
+    assert compare.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1) == 0
     assert np.isnan(compare.queries_to(one, 0.9))
     skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "eval_named": None}]}
     assert compare.area(skipped) == compare.area(one)
@@ -770,12 +772,13 @@ def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tm
     tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 2, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
-    args = SimpleNamespace(sweep=False, ablation="tiny", seeds=1, reward="compressibility", device=None)
-    done = compare.plans(args, {"reward": "compressibility"})[1]
-    folder = tmp_path / "results" / "compressibility"
-    folder.mkdir(parents=True)
-    (folder / "tiny.jsonl").write_text(json.dumps(
-        {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "flags": done.flags}) + "\n")
+    done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})[1]
+    folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
+    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
+    runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
+    runs.append_line(folder / "tiny.jsonl", two)
+    with open(folder / "tiny.jsonl", "a") as file:
+        file.write('{"label": "cut sho')  # by a kill
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     told = capsys.readouterr().out
     assert "| two | 1 | 2.00 | 0.50 | 75.0 |" in told and "| one | 1 |" in told
@@ -784,7 +787,10 @@ def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tm
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("nothing is missing"))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
-    assert len((folder / "tiny.jsonl").read_text().splitlines()) == 2
+    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
+    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": {**tiny, "learning_rate": 1e-3}}))
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
+    assert "is of other settings (learning_rate): delete it or rename it" in capsys.readouterr().err
 
 
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries():
@@ -802,7 +808,10 @@ def test_signal_to_noise_is_that_of_a_known_gaussian():
     gradients = mean + np.random.default_rng(0).standard_normal((N, 100))
     advantages = np.ones(N)
     snr, error = variance.jackknife(gradients @ gradients.T, advantages, batch, groups=20)
-    assert snr == pytest.approx(mean * batch**0.5, abs=4 * error) and 0 < error < snr / 5
+    assert snr == pytest.approx(mean**2 * batch, abs=4 * error) and 0 < error < snr / 5
+    noise = gradients - gradients.mean(0)
+    snr, error = variance.jackknife(noise @ noise.T, advantages, batch, groups=20)
+    assert abs(snr) < 4 * error
 
 
 def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy):
@@ -814,6 +823,24 @@ def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy
     gradient = torch.cat([weight.grad.flatten() for weight in tiny_policy.unet.parameters()])
     torch.testing.assert_close(-(advantages @ variance.score_functions(tiny_policy, trajectory)) / 3, gradient,
                                rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
+    (["--sweep", "--queries", "64"], "--queries is of the comparison"), (["--reward", "beauty"], "no reward 'beauty'")])
+def test_compare_answers_a_mistake_in_one_line_and_makes_nothing(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    assert compare.main(flags) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and message in told[0] and not (tmp_path / "results").exists()
+
+
+def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
+    for algorithm in ("ddpo-is", "rwr"):
+        assert benchmark.main(["--model", str(tiny_model), "--images", "3", "--algorithm", algorithm]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert float(told[4].split("|")[6]) < 1e-6 and [row for row in told if row.startswith("| fp32 |")]
+    assert benchmark.main(["--images", "0"]) == 2 and "--images: must be at least 1" in capsys.readouterr().err
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
@@ -835,10 +862,11 @@ def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 4"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
-    (["--no-guided-training"], "--no-guided-training is for RWR"),
-    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight 1 is for DDPO"),
-    (["--percentile", "1"], "--percentile 1: must be below 1"),
-    (["--beta", "-1"], "--beta -1.0: must be a non-negative number"),
+    (["--no-guided-training"], "--guided-training is not of ddpo-is, but of rwr, rwr-sparse"),
+    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is not of rwr, but of ddpo-is, ddpo-sf"),
+    (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
+    (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),
+    (["--sampling-steps", "1000"], "of which the model knows none above 999; take fewer"),
     (["--baseline", "value"], "invalid choice: 'value'"),
     (["--epochs", "0"], "--epochs 0: must be a positive number"),
     (["--learning-rate", "-1"], "--learning-rate -1.0: must be a positive number"),

@@ -19,11 +19,11 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from judge import load_judge, share_named
+from judge import share_named
 from prompts import load_prompts
 from rewards import UNITS, RewardError, display, load_reward, to_pil
 from sampling import Trajectory, load_policy, rollout
-from settings import Config, build_config, check, parse, short_name
+from settings import build_config, check, load_config, parse, short_name
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
@@ -111,7 +111,7 @@ def train(experiment, prompts, reward, folder):
     config, policy, rng = experiment.config, experiment.policy, experiment.rng
     update, keep_chain = UPDATES[config.algorithm]
     if not runs.read_rows(folder):
-        figures = evaluate(experiment, prompts, reward, folder)
+        figures = evaluate_fixed(experiment, prompts, reward, folder)
         runs.append_row(folder, {"epoch": 0, "reward_queries": 0, **dict.fromkeys(TRAINING_FIGURES), **figures})
         experiment.seconds += figures["seconds_eval"]
         experiment.remember()
@@ -132,17 +132,17 @@ def train(experiment, prompts, reward, folder):
         trajectory, rewards, notes = join(parts)
 
         # 3. Compare: was it better than what this prompt usually gets?
-        credit, compared = compare(experiment, texts, rewards)
+        worth, compared = credit(experiment, texts, rewards)
 
         # 4. Learn: make the better pictures more likely, a little.
-        info = update(policy, trajectory, credit, experiment.optimizer, experiment.scaler, rng, config)
+        info = update(policy, trajectory, worth, experiment.optimizer, experiment.scaler, rng, config)
         clock.lap("seconds_learn")
 
         # 5. Tell: evaluate, log and save.
         experiment.epoch = epoch
         row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_FIGURES),
                "reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **clock.laps, **compared,
-               **info, **evaluate(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
+               **info, **evaluate_fixed(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
         runs.append_row(folder, row)
         experiment.seconds += clock.total()
         experiment.remember()
@@ -157,7 +157,7 @@ def join(parts):
     return Trajectory.join(trajectories), torch.cat(rewards), sum(notes, [])
 
 
-def compare(experiment, texts, rewards):
+def credit(experiment, texts, rewards):
     """What each picture is worth to the algorithm, (B,): advantages for DDPO, weights for RWR; and figures for the log."""
     config = experiment.config
     if config.algorithm == "rwr":
@@ -168,7 +168,7 @@ def compare(experiment, texts, rewards):
     return advantages, {"own_statistics": own_statistics}
 
 
-def evaluate(experiment, prompts, reward, folder):
+def evaluate_fixed(experiment, prompts, reward, folder):
     """Draw the fixed prompts from the fixed noise, if it is time to: figures for the log (null if not), and the pictures.
 
     These images are not counted as reward queries: nothing is learned from them. The global generators are put back, so
@@ -200,6 +200,12 @@ def draw_fixed(policy, prompts, config):
 
 def due(epoch, every, last):
     return epoch % every == 0 or epoch == last
+
+
+def policy_of(config, model=None):
+    """The pretrained policy of a run's settings, or with those settings another model's."""
+    return load_policy(model or config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
+                       config.precision, keep_reference=config.kl_weight > 0 and model is None)
 
 
 def progress_bar(experiment, folder):
@@ -272,12 +278,8 @@ def open_run(flags):
         if others:
             raise ValueError(f"--resume takes the run's own settings and only --epochs beside it, not "
                              + ", ".join("--" + name.replace("_", "-") for name in others))
-        settings = runs.load_settings(resumed)
+        config = load_config(resumed)
         state = runs.load_checkpoint(resumed)
-        try:
-            config = Config(**settings)
-        except TypeError as error:
-            raise ValueError(f"{resumed / 'config.json'} is not of this version: {error}") from error
         epochs = flags.get("epochs", config.epochs)
         if epochs < config.epochs:
             raise ValueError(f"--epochs {epochs}: {resumed} is a run of {config.epochs} epochs, and can only be made longer")
@@ -286,9 +288,7 @@ def open_run(flags):
         config.epochs = epochs
         check(config)
     reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
-    policy = load_policy(config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
-                         config.precision, keep_reference=config.kl_weight > 0)
-    experiment = Experiment(config, policy)
+    experiment = Experiment(config, policy_of(config))
     if resumed is None:
         folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))
     else:
