@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import runs
 from rewards import REWARDS, UNITS, RewardError, load_reward
+from sampling import PRECISIONS
 from settings import ALGORITHMS, build_config, load_config, shared_settings, short_name
 from train import RUNS
 from variance import measure_variance
@@ -312,10 +313,9 @@ def report(lines, planned, path, command):
     return table(lines, reward)
 
 
-def study(args, command):
+def study(args, common, command):
     """Run what is missing of a study, and report. Raises ValueError, OSError."""
     load_reward(args.reward)  # a name that is none is told before anything is made
-    common = {"reward": args.reward, **({"device": args.device} if args.device else {})}
     planned = plans(args, common)
     path = RESULTS / short_name(args.reward) / planned[0].study
     log = path.with_name(path.name + ".jsonl")
@@ -339,7 +339,8 @@ def main(argv=None):
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
     parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison (default: {QUERIES})")
-    parser.add_argument("--device", help="of train.py: auto, cpu or cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of train.py")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of train.py (default: the preset's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
@@ -351,11 +352,11 @@ def main(argv=None):
         if args.seeds is not None and (args.sweep or args.ablation == "variance" or args.seeds < 1):
             raise ValueError(f"--seeds {args.seeds}: a sweep and the variance have their own; else it must be at least 1")
         args.seeds, args.queries = args.seeds or (3 if args.ablation else 5), args.queries or QUERIES
+        common = {name: getattr(args, name) for name in ("reward", "device", "precision") if getattr(args, name)}
         if args.ablation == "variance":
-            flags = {"reward": args.reward, **({"device": args.device} if args.device else {})}
-            print(measure_variance(RESULTS / short_name(args.reward), **flags))
+            print(measure_variance(RESULTS / short_name(args.reward), **common))
         else:
-            print(study(args, command))
+            print(study(args, common, command))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

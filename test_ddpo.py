@@ -809,7 +809,7 @@ def test_signal_to_noise_is_that_of_a_known_gaussian():
     advantages = np.ones(N)
     snr, error = variance.jackknife(gradients @ gradients.T, advantages, batch, groups=20)
     assert snr == pytest.approx(mean**2 * batch, abs=4 * error) and 0 < error < snr / 5
-    noise = gradients - gradients.mean(0)
+    noise = gradients - mean
     snr, error = variance.jackknife(noise @ noise.T, advantages, batch, groups=20)
     assert abs(snr) < 4 * error
 
