@@ -51,8 +51,8 @@ def rwr_rounds(number, queries, images=32):
 SWEEP = {
     "ddpo-is": [dict(learning_rate=4e-4, updates_per_epoch=4), dict(learning_rate=6e-4, updates_per_epoch=4),
                 dict(learning_rate=4e-4, updates_per_epoch=8)],
-    "ddpo-sf": [dict(learning_rate=8e-4, samples_per_epoch=64), dict(learning_rate=4e-4, samples_per_epoch=16),
-                dict(learning_rate=6e-4, samples_per_epoch=16)],
+    "ddpo-sf": [dict(learning_rate=8e-4, samples_per_epoch=64), dict(learning_rate=2e-4, samples_per_epoch=64),
+                dict(learning_rate=1e-4, samples_per_epoch=16)],
     "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(2, SWEEP_QUERIES)) for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
     "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(2, SWEEP_QUERIES))
                    for lr, percentile in ((1e-4, 0.9), (3e-5, 0.9), (1e-4, 0.75))]}
