@@ -81,10 +81,14 @@ DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
 OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO, "stats_buffer": DDPO,
           "stats_min_count": DDPO, "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
 
-# What a preset says for one algorithm, above what it says for all: chosen by compare.py --sweep.
-_EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 416, "updates_per_epoch": 65, "batch_size": 32, "eval_every": 1,
-              "checkpoint_every": 1}
-PRESET_ALGORITHMS = {"emoji": {"rwr": {**_EMOJI_RWR, "beta": 5.0}, "rwr-sparse": _EMOJI_RWR}}
+# What a preset says for one algorithm, above what it says for all: chosen from compare.py --sweep (results/README.md).
+_EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 416, "updates_per_epoch": 65, "batch_size": 32, "learning_rate": 1e-4,
+              "eval_every": 1, "checkpoint_every": 1}
+PRESET_ALGORITHMS = {"emoji": {
+    "ddpo-sf": {"epochs": 104, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 1e-4, "eval_every": 12,
+                "checkpoint_every": 12},
+    "rwr": {**_EMOJI_RWR, "beta": 20.0},
+    "rwr-sparse": _EMOJI_RWR}}
 
 
 def short_name(reward):
