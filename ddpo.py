@@ -89,18 +89,19 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
 
     advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
-    B / updates images at all their T steps, and its loss is the mean over those pairs. Also read from config: micro_batch,
-    clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the
+    B / updates images at all their T steps, less config.skip_last_steps, and its loss is the mean over those pairs. Also
+    read from config: micro_batch, clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the
     first update's, and skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
     B, T = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
     advantages = advantages.to(policy.device)
+    learned = T - config.skip_last_steps
     infos, steps = [], []
-    with tqdm(desc="learning", total=B * T, leave=False, disable=None) as bar:
+    with tqdm(desc="learning", total=B * learned, leave=False, disable=None) as bar:
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
-            pairs = torch.cartesian_prod(group, torch.arange(T))             # (N, 2): every image at every step
+            pairs = torch.cartesian_prod(group, torch.arange(learned))       # (N, 2): every image at every step
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
             infos.append(accumulate_gradient(policy, trajectory, advantages, pairs, scaler, config, loss, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))

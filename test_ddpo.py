@@ -79,7 +79,7 @@ def rng(seed=0):
 def learner(policy, learning_rate=1e-3, **changes):
     """What ddpo_update and rwr_update take beside a trajectory and advantages or weights."""
     config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
-                                "kl_weight": 0.0, "batch_size": 8, "guided_training": True, **changes})
+                                "kl_weight": 0.0, "skip_last_steps": 0, "batch_size": 8, "guided_training": True, **changes})
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
     return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
 
@@ -866,6 +866,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is not of rwr, but of ddpo-is, ddpo-sf"),
     (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
     (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),
+    (["--skip-last-steps", "10"], "--skip-last-steps 10 leaves none of --sampling-steps 10"),
     (["--sampling-steps", "1000"], "of which the model knows none above 999; take fewer"),
     (["--baseline", "value"], "invalid choice: 'value'"),
     (["--epochs", "0"], "--epochs 0: must be a positive number"),

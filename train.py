@@ -248,7 +248,8 @@ def describe(config, policy, prompts, folder):
     weights = sum(weight.numel() for weight in policy.unet.parameters())
     if UPDATES[config.algorithm][1]:
         images = config.samples_per_epoch // config.updates_per_epoch
-        share = f"{images} images x {config.sampling_steps} steps = {images * config.sampling_steps} pairs"
+        steps = config.sampling_steps - config.skip_last_steps
+        share = f"{images} images x {steps} steps = {images * steps} pairs"
     else:
         share = f"{config.batch_size} images"
     return (f"{folder}: {short_name(config.reward)} by {config.algorithm} on {len(prompts)} prompts\n"
