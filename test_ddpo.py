@@ -378,6 +378,30 @@ def test_without_chain_memory_does_not_grow_with_the_number_of_steps(tiny_model)
     assert peaks[80, True] - peaks[10, True] > chain
 
 
+# ---- Which steps are learned from ----
+
+@pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
+def test_of_few_steps_the_last_but_one_carries_most_of_the_gradients_variance(steps, share):
+    """By the closed form: with c = d mean / d eps, a step's score for eps is c / sigma times unit noise, of variance (c / sigma)^2."""
+    schedule = sampling.ddim_schedule(DDIMScheduler(**STABLE_DIFFUSION), steps, 1.0)
+    zero, one = torch.zeros(2, steps, 1, 1, 1) + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
+    (mean_zero, sigma), (mean_one, _) = (sampling.ddim_mean_sigma(zero, eps, schedule.timesteps, schedule) for eps in (zero, one))
+    variance_of_step = (((mean_one - mean_zero) / sigma) ** 2).flatten()
+    assert variance_of_step[-2] / variance_of_step.sum() == pytest.approx(share, abs=0.01)
+
+
+def test_skipped_steps_do_not_count_in_an_update(tiny_model):
+    results = []
+    for change in (0.0, 1.0):
+        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        trajectory, _ = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
+        trajectory.latents[:, 3:] += change  # what steps 2 and 3 did; step 1 led to state 2
+        ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss,
+                         **learner(policy, skip_last_steps=2))
+        results.append(weights(policy))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 # ---- The chain and its scoring ----
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 60])
@@ -652,11 +676,15 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards(own_rewar
 
 
 def test_rwr_learns_on_the_embedded_model_in_one_round(own_reward):
-    rows = run("--reward", own_reward("redness"), "--algorithm", "rwr", "--epochs", 1, "--samples-per-epoch", 96,
-               "--sampling-steps", 4, "--guidance-scale", 1, "--beta", 100, "--updates-per-epoch", 24, "--batch-size", 32,
-               "--learning-rate", 3e-4, "--eval-prompts", 45)
-    gain, spread = rows[1]["eval_reward_mean"] - rows[0]["eval_reward_mean"], rows[0]["eval_reward_std"] / 45**0.5
-    assert gain > 3 * spread
+    """Weighted by redness, against the control that a round without a reward is: its pictures change, too."""
+    Path("four.txt").write_text("a cat\na dog\na frog\na pig\n")
+    red = {}
+    for beta in (0, 60):
+        rows = run("--reward", own_reward("redness"), "--algorithm", "rwr", "--prompts", "four.txt", "--epochs", 1,
+                   "--samples-per-epoch", 96, "--sampling-steps", 5, "--guidance-scale", 1, "--beta", beta,
+                   "--updates-per-epoch", 30, "--batch-size", 24, "--learning-rate", 2e-4, "--eval-prompts", 24)
+        red[beta] = rows[1]["eval_reward_mean"]
+    assert red[60] > red[0] + 3 * rows[0]["eval_reward_std"] / 24**0.5
 
 
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
@@ -808,7 +836,7 @@ def test_signal_to_noise_is_that_of_a_known_gaussian():
     gradients = mean + np.random.default_rng(0).standard_normal((N, 100))
     advantages = np.ones(N)
     snr, error = variance.jackknife(gradients @ gradients.T, advantages, batch, groups=20)
-    assert snr == pytest.approx(mean**2 * batch, abs=4 * error) and 0 < error < snr / 5
+    assert snr == pytest.approx(mean**2 * batch, abs=4 * error) and 0 < error < snr / 3
     noise = gradients - mean
     snr, error = variance.jackknife(noise @ noise.T, advantages, batch, groups=20)
     assert abs(snr) < 4 * error
@@ -821,7 +849,7 @@ def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy
     ddpo.accumulate_gradient(tiny_policy, trajectory, advantages, pairs, extras["scaler"], extras["config"],
                              ddpo.score_function_loss, SimpleNamespace(update=lambda n: None))
     gradient = torch.cat([weight.grad.flatten() for weight in tiny_policy.unet.parameters()])
-    torch.testing.assert_close(-(advantages @ variance.score_functions(tiny_policy, trajectory)) / 3, gradient,
+    torch.testing.assert_close(-(advantages @ variance.score_functions(tiny_policy, trajectory, torch.arange(4))) / 3, gradient,
                                rtol=1e-3, atol=1e-6)
 
 
@@ -839,7 +867,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     for algorithm in ("ddpo-is", "rwr"):
         assert benchmark.main(["--model", str(tiny_model), "--images", "3", "--algorithm", algorithm]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert float(told[4].split("|")[6]) < 1e-6 and [row for row in told if row.startswith("| fp32 |")]
+    assert float(told[4].split("|")[6]) < 5e-6 and [row for row in told if row.startswith("| fp32 |")]
     assert benchmark.main(["--images", "0"]) == 2 and "--images: must be at least 1" in capsys.readouterr().err
 
 
@@ -860,7 +888,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
     (["--model", "bare"], "no Stable Diffusion pipeline: it has no model_index.json, unet"),
     (["--model", "truncated"], "its files cannot be loaded"),
-    (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 4"),
+    (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
     (["--no-guided-training"], "--guided-training is not of ddpo-is, but of rwr, rwr-sparse"),
     (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is not of rwr, but of ddpo-is, ddpo-sf"),
