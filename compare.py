@@ -270,18 +270,20 @@ def table(lines, reward):
 
 def figure(lines, reward, path):
     """Reward against queries, and against the share of animals that the judge still names: mean and 95 % interval."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     factor, unit = UNITS.get(reward, (1, ""))
     plot = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = plot.subplots(1, 2, sharey=True)
-    for label, group in by_label(lines).items():
+    colors = colormaps["tab20" if len(by_label(lines)) > 10 else "tab10"].colors
+    for color, (label, group) in zip(colors, by_label(lines).items()):
         curves = [evaluated(line) for line in group]
         queries, rewards, named = (np.stack([curve[k] for curve in curves]) for k in range(3))
         mean, half = np.array([interval(column) for column in factor * rewards.T]).T
-        drawn, = left.plot(queries[0], mean, "o-", markersize=3, label=f"{label} ({len(group)} seeds)")
-        left.fill_between(queries[0], mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
-        right.plot(100 * named.mean(0), mean, "-", color=drawn.get_color())
-        right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=drawn.get_color())
+        left.plot(queries[0], mean, "o-", markersize=3, color=color, label=f"{label} ({len(group)} seed{'s' * (len(group) > 1)})")
+        left.fill_between(queries[0], mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+        right.plot(100 * named.mean(0), mean, "-", color=color)
+        right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=color)
     name = {"compressibility": "JPEG size (kB): lower is better", "incompressibility": "JPEG size (kB): higher is better"}
     name = name.get(reward, f"{reward} ({unit})" if unit else reward)
     left.set(xlabel="reward queries", ylabel=name, title="mean and 95 % interval over seeds")
