@@ -818,9 +818,10 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
 
 
 def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
-    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 2, "eval_prompts": 9, "updates_per_epoch": 1}
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    finish = compare.finish
     done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})[1]
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
@@ -833,9 +834,10 @@ def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tm
     assert "| two | 1 | 2.00 | 0.50 | 75.0 |" in told and "| one | 1 |" in told
     assert [path.name for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
+    monkeypatch.setattr(compare, "finish", finish)
     assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": {**tiny, "learning_rate": 1e-3}}))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
@@ -1043,11 +1045,11 @@ def command(*flags):
 
 
 def test_the_command_trains_quietly_and_ends_with_the_outcome():
-    done = command("--reward", "compressibility", "--epochs", 1, "--samples-per-epoch", 4, "--sampling-steps", 2,
+    done = command("--reward", "compressibility", "--epochs", 1, "--samples-per-epoch", 8, "--sampling-steps", 3,
                    "--eval-prompts", 3)
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
-    assert last.startswith("compressibility: ") and " kB (" in last and "on 3 fixed prompts after 4 reward queries" in last
+    assert last.startswith("compressibility: ") and " kB (" in last and "on 3 fixed prompts after 8 reward queries" in last
     assert len(done.stdout.splitlines()) == 4
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert all(line.startswith("compressibility:") for line in bars), "only our own bar reaches the terminal"
