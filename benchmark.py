@@ -48,7 +48,7 @@ def random_stable_diffusion(folder):
 
 
 def timed(device, work):
-    """The result of work(), its seconds, and on a GPU its peak memory in GB."""
+    """The result of work(), its seconds, and on a GPU its peak memory in GB (else 0)."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -56,7 +56,7 @@ def timed(device, work):
     result = work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+    return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
 
 
 @torch.no_grad()
@@ -89,8 +89,9 @@ def benchmark(config, images, micro_batches, peak):
     _, learning, memory_learning = timed(config.device, lambda: learn(trajectory))
     # RWR learns from five pictures for each one drawn, whatever whole batches are here.
     share = 1 if keep_chain else 5 * images / (config.updates_per_epoch * config.batch_size)
-    row = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}", f"{memory_sampling:.1f}",
-           f"{memory_learning:.1f}", *(f"{deviation:.1e}" for deviation in deviations)]
+    row = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}",
+           *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
+           *(f"{deviation:.1e}" for deviation in deviations)]
     if peak and keep_chain:
         query = config.sampling_steps * 4 * TFLOP_STEP + TFLOP_DECODE
         row.append(f"{query / peak / ((sampling + learning) / images):.0%}")
