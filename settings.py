@@ -72,7 +72,7 @@ PRESETS = {
         "learning_rate": 2e-4,
         # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
         "clip_range": 2e-3,
-        # Of 10 steps the last but one moves far at a tiny sigma: 7/8 of the gradient's variance, and hardly any of its signal.
+        # Of 10 steps the last but one moves far at a tiny sigma: 7/8 of the gradient's variance, and little left to decide.
         "skip_last_steps": 2,
         # About one image per prompt and epoch: a prompt's own statistics come late, and stale.
         "stats_buffer": 16, "stats_min_count": 8,
