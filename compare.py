@@ -53,7 +53,8 @@ SWEEP = {
                 dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2)],
     "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
                 dict(learning_rate=2e-4, samples_per_epoch=16)],
-    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(2, SWEEP_QUERIES)) for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(2, SWEEP_QUERIES))
+            for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
     "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(2, SWEEP_QUERIES))
                    for lr, percentile in ((1e-4, 0.9), (3e-5, 0.9), (1e-4, 0.75))]}
 
@@ -126,7 +127,8 @@ def plans(args, common):
         return [plan(args.ablation, label, seed, {**common, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
     # The control is what RWR's rounds do without any reward: the pictures change, too.
-    methods = {**{algorithm: {"algorithm": algorithm} for algorithm in ALGORITHMS}, "no reward": {"algorithm": "rwr", "beta": 0.0}}
+    methods = {algorithm: {"algorithm": algorithm} for algorithm in ALGORITHMS}
+    methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
     return [plan("main", label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
@@ -187,7 +189,8 @@ def commit():
         return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if git("status", "-s", "--", "*.py", "assets") else "")
+        changed = git("status", "-s", "--", "*.py", "assets")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
     except OSError:  # no git here
         return "unknown"
 
@@ -280,7 +283,8 @@ def figure(lines, reward, path):
         curves = [evaluated(line) for line in group]
         queries, rewards, named = (np.stack([curve[k] for curve in curves]) for k in range(3))
         mean, half = np.array([interval(column) for column in factor * rewards.T]).T
-        left.plot(queries[0], mean, "o-", markersize=3, color=color, label=f"{label} ({len(group)} seed{'s' * (len(group) > 1)})")
+        seeds = f"{len(group)} seed{'s' * (len(group) > 1)}"
+        left.plot(queries[0], mean, "o-", markersize=3, color=color, label=f"{label} ({seeds})")
         left.fill_between(queries[0], mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         right.plot(100 * named.mean(0), mean, "-", color=color)
         right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=color)
