@@ -89,13 +89,13 @@ def benchmark(config, images, micro_batches, peak):
     _, learning, memory_learning = timed(config.device, lambda: learn(trajectory))
     # RWR learns from five pictures for each one drawn, whatever whole batches are here.
     share = 1 if keep_chain else 5 * images / (config.updates_per_epoch * config.batch_size)
-    row = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}",
-           *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
-           *(f"{deviation:.1e}" for deviation in deviations)]
+    cells = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}",
+             *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
+             *(f"{deviation:.1e}" for deviation in deviations)]
     if peak and keep_chain:
         query = config.sampling_steps * 4 * TFLOP_STEP + TFLOP_DECODE
-        row.append(f"{query / peak / ((sampling + learning) / images):.0%}")
-    return row
+        cells.append(f"{query / peak / ((sampling + learning) / images):.0%}")
+    return cells
 
 
 def main(argv=None):
@@ -127,10 +127,10 @@ def main(argv=None):
             if not Path(flags["model"]).exists():
                 random_stable_diffusion(Path(flags["model"]))
         config = build_config({**flags, "precision": "fp32"})
-        updates = 1 if UPDATES[config.algorithm][1] else max(1, 5 * args.images // config.batch_size)
+        _, chain = UPDATES[config.algorithm]
+        updates = 1 if chain else max(1, 5 * args.images // config.batch_size)
         config = replace(config, samples_per_epoch=args.images, updates_per_epoch=updates)
         names = ["precision", "sampling (s/query)", "learning (s/query)", "peak GB sampling", "peak GB learning"]
-        chain = UPDATES[config.algorithm][1]
         names += [f"largest \\|ratio - 1\\| at {size} pairs" for size in args.ratio_batches] if chain else []
         names += ["share of peak"] if args.peak_tflops and chain else []
         print(f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "

@@ -329,7 +329,8 @@ def study(args, common, command):
     def finished():
         return {(line["label"], line["seed"], json.dumps(line["settings"], sort_keys=True)): line for line in runs.read_lines(log)}
 
-    missing = [run for run in planned if run.key not in finished()]
+    done = finished()
+    missing = [run for run in planned if run.key not in done]
     total = sum(run.queries for run in planned)
     with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
         for run in missing:
@@ -360,7 +361,7 @@ def main(argv=None):
         args.seeds, args.queries = args.seeds or (3 if args.ablation else 5), args.queries or QUERIES
         common = {name: getattr(args, name) for name in ("reward", "device", "precision") if getattr(args, name)}
         if args.ablation == "variance":
-            print(measure_variance(RESULTS / short_name(args.reward), **common))
+            print(measure_variance(RESULTS / short_name(args.reward), command, **common))
         else:
             print(study(args, common, command))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:

@@ -19,6 +19,7 @@ from sampling import score
 
 BASELINES = ("prompt", "batch", "none")
 
+
 def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
     """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right at theta = theta_old only."""
     loss = -(advantages * log_probs).mean()                                  # section 4.3, DDPO_SF
@@ -90,8 +91,8 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
 
     advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
     B / updates images at all their T steps, less config.skip_last_steps, and its loss is the mean over those pairs. Also
-    read from config: micro_batch, clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for ratio_deviation, a maximum over the
-    first update's, and skipped_updates, a count.
+    read from config: micro_batch, clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for
+    ratio_deviation, a maximum over the first update's, and skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
     B, T = trajectory.log_probs.shape

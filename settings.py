@@ -193,7 +193,7 @@ def _refuse(message):
 
 
 def _default_text(name, default):
-    """' (default: 196; rwr: 5; emoji: 26; emoji, rwr: 4)'."""
+    """' (default: 196; rwr: 5; emoji: 24; emoji, rwr: 4)'."""
     sources = [("default", {name: default or {"prompts": "the reward's"}.get(name, default)})]
     sources += [(algorithm, own) for algorithm, own in ALGORITHMS.items()]
     for preset, own in PRESETS.items():

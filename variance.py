@@ -67,7 +67,7 @@ def jackknife(products, advantages, batch, groups):
 
 
 def measure_steps(config, images, pool, groups):
-    """SNR^2 and its standard error under each baseline, over all of config.sampling_steps and all but the last."""
+    """SNR^2 and its standard error under each baseline, over all of config.sampling_steps and all but the last two."""
     reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
     policy = policy_of(config)
     rng = torch.Generator().manual_seed(config.seed)
@@ -89,10 +89,10 @@ def measure_steps(config, images, pool, groups):
         for name, values in advantages.items() for which, product in products.items()}
 
 
-def measure_variance(folder, steps=STEPS, images=IMAGES, pool=POOL, groups=GROUPS, **flags):
+def measure_variance(folder, command, steps=STEPS, images=IMAGES, pool=POOL, groups=GROUPS, **flags):
     """Measure what is missing in FOLDER/variance.jsonl, draw variance.png beside it, and return the table in Markdown.
 
-    flags are of train.py: reward, device. Raises ValueError, RewardError or FloatingPointError, as train.py does.
+    command is what the table says made it; flags are of train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py does.
     """
     log, lines = folder / "variance.jsonl", {}
     for T in tqdm(steps, desc="variance", unit="T"):
@@ -107,7 +107,7 @@ def measure_variance(folder, steps=STEPS, images=IMAGES, pool=POOL, groups=GROUP
     rows += [f"| {T} | " + " | ".join("{:.2f} ± {:.2f}".format(*line[name]) for name in NAMES) + " |" for T, line in lines.items()]
     text = "\n".join(rows)
     runs.write_atomically(folder / "variance.md", lambda path: path.write_text(
-        f"# Squared signal to noise of DDPO's gradient: {short_name(config.reward)}\n\n`python compare.py --ablation variance`; "
+        f"# Squared signal to noise of DDPO's gradient: {short_name(config.reward)}\n\n`{command}`; "
         f"{images} images for each T at the pretrained weights; estimate ± its standard error, of a batch of {BATCH}; how: "
         f"variance.py\n\n{text}\n\n![](variance.png)\n"))
     return text
