@@ -5,9 +5,9 @@
     python compare.py --ablation clip-range                    # one question; python compare.py --help names them all
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. Finished runs
-stand in results/REWARD/STUDY.jsonl, one line each, and are not run again unless a setting has changed since; a run that was
-stopped is resumed. From them come STUDY.md, the table, and STUDY.png, the figure; and from the first seed's runs, while their
-folders under runs/ are there, STUDY_pictures.png.
+stand in results/REWARD/STUDY.jsonl, one line each, and are not run again, for this or another study of the reward, unless a
+setting has changed since; a run that was stopped is resumed. From them come STUDY.md, the table, and STUDY.png, the figure;
+and from the first seed's runs, while their folders under runs/ are there, STUDY_pictures.png.
 """
 import argparse
 import json
@@ -60,15 +60,18 @@ SWEEP = {
 
 # One question each, on top of the emoji preset: the curves' labels and the flags behind them, and the number of queries.
 ABLATIONS = {
-    "guidance": (768, {"guided training": {"algorithm": "rwr-sparse", **rwr_rounds(6, 768)},
-                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rwr_rounds(6, 768)}}),
-    "kl": (768, {f"KL weight {weight:g}": {"kl_weight": weight} for weight in (0.0, 0.01, 0.1, 1.0)}),
+    "guidance": (640, {"guided training": {"algorithm": "rwr-sparse", **rwr_rounds(5, 640)},
+                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rwr_rounds(5, 640)}}),
+    # The pictures must be in danger for the penalty to matter: twice the preset's learning rate, and a wider trust region.
+    "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
+                 for weight in (0.0, 0.1, 1.0, 10.0)}),
     "interleaving": (800, {f"{number} round{'s' * (number > 1)}": {"algorithm": "rwr", **rwr_rounds(number, 800)}
                            for number in (1, 2, 5, 10, 20)}),
-    "estimators": (768, {"DDPO-IS": {}, "DDPO-SF, 64 images an update": {"algorithm": "ddpo-sf", "samples_per_epoch": 64},
-                         "DDPO-SF, as many updates": {"algorithm": "ddpo-sf", "samples_per_epoch": 16}}),
-    "clip-range": (768, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
-    "baseline": (768, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
+    "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {},
+                         "DDPO-SF, an update of 64 images": {"algorithm": "ddpo-sf", "samples_per_epoch": 64},
+                         "DDPO-SF, an update of 8 images": {"algorithm": "ddpo-sf", "samples_per_epoch": 8}}),
+    "clip-range": (640, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
+    "baseline": (640, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
 }
 
 
@@ -103,8 +106,8 @@ class Run:
 
     @property
     def key(self):
-        """By which its line is found again: all that makes its numbers what they are."""
-        return self.label, self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
+        """By which its line is found again: all that makes its numbers what they are, whatever study it was made for."""
+        return self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
 
 
 def plan(study, label, seed, flags, queries):
@@ -152,7 +155,7 @@ def finish(run, bar):
     rows = runs.read_rows(folder)
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "reward_mean", "approx_kl", "grad_norm", "loss")
-    return {"study": run.study, "label": run.label, "seed": run.seed, "command": " ".join(["python train.py", *run.arguments]),
+    return {"label": run.label, "seed": run.seed, "folder": run.name, "command": " ".join(["python train.py", *run.arguments]),
             **made, "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
             "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config)}
 
@@ -198,7 +201,9 @@ def commit():
 def machine():
     """What a run's minutes were measured on."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}{gpu}"
+    threads = torch.get_num_threads()
+    return (f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, {platform.machine()}, "
+            f"torch {torch.__version__}{gpu}")
 
 
 # ---- What came out ----
@@ -296,48 +301,48 @@ def figure(lines, reward, path):
     runs.write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
 
 
-def pictures(planned, path):
+def pictures(lines, path):
     """The first fixed prompts before, and after each label's run of the first seed, one row each; needs their folders."""
-    first = [run for run in planned if run.seed == planned[0].seed]
-    grids = [sorted((RUNS / run.name / "samples").glob("epoch_*.png")) for run in first]
+    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
+    grids = [sorted((RUNS / line["folder"] / "samples").glob("epoch_*.png")) for line in first]
     if all(grids):
-        rows = [("before", grids[0][0]), *((run.label, grid[-1]) for run, grid in zip(first, grids))]
+        rows = [("before", grids[0][0]), *((line["label"], grid[-1]) for line, grid in zip(first, grids))]
         runs.write_atomically(path, runs.first_rows(rows).save)
 
 
-def report(lines, planned, path, command):
+def report(lines, reward, path, command):
     """STUDY.md, STUDY.png and the pictures. Returns the table."""
-    reward = short_name(planned[0].flags["reward"])
     settings = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
     made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
-    text = (f"# {planned[0].study}: {reward}\n\n`{command}`; {'; '.join(made)}. Intervals are 95 % (Student's t) over the seeds; "
+    text = (f"# {path.name}: {reward}\n\n`{command}`; {'; '.join(made)}. Intervals are 95 % (Student's t) over the seeds; "
             f"a gain is a share of the start; named: by the independent judge, of 45 fixed prompts.\n\n{table(lines, reward)}\n\n"
             f"![the curves]({path.name}.png)\n\nThe first seed's commands:\n\n{settings}\n")
     runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     figure(lines, reward, path.with_name(path.name + ".png"))
-    pictures(planned, path.with_name(path.name + "_pictures.png"))
+    pictures(lines, path.with_name(path.name + "_pictures.png"))
     return table(lines, reward)
 
 
 def study(args, common, command):
     """Run what is missing of a study, and report. Raises ValueError, OSError."""
     load_reward(args.reward)  # a name that is none is told before anything is made
-    planned = plans(args, common)
-    path = RESULTS / short_name(args.reward) / planned[0].study
-    log = path.with_name(path.name + ".jsonl")
-
-    def finished():
-        return {(line["label"], line["seed"], json.dumps(line["settings"], sort_keys=True)): line for line in runs.read_lines(log)}
-
-    done = finished()
+    planned, reward = plans(args, common), short_name(args.reward)
+    path = RESULTS / reward / planned[0].study
+    done = finished_runs(path.parent)
     missing = [run for run in planned if run.key not in done]
     total = sum(run.queries for run in planned)
     with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
         for run in missing:
             bar.set_description(run.name)
-            runs.append_line(log, finish(run, bar))
-    lines = finished()
-    return report([lines[run.key] for run in planned], planned, path, command)
+            done[run.key] = finish(run, bar)
+            runs.append_line(path.with_name(path.name + ".jsonl"), done[run.key])
+    return report([{**done[run.key], "label": run.label} for run in planned], reward, path, command)
+
+
+def finished_runs(folder):
+    """Run.key -> line, of every study in that folder."""
+    lines = [line for log in sorted(folder.glob("*.jsonl")) for line in runs.read_lines(log) if "rows" in line]
+    return {(line["seed"], json.dumps(line["settings"], sort_keys=True)): line for line in lines}
 
 
 def main(argv=None):

@@ -82,8 +82,9 @@ PRESETS = {
 # Settings that only some algorithms read: given with another, they are a mistake. (RWR has no chain to take a KL or a ratio
 # over; and a DDPO update without guidance would score another policy than the one that sampled.)
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
-OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO, "stats_buffer": DDPO,
-          "stats_min_count": DDPO, "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
+OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
+          "stats_buffer": DDPO, "stats_min_count": DDPO,
+          "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
 
 # What a preset says for one algorithm, above what it says for all: chosen from compare.py --sweep (results/README.md).
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
@@ -133,7 +134,8 @@ def shared_settings(config):
     """The settings that make a result what it is, as they may be published: no name, no seed, no folder of this machine."""
     here = str(Path(__file__).resolve().parent)
     return {name: value.replace(here + "/", "") if isinstance(value, str) else value
-            for name, value in asdict(config).items() if name not in ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")}
+            for name, value in asdict(config).items()
+            if name not in ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")}
 
 
 def check(config):
@@ -154,7 +156,7 @@ def check(config):
     if config.algorithm in DDPO and config.samples_per_epoch % config.updates_per_epoch:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
                          f"{config.updates_per_epoch} equal shares")
-    if config.skip_last_steps >= config.sampling_steps:
+    if config.algorithm in DDPO and config.skip_last_steps >= config.sampling_steps:
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")

@@ -794,12 +794,13 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
         assert (rwr.beta, rwr.percentile, rwr.guided_training) == (0.2, 0.9, True)
     assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "common_animals"
     assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
+    assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
 
 
 # ---- compare.py ----
 
 def line(label, seed, queries, rewards, named=None):
-    return {"study": "s", "label": label, "seed": seed, "flags": {"reward": "compressibility"}, "command": "python train.py",
+    return {"label": label, "seed": seed, "folder": "nothing", "command": "python train.py",
             "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2, "rows": [
                 {"reward_queries": q, "eval_reward_mean": r, "eval_named": n}
                 for q, r, n in zip(queries, rewards, named or [1.0] * len(queries))]}
@@ -817,7 +818,7 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     assert compare.area(skipped) == compare.area(one)
 
 
-def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
     tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
@@ -826,7 +827,7 @@ def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tm
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
     runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
-    runs.append_line(folder / "tiny.jsonl", two)
+    runs.append_line(folder / "other.jsonl", {**two, "label": "as another study calls it"})
     with open(folder / "tiny.jsonl", "a") as file:
         file.write('{"label": "cut sho')  # by a kill
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
@@ -838,10 +839,20 @@ def test_a_comparison_trains_what_is_missing_only_and_reports_all(tiny_model, tm
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
     monkeypatch.setattr(compare, "finish", finish)
-    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
+    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "one"]
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": {**tiny, "learning_rate": 1e-3}}))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
     assert "is of other settings (learning_rate): delete it or rename it" in capsys.readouterr().err
+
+
+def test_each_preset_is_among_the_settings_of_the_sweep():
+    own = {"ddpo-is": ("clip_range", "updates_per_epoch"), "ddpo-sf": ("samples_per_epoch",), "rwr": ("beta",),
+           "rwr-sparse": ("percentile",)}
+    for algorithm, names in own.items():
+        names = ("learning_rate", *names)
+        preset, *tried = [tuple(getattr(settings.build_config({"algorithm": algorithm, **flags}), name) for name in names)
+                          for flags in ({}, *compare.SWEEP[algorithm])]
+        assert preset in tried
 
 
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries():
