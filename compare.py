@@ -325,7 +325,6 @@ def report(lines, reward, path, command):
 
 def study(args, common, command):
     """Run what is missing of a study, and report. Raises ValueError, OSError."""
-    load_reward(args.reward)  # a name that is none is told before anything is made
     planned, reward = plans(args, common), short_name(args.reward)
     path = RESULTS / reward / planned[0].study
     done = finished_runs(path.parent)
@@ -363,10 +362,14 @@ def main(argv=None):
             raise ValueError("--queries is of the comparison: a sweep and each ablation have their own")
         if args.seeds is not None and (args.sweep or args.ablation == "variance" or args.seeds < 1):
             raise ValueError(f"--seeds {args.seeds}: a sweep and the variance have their own; else it must be at least 1")
+        load_reward(args.reward)  # a name that is none is told before anything is made
         args.seeds, args.queries = args.seeds or (3 if args.ablation else 5), args.queries or QUERIES
         common = {name: getattr(args, name) for name in ("reward", "device", "precision") if getattr(args, name)}
         if args.ablation == "variance":
-            print(measure_variance(RESULTS / short_name(args.reward), command, **common))
+            run = plan("main", "ddpo-is", 0, common, QUERIES)  # the comparison's first
+            with tqdm(total=run.queries, unit="query", desc=run.name) as bar:
+                finish(run, bar)
+            print(measure_variance(RESULTS / short_name(args.reward), command, RUNS / run.name, **common))
         else:
             print(study(args, common, command))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:

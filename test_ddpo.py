@@ -866,25 +866,41 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
 
 
 def test_signal_to_noise_is_that_of_a_known_gaussian():
-    mean, N, batch = 0.05, 800, 64
-    gradients = mean + np.random.default_rng(0).standard_normal((N, 100))
-    advantages = np.ones(N)
-    snr, error = variance.jackknife(gradients @ gradients.T, advantages, batch, groups=20)
-    assert snr == pytest.approx(mean**2 * batch, abs=4 * error) and 0 < error < snr / 3
-    noise = gradients - mean
-    snr, error = variance.jackknife(noise @ noise.T, advantages, batch, groups=20)
-    assert abs(snr) < 4 * error
+    noise = np.random.default_rng(0).standard_normal(2000)
+    snr, error = variance.jackknife(0.2 + 2 * noise, batch=64)
+    assert snr == pytest.approx(0.1 * 8, abs=3 * error) and error == pytest.approx((64 / 2000) ** 0.5, rel=0.05)
 
 
-def test_score_functions_of_images_add_up_to_the_gradient_of_ddpo_sf(tiny_policy):
+def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(tiny_model, tiny_policy):
+    trained, noise = sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0), rng()
+    with torch.no_grad():
+        for weight in trained.unet.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=noise)
+    u = variance.direction(tiny_policy, trained)
+    assert sum(part.square().sum() for part in u).item() == pytest.approx(1, rel=1e-4)
     trajectory, _ = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
     advantages, extras = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     ddpo.accumulate_gradient(tiny_policy, trajectory, advantages, pairs, extras["scaler"], extras["config"],
                              ddpo.score_function_loss, SimpleNamespace(update=lambda n: None))
-    gradient = torch.cat([weight.grad.flatten() for weight in tiny_policy.unet.parameters()])
-    torch.testing.assert_close(-(advantages @ variance.score_functions(tiny_policy, trajectory, torch.arange(4))) / 3, gradient,
-                               rtol=1e-3, atol=1e-6)
+    along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.unet.parameters(), u)).item()
+    projected = variance.projected_scores(tiny_policy, trajectory, torch.arange(4), u)
+    assert -(advantages.numpy() @ projected) / 3 == pytest.approx(along, rel=1e-3)
+
+
+def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny_policy, tmp_path, monkeypatch):
+    with torch.no_grad():
+        tiny_policy.unet.conv_out.weight.add_(0.1)
+    tiny_policy.pipeline.save_pretrained(tmp_path / "run" / "model")
+
+    def measure(*steps):
+        return variance.measure_variance(tmp_path, "the command", tmp_path / "run", steps, 4, 2, model=str(tiny_model))
+
+    three = measure(3).splitlines()[-1]
+    assert three.startswith("| 3 | ") and three.count("±") == 6
+    assert measure(3, 4).splitlines()[-2] == three and len(runs.read_lines(tmp_path / "variance.jsonl")) == 2
+    monkeypatch.setattr(variance, "measure_steps", lambda *args: pytest.fail("nothing is missing"))
+    assert measure(3, 4).splitlines()[-2] == three and (tmp_path / "variance.png").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
