@@ -1,5 +1,7 @@
 """The prompt distributions of the paper (section 5 and appendix): what the policy is asked to draw.
 
+    python prompts.py                  # the sets, with examples
+
 A prompt set is a list of `Prompt`, sampled uniformly in training. To add one, write its list here and name it in
 `PROMPT_SETS`. The English of it (articles, plurals) stands here too, since captions of the embedded model need it.
 """
@@ -11,12 +13,21 @@ ASSETS = Path(__file__).parent / "assets"
 
 _emoji = json.loads((ASSETS / "emoji_animals.json").read_text(encoding="utf-8"))
 COMMON_ANIMALS = list(_emoji["common_animals"])  # the paper's 45 (section 5.3)
-UNSEEN_ANIMALS = list(_emoji["unseen_animals"])  # 30 that no training prompt names
+UNSEEN_ANIMALS = list(_emoji["unseen_animals"])  # 30 that the embedded model draws, and no training prompt names
 EMOJI = {**_emoji["common_animals"], **_emoji["unseen_animals"]}
+
+# For evaluation only, and our own lists: the paper has 38 animals and 50 objects too, which it does not name in full.
+MORE_UNSEEN_ANIMALS = UNSEEN_ANIMALS + ["moose", "walrus", "ostrich", "iguana", "pigeon", "lemur", "pelican", "jellyfish"]
+OBJECTS = ["apple", "armchair", "backpack", "balloon", "banana", "basket", "bench", "bicycle", "boat", "book", "bottle", "bowl",
+           "bridge", "bus", "cake", "camera", "candle", "car", "castle", "chair", "clock", "cup", "door", "drum", "fountain",
+           "guitar", "hammer", "hat", "house", "kettle", "key", "ladder", "lamp", "lighthouse", "mirror", "motorcycle",
+           "mushroom", "piano", "pizza", "robot", "shoe", "suitcase", "table", "teapot", "telephone", "tent", "train", "tree",
+           "umbrella", "violin"]
+ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 _IRREGULAR = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
-              **{word: word for word in ("fish", "sheep", "deer", "bison", "squid")}}
+              **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose", "jellyfish")}}
 
 
 def with_article(noun):
@@ -42,10 +53,9 @@ def counted(noun, number):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked to draw; question and answer are for rewards that ask about the picture."""
+    """What the policy is asked to draw, and, for a reward that asks about the picture, (question, right answers) pairs."""
     text: str
-    question: str = ""
-    answer: str = ""
+    questions: tuple = ()  # of (str, tuple of str)
 
 
 def common_animals():
@@ -58,7 +68,50 @@ def imagenet_animals():
     return _lines(ASSETS / "imagenet_animals.txt")
 
 
-PROMPT_SETS = {"common_animals": common_animals, "imagenet_animals": imagenet_animals}  # the next set goes here
+def animal_activities():
+    """The 45 animals in three activities each (prompt-image alignment), as 'an ant playing chess'."""
+    return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS for activity in ACTIVITIES]
+
+
+def two_to_eight_animals():
+    """Two to eight of the 45 animals (counting, appendix A), as 'three mice', with the questions that a VLM is asked about the picture."""
+    return [_some(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
+
+
+def two_to_four_animals():
+    """Of these, what the embedded model can draw: two to four."""
+    return [_some(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
+
+
+def _some(animal, number):
+    return Prompt(counted(animal, number), (
+        ("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
+        ("What animal is in this image?", (animal, plural(animal)))))
+
+
+def dpok():
+    """The four prompts of the comparison with DPOK (appendix C), one model for all."""
+    return [Prompt(text) for text in ("a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon")]
+
+
+def unseen_animals():
+    """38 animals that no training prompt names (generalisation, for evaluation only)."""
+    return [Prompt(with_article(animal)) for animal in MORE_UNSEEN_ANIMALS]
+
+
+def unseen_emoji_animals():
+    """Of these, the 30 that the embedded model can draw."""
+    return [Prompt(with_article(animal)) for animal in UNSEEN_ANIMALS]
+
+
+def objects():
+    """50 common objects (generalisation, for evaluation only)."""
+    return [Prompt(with_article(thing)) for thing in OBJECTS]
+
+
+PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
+    common_animals, imagenet_animals, animal_activities, two_to_eight_animals, two_to_four_animals, dpok,
+    unseen_animals, unseen_emoji_animals, objects)}
 
 
 def load_prompts(name):
@@ -79,3 +132,9 @@ def _lines(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt file {str(path)!r} is not UTF-8 text") from error
     return [Prompt(line.strip()) for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    for name, prompts in PROMPT_SETS.items():
+        texts = [prompt.text for prompt in prompts()]
+        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    {prompts.__doc__}")

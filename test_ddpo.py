@@ -584,7 +584,25 @@ def test_prompt_sets_are_the_papers():
     assert len(common) == len(set(common)) == 45 and {"a cat", "an ant", "a kangaroo"} <= set(common)
     imagenet = [prompt.text for prompt in prompts.load_prompts("imagenet_animals")]
     assert len(imagenet) == 398 and (imagenet[0], imagenet[-1]) == ("tench", "puffer")
-    assert not set(prompts.UNSEEN_ANIMALS) & set(prompts.COMMON_ANIMALS) and len(prompts.UNSEEN_ANIMALS) == 30
+    activities = [prompt.text for prompt in prompts.load_prompts("animal_activities")]
+    assert len(activities) == 135 and {"a cat riding a bike", "an ant playing chess", "a zebra washing dishes"} <= set(activities)
+    assert len(prompts.load_prompts("two_to_eight_animals")) == 7 * 45 and len(prompts.load_prompts("two_to_four_animals")) == 135
+    assert [prompt.text for prompt in prompts.load_prompts("dpok")][1] == "four wolves in the park"
+    for name, size in (("unseen_animals", 38), ("unseen_emoji_animals", 30), ("objects", 50)):
+        unseen = [prompt.text for prompt in prompts.load_prompts(name)]
+        assert len(unseen) == len(set(unseen)) == size and not set(unseen) & set(common)
+
+
+def test_counting_prompts_bring_their_questions_and_every_right_answer():
+    mice = {prompt.text: prompt.questions for prompt in prompts.load_prompts("two_to_four_animals")}["three mice"]
+    assert [answers for _, answers in mice] == [("three", "3"), ("mouse", "mice")]
+    assert all("?" in question for question, _ in mice) and prompts.load_prompts("common_animals")[0].questions == ()
+
+
+def test_the_prompt_sets_are_listed_with_examples():
+    told = subprocess.run([sys.executable, str(HERE / "prompts.py")], capture_output=True, text=True, check=True).stdout
+    assert "two_to_four_animals: 135, as 'two cats'" in told
+    assert all(f"{name}: " in told for name in prompts.PROMPT_SETS)
 
 
 # ---- The embedded model, and learning ----
@@ -932,7 +950,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals) nor a text file"),
+    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals, animal_activities"),
     (["--prompts", "empty.txt"], "is empty"),
     (["--prompts", "binary.txt"], "is not UTF-8"),
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
