@@ -6,13 +6,16 @@
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. Finished runs
 stand in results/REWARD/STUDY.jsonl, one line each, and are not run again, for this or another study of the reward, unless a
-setting has changed since; a run that was stopped is resumed. From them come STUDY.md, the table, and STUDY.png, the figure;
-and from the first seed's runs, while their folders under runs/ are there, STUDY_pictures.png.
+setting that they read has changed since; a run that was stopped is resumed. From them come STUDY.md, the table, and STUDY.png,
+the figure; and from the first seed's runs, while their folders under runs/ are there, STUDY_pictures.png.
 """
 import argparse
+import hashlib
 import json
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +31,7 @@ from tqdm import tqdm
 import runs
 from rewards import REWARDS, UNITS, RewardError, load_reward
 from sampling import PRECISIONS
-from settings import ALGORITHMS, build_config, load_config, shared_settings, short_name
+from settings import ALGORITHMS, Config, build_config, shared_settings, short_name
 from train import RUNS
 from variance import measure_variance
 
@@ -36,12 +39,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 QUERIES = 1536  # the emoji preset's 24 epochs
 SWEEP_QUERIES, SWEEP_SEED = 832, 100  # the comparison uses seeds from 0
-# Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is a good enough 2.
-T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, the last is a little too wide.
+T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
 
 
 def rwr_rounds(number, queries, images=32):
-    """RWR's settings for that many rounds. As many pictures are learned from as five passes over all drawn, as in the paper."""
+    """RWR's settings for that many rounds, which learn from about as many pictures as five passes over all drawn, as the paper."""
     samples = queries // number
     return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
             "updates_per_epoch": round(5 * samples / images)}
@@ -50,26 +53,29 @@ def rwr_rounds(number, queries, images=32):
 # The same number of settings for each algorithm, over learning rate and what is its own.
 SWEEP = {
     "ddpo-is": [dict(learning_rate=2e-4, updates_per_epoch=8), dict(learning_rate=2e-4, updates_per_epoch=4),
-                dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2)],
+                dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2), dict(learning_rate=4e-4, updates_per_epoch=8)],
     "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
-                dict(learning_rate=2e-4, samples_per_epoch=16)],
-    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(2, SWEEP_QUERIES))
-            for lr, beta in ((1e-4, 5.0), (3e-5, 5.0), (1e-4, 20.0))],
-    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(2, SWEEP_QUERIES))
-                   for lr, percentile in ((1e-4, 0.9), (3e-5, 0.9), (1e-4, 0.75))]}
+                dict(learning_rate=2e-4, samples_per_epoch=16), dict(learning_rate=1e-4, samples_per_epoch=64)],
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(rounds, SWEEP_QUERIES))
+            for lr, beta, rounds in ((1e-4, 5.0, 2), (3e-5, 5.0, 2), (1e-4, 20.0, 2), (3e-5, 20.0, 4))],
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(rounds, SWEEP_QUERIES))
+                   for lr, percentile, rounds in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (1e-4, 0.75, 2), (3e-5, 0.9, 4))]}
 
 # One question each, on top of the emoji preset: the curves' labels and the flags behind them, and the number of queries.
 ABLATIONS = {
-    "guidance": (640, {"guided training": {"algorithm": "rwr-sparse", **rwr_rounds(5, 640)},
-                       "unguided training": {"algorithm": "rwr-sparse", "guided_training": False, **rwr_rounds(5, 640)}}),
+    # Rounds of RWR change the pictures without any reward, too: percentile 0 and beta 0 tell how.
+    "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_rounds(5, 640)}
+                       for control, flags in (("", {}), (", no reward", {"percentile": 0.0}))
+                       for name, guided in (("guided", {}), ("unguided", {"guided_training": False}))}),
     # The pictures must be in danger for the penalty to matter: twice the preset's learning rate, and a wider trust region.
     "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
                  for weight in (0.0, 0.1, 1.0, 10.0)}),
-    "interleaving": (800, {f"{number} round{'s' * (number > 1)}": {"algorithm": "rwr", **rwr_rounds(number, 800)}
-                           for number in (1, 2, 5, 10, 20)}),
-    "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {},
-                         "DDPO-SF, an update of 64 images": {"algorithm": "ddpo-sf", "samples_per_epoch": 64},
-                         "DDPO-SF, an update of 8 images": {"algorithm": "ddpo-sf", "samples_per_epoch": 8}}),
+    "interleaving": (800, {f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_rounds(number, 800)}
+                           for control, numbers, flags in (("", (1, 2, 5, 10, 20), {}), (", no reward", (1, 5, 20), {"beta": 0.0}))
+                           for number in numbers}),
+    "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {"learning_rate": 2e-4}, **{
+        f"DDPO-SF, an update of {images} images": {"algorithm": "ddpo-sf", "learning_rate": 2e-4, "samples_per_epoch": images}
+        for images in (64, 8)}}),
     "clip-range": (640, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
     "baseline": (640, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
 }
@@ -85,9 +91,10 @@ class Run:
 
     @property
     def name(self):
-        """Of its folder under runs/."""
+        """Of its folder under runs/, which runs of other settings do not share."""
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
-        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}"
+        mark = hashlib.sha1(self.key[1].encode()).hexdigest()[:6]
+        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{mark}"
 
     @property
     def arguments(self):
@@ -106,7 +113,7 @@ class Run:
 
     @property
     def key(self):
-        """By which its line is found again: all that makes its numbers what they are, whatever study it was made for."""
+        """All that makes its numbers what they are, whatever study it was made for: by this its line is found again."""
         return self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
 
 
@@ -124,39 +131,76 @@ def plans(args, common):
     """The runs of the study asked for, seed by seed, so that a study cut short is one of fewer seeds."""
     if args.sweep:
         return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**common, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
-                for algorithm, choices in SWEEP.items() for k, choice in enumerate(choices)]
+                for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
         return [plan(args.ablation, label, seed, {**common, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
-    # The control is what RWR's rounds do without any reward: the pictures change, too.
-    methods = {algorithm: {"algorithm": algorithm} for algorithm in ALGORITHMS}
-    methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
-    return [plan("main", label, seed, {**common, **flags}, args.queries)
+    methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
+    if not args.algorithms:  # the control: what RWR's rounds do to the pictures without any reward
+        methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
+    name = "main" if args.queries == QUERIES else f"main-{args.queries}"
+    return [plan(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
 
-def finish(run, bar):
+def complete(planned, log):
+    """Train what no study of the reward has yet, and see that each run has its line in the log. Returns run.key -> line.
+
+    A run that fails is told and left out; raises ValueError in the end if there were such.
+    """
+    own, others, failed = finished_runs(log), {}, []
+    for other in sorted(log.parent.glob("*.jsonl")):
+        others.update(finished_runs(other))
+    total = sum(run.queries for run in planned)
+    with tqdm(total=total, unit="query", smoothing=0) as bar:
+        for run in planned:
+            done = bar.n
+            bar.set_description(run.name)
+            if run.key not in own:
+                try:
+                    line = others[run.key] if run.key in others else finish(run, lambda queries: _show(bar, done + queries))
+                except ValueError as error:
+                    tqdm.write(f"compare.py: {error}", file=sys.stderr)
+                    failed.append(run.name)
+                    continue
+                own[run.key] = {**line, "label": run.label}
+                runs.append_line(log, own[run.key])
+            _show(bar, done + run.queries)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")
+    return own
+
+
+def finished_runs(log):
+    """Run.key -> line, of one study's JSON lines."""
+    lines = {}
+    for line in runs.read_lines(log):
+        try:  # settings that came later have their defaults
+            settings = shared_settings(Config(**line["settings"]))
+        except (KeyError, TypeError):  # not a run, or of a version that had other settings
+            continue
+        if "rows" in line:
+            lines[line["seed"], json.dumps(settings, sort_keys=True)] = line
+    return lines
+
+
+def finish(run, show):
     """Train it, from the start, from where it was stopped, or not at all if that is done. Returns its line for the results."""
-    folder, made = RUNS / run.name, {"commit": commit(), "machine": machine()}
+    folder, made = RUNS / run.name, commit()
     arguments = [*run.arguments, "--name", run.name]
-    if folder.exists():
-        there, wanted = shared_settings(load_config(folder)), shared_settings(run.config)
-        if there != wanted:
-            raise ValueError(f"{folder} is of other settings ({', '.join(k for k in wanted if wanted[k] != there[k])}): delete "
-                             "it or rename it, and go on with the same command")
-        if not (folder / "checkpoint" / "state.pt").exists():
-            raise ValueError(f"{folder} was stopped before its first checkpoint: delete it, and go on with the same command")
-        arguments = ["--resume", str(folder)]
-    done = bar.n
+    if (folder / "checkpoint" / "state.pt").exists():
+        arguments, made = ["--resume", str(folder)], f"{made} (begun earlier)"
+    elif folder.exists():  # stopped before there was anything to resume
+        shutil.rmtree(folder)
     if not (folder / "model").exists():
-        _train(arguments, folder, lambda queries: _show(bar, done + queries))
-    _show(bar, done + run.queries)
+        _train(arguments, folder, show)
     rows = runs.read_rows(folder)
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "reward_mean", "approx_kl", "grad_norm", "loss")
-    return {"label": run.label, "seed": run.seed, "folder": run.name, "command": " ".join(["python train.py", *run.arguments]),
-            **made, "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
+    return {"label": run.label, "seed": run.seed, "folder": run.name,
+            "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made, "machine": machine(),
+            "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
             "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config)}
 
 
@@ -172,7 +216,7 @@ def _train(arguments, folder, show):
                 time.sleep(1)
         except BaseException:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # it saves; after a Ctrl-C it has had one, and does not mind another
+                process.terminate()  # it saves; after a Ctrl-C it is saving, and does not mind
                 process.wait()
             raise
         if process.returncode:
@@ -215,21 +259,25 @@ def evaluated(line):
                  for name in ("reward_queries", "eval_reward_mean", "eval_named"))
 
 
-def area(line):
-    """Area under the curve of reward against queries, divided by the queries: the mean reward on the way there."""
+def course(line):
+    """Queries and reward at the end of every epoch, since only there the policy changes; interpolated between evaluations."""
     queries, reward, _ = evaluated(line)
-    return np.trapezoid(reward, queries) / queries[-1]
+    epochs = np.array([row["reward_queries"] for row in line["rows"]], float)
+    epochs = epochs[epochs <= queries[-1]]
+    return epochs, np.interp(epochs, queries, reward)
+
+
+def area(line):
+    """Area under the curve of reward against queries, divided by the queries: the mean reward of the policies on the way."""
+    queries, reward = course(line)
+    return (reward[:-1] * np.diff(queries)).sum() / queries[-1]
 
 
 def queries_to(line, gain):
-    """Reward queries, interpolated, at which the reward first stood that share of its start above it; NaN if it never did."""
-    queries, reward, _ = evaluated(line)
-    target = reward[0] + gain * abs(reward[0])
-    above = np.nonzero(reward >= target)[0]
-    if not len(above):
-        return np.nan
-    k = above[0]
-    return queries[0] if k == 0 else np.interp(target, reward[k - 1:k + 1], queries[k - 1:k + 1])
+    """Reward queries after which the policy's reward first stood that share of its start above it; NaN if it never did."""
+    queries, reward = course(line)
+    above = np.nonzero(reward >= reward[0] + gain * abs(reward[0]))[0]
+    return queries[above[0]] if len(above) and reward[0] else np.nan
 
 
 def interval(values):
@@ -237,7 +285,7 @@ def interval(values):
     values = np.asarray(values, float)
     n = len(values)
     spread = values.std(ddof=1) / n**0.5 if n > 1 else np.nan
-    return values.mean(), spread * (T_95[n - 1] if n <= len(T_95) else 2.0)
+    return values.mean(), spread * T_95[min(n, len(T_95)) - 1]
 
 
 def by_label(lines):
@@ -285,13 +333,14 @@ def figure(lines, reward, path):
     left, right = plot.subplots(1, 2, sharey=True)
     colors = colormaps["tab20" if len(by_label(lines)) > 10 else "tab10"].colors
     for color, (label, group) in zip(colors, by_label(lines).items()):
-        curves = [evaluated(line) for line in group]
-        queries, rewards, named = (np.stack([curve[k] for curve in curves]) for k in range(3))
-        mean, half = np.array([interval(column) for column in factor * rewards.T]).T
+        queries, _ = course(group[0])
+        mean, half = np.array([interval(column) for column in factor * np.array([course(line)[1] for line in group]).T]).T
         seeds = f"{len(group)} seed{'s' * (len(group) > 1)}"
-        left.plot(queries[0], mean, "o-", markersize=3, color=color, label=f"{label} ({seeds})")
-        left.fill_between(queries[0], mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
-        right.plot(100 * named.mean(0), mean, "-", color=color)
+        left.plot(queries, mean, drawstyle="steps-post", color=color, label=f"{label} ({seeds})")
+        left.fill_between(queries, mean - half, mean + half, step="post", color=color, alpha=0.2, linewidth=0)
+        left.plot(queries[-1], mean[-1], "o", markersize=4, color=color)
+        rewards, named = (np.array([evaluated(line)[k] for line in group]) for k in (1, 2))
+        right.plot(100 * named.mean(0), factor * rewards.mean(0), "-", color=color)
         right.plot(100 * named[:, -1], factor * rewards[:, -1], "o", color=color)
     name = {"compressibility": "JPEG size (kB): lower is better", "incompressibility": "JPEG size (kB): higher is better"}
     name = name.get(reward, f"{reward} ({unit})" if unit else reward)
@@ -312,14 +361,18 @@ def pictures(lines, path):
 
 def report(lines, reward, path, command):
     """STUDY.md, STUDY.png and the pictures. Returns the table."""
-    settings = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
-    made = sorted({f"commit {line['commit']}, {line['machine']}" for line in lines})
-    text = (f"# {path.name}: {reward}\n\n`{command}`; {'; '.join(made)}. Intervals are 95 % (Student's t) over the seeds; "
-            f"a gain is a share of the start; named: by the independent judge, of 45 fixed prompts.\n\n{table(lines, reward)}\n\n"
-            f"![the curves]({path.name}.png)\n\nThe first seed's commands:\n\n{settings}\n")
-    runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     figure(lines, reward, path.with_name(path.name + ".png"))
-    pictures(lines, path.with_name(path.name + "_pictures.png"))
+    shown = path.with_name(path.name + "_pictures.png")
+    pictures(lines, shown)
+    settings = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
+    made = "; ".join(sorted({f"commit {line['commit']}, {line['machine']}" for line in lines}))
+    intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
+    rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![pictures]({shown.name})" if shown.exists() else ""
+    text = (f"# {path.name}: {reward}\n\n`{command}`; {made}. {intervals}A gain is a share of the start. Named: by the "
+            f"independent judge, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies that "
+            "the queries were spent on, which change when an epoch or a round ends.\n\n"
+            f"{table(lines, reward)}\n\n![the curves]({path.name}.png){rows}\n\nThe first seed's commands:\n\n{settings}\n")
+    runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     return table(lines, reward)
 
 
@@ -327,21 +380,8 @@ def study(args, common, command):
     """Run what is missing of a study, and report. Raises ValueError, OSError."""
     planned, reward = plans(args, common), short_name(args.reward)
     path = RESULTS / reward / planned[0].study
-    done = finished_runs(path.parent)
-    missing = [run for run in planned if run.key not in done]
-    total = sum(run.queries for run in planned)
-    with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
-        for run in missing:
-            bar.set_description(run.name)
-            done[run.key] = finish(run, bar)
-            runs.append_line(path.with_name(path.name + ".jsonl"), done[run.key])
-    return report([{**done[run.key], "label": run.label} for run in planned], reward, path, command)
-
-
-def finished_runs(folder):
-    """Run.key -> line, of every study in that folder."""
-    lines = [line for log in sorted(folder.glob("*.jsonl")) for line in runs.read_lines(log) if "rows" in line]
-    return {(line["seed"], json.dumps(line["settings"], sort_keys=True)): line for line in lines}
+    lines = complete(planned, path.with_name(path.name + ".jsonl"))
+    return report([lines[run.key] for run in planned], reward, path, command)
 
 
 def main(argv=None):
@@ -349,27 +389,36 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
-    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison (default: {QUERIES})")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of train.py")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of train.py (default: the preset's)")
+    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison, which divide into "
+                        f"the epochs and rounds of all (default: {QUERIES})")
+    parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
+                        help=f"of the comparison or the sweep, some of {', '.join(ALGORITHMS)} (default: all)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the U-Net (default: the preset's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
-    command = " ".join(["python compare.py", *argv])
+    command = shlex.join(["python", "compare.py", *argv])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is told to the run that is under way, like Ctrl-C
     try:
         if args.queries is not None and (args.sweep or args.ablation):
             raise ValueError("--queries is of the comparison: a sweep and each ablation have their own")
-        if args.seeds is not None and (args.sweep or args.ablation == "variance" or args.seeds < 1):
-            raise ValueError(f"--seeds {args.seeds}: a sweep and the variance have their own; else it must be at least 1")
-        load_reward(args.reward)  # a name that is none is told before anything is made
-        args.seeds, args.queries = args.seeds or (3 if args.ablation else 5), args.queries or QUERIES
-        common = {name: getattr(args, name) for name in ("reward", "device", "precision") if getattr(args, name)}
+        if args.algorithms and args.ablation:
+            raise ValueError("--algorithms is of the comparison and the sweep: an ablation has its own")
+        if args.seeds is not None and (args.sweep or args.ablation == "variance"):
+            raise ValueError("--seeds is of the comparison and the other ablations: a sweep and the variance have their own")
+        if args.seeds is not None and args.seeds < 1:
+            raise ValueError(f"--seeds {args.seeds}: must be at least 1")
+        load_reward(args.reward)  # an unknown name is refused before anything is written
+        args.seeds = args.seeds or (3 if args.ablation else 5)
+        args.queries = QUERIES if args.queries is None else args.queries
+        common = {name: getattr(args, name) for name in ("reward", "prompts", "device", "precision") if getattr(args, name)}
         if args.ablation == "variance":
-            run = plan("main", "ddpo-is", 0, common, QUERIES)  # the comparison's first
-            with tqdm(total=run.queries, unit="query", desc=run.name) as bar:
-                finish(run, bar)
-            print(measure_variance(RESULTS / short_name(args.reward), command, RUNS / run.name, **common))
+            folder, run = RESULTS / short_name(args.reward), plan("main", "ddpo-is", 0, common, QUERIES)  # the comparison's first
+            complete([run], folder / "main.jsonl")
+            print(measure_variance(folder, command, RUNS / run.name, {"commit": commit(), "machine": machine()}, **common))
         else:
             print(study(args, common, command))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:

@@ -58,13 +58,13 @@ class PromptStatistics:
         self.rewards = {}  # prompt -> deque of its last rewards
 
     def advantages(self, prompts, rewards):
-        """B prompts and B rewards -> advantages (B,) fp32, clipped, and the share of images with their prompt's own.
+        """B prompts and B rewards -> advantages (B,) fp32, clipped where whitened, and the share of images with their prompt's own.
 
         Appends first, then normalises, with the population's standard deviation. Equal rewards give exactly 0.
         """
         rewards = np.asarray(rewards, np.float64)
         if self.baseline == "none":
-            return torch.tensor(rewards, dtype=torch.float32).clamp(-self.clip, self.clip), 0.0
+            return torch.tensor(rewards, dtype=torch.float32), 0.0  # the clip is in standard deviations
         for prompt, reward in zip(prompts, rewards):
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer)).append(float(reward))
         own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]

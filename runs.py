@@ -104,9 +104,15 @@ def append_line(path, line):
 
 
 def read_lines(path):
-    """The dicts of a file of JSON lines, none if there is no file. A last line that a kill cut short does not count."""
+    """The dicts of a file of JSON lines, none if there is no file. A last line that a kill cut short does not count.
+
+    Raises ValueError if another is damaged.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def append_row(folder, row):

@@ -131,11 +131,14 @@ def load_config(folder):
 
 
 def shared_settings(config):
-    """The settings that make a result what it is, as they may be published: no name, no seed, no folder of this machine."""
+    """The settings that make a result what it is and that its algorithm reads, as they may be published.
+
+    So without the run's name and seed, knobs of speed, and this machine's folders.
+    """
     here = str(Path(__file__).resolve().parent)
-    return {name: value.replace(here + "/", "") if isinstance(value, str) else value
-            for name, value in asdict(config).items()
-            if name not in ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")}
+    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
+    return {name: value.replace(here + "/", "") if isinstance(value, str) else value for name, value in asdict(config).items()
+            if name not in left_out and config.algorithm in OWNERS.get(name, ALGORITHMS)}
 
 
 def check(config):

@@ -247,6 +247,8 @@ def test_other_baselines_are_the_batch_alone_or_nothing():
     advantages = {name: ddpo.PromptStatistics(4, 2, 100, name).advantages(prompts, values)[0] for name in ddpo.BASELINES}
     np.testing.assert_allclose(advantages["batch"], (values - 3.5) / values.std(), rtol=1e-6)
     np.testing.assert_allclose(advantages["none"], values)
+    bare, _ = ddpo.PromptStatistics(4, 2, 10.0, "none").advantages(["a"] * 2, [-80.0, -50.0])
+    assert bare.tolist() == [-80, -50]  # the clip is of whitened rewards: at 10 these would be equal
     np.testing.assert_allclose(advantages["prompt"][:4], advantages["prompt"][4:])
 
 
@@ -828,12 +830,16 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5), rel=1e-3)
     assert compare.interval([5])[0] == 5 and np.isnan(compare.interval([5])[1])
     one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
-    assert compare.area(one) == pytest.approx((-1.5 * 100 - 200) / 300)
-    assert compare.queries_to(one, 0.25) == pytest.approx(50) and compare.queries_to(one, 0.0) == 0
-    assert compare.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1) == 0
+    # The first 100 queries were spent on the start's policy, whatever came of them.
+    assert compare.area(one) == pytest.approx((-2 * 100 - 200) / 300)
+    assert compare.queries_to(one, 0.25) == 100 and compare.queries_to(one, 0.0) == 0
+    assert np.isnan(compare.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1))  # no share of a start of 0
     assert np.isnan(compare.queries_to(one, 0.9))
     skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "eval_named": None}]}
     assert compare.area(skipped) == compare.area(one)
+    between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None}, *one["rows"][1:]]}
+    assert compare.area(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
+    assert compare.queries_to(between, 0.25) == 50
 
 
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
@@ -841,7 +847,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     finish = compare.finish
-    done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})[1]
+    done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1, algorithms=None), {"reward": "compressibility"})[1]
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
     runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
@@ -851,16 +857,35 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     told = capsys.readouterr().out
     assert "| two | 1 | 2.00 | 0.50 | 75.0 |" in told and "| one | 1 |" in told
-    assert [path.name for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
+    assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
     monkeypatch.setattr(compare, "finish", finish)
-    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "one"]
-    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": {**tiny, "learning_rate": 1e-3}}))
+    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "one", "two"]
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(tiny_model, tmp_path, monkeypatch, capsys):
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
+    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
+        **tiny, "baseline": "none"}}))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    _, half, begun = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    assert train.main([*half.arguments, "--name", half.name]) == 0
+    whole = runs.read_rows(train.RUNS / half.name)
+    shutil.rmtree(train.RUNS / half.name)
+    assert train.main([*half.arguments, "--name", half.name, "--epochs", "1"]) == 0  # as if stopped after one epoch
+    shutil.rmtree(train.RUNS / half.name / "model")
+    settings_file = train.RUNS / half.name / "config.json"
+    settings_file.write_text(settings_file.read_text().replace('"epochs": 1', '"epochs": 2'))
+    runs.create_run(train.RUNS, begun.name, "", {})  # killed before its first checkpoint
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
-    assert "is of other settings (learning_rate): delete it or rename it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 3 runs failed" in told and "not finite" in told
+    lines = runs.read_lines(tmp_path / "results" / "compressibility" / "tiny.jsonl")
+    assert [line["label"] for line in lines] == ["half", "begun"]
+    assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
 
 
 def test_each_preset_is_among_the_settings_of_the_sweep():
@@ -874,8 +899,9 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
 
 
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries():
-    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}):
-        args = SimpleNamespace(**{"sweep": False, "ablation": None, "seeds": 2, "queries": compare.QUERIES, **options})
+    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
+        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
+                                  **options})
         planned = compare.plans(args, {"reward": "compressibility"})
         assert len({planned_run.name for planned_run in planned}) == len(planned)
         assert len({planned_run.queries for planned_run in planned}) == 1
@@ -912,7 +938,7 @@ def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny
     tiny_policy.pipeline.save_pretrained(tmp_path / "run" / "model")
 
     def measure(*steps):
-        return variance.measure_variance(tmp_path, "the command", tmp_path / "run", steps, 4, 2, model=str(tiny_model))
+        return variance.measure_variance(tmp_path, "the command", tmp_path / "run", {"commit": "c"}, steps, 4, 2, model=str(tiny_model))
 
     three = measure(3).splitlines()[-1]
     assert three.startswith("| 3 | ") and three.count("±") == 6

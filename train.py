@@ -311,6 +311,7 @@ def fail(message):
 
 def main(argv=None):
     """The command line. Returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill saves, too
     try:
         flags = parse(argv, __doc__)
         experiment, prompts, reward, folder = open_run(flags)

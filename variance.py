@@ -12,7 +12,8 @@ weights to those that a run of the comparison ended with. With g_i = A_i <G_i, u
     SNR = E[g] / (std[g] / sqrt(B)),     of a batch of B = 64 images, the emoji preset's epoch
 
 the ratio of the mean to its standard error, below 0 where a batch would rather go back. Its own standard error is the jackknife's.
-The images are of another seed than the run, whose first batches' noise is part of u. A prompt's baseline is the mean and
+The images are of another seed than the run, whose first batches' noise is part of u. That run was one of T = 10, with the
+per-prompt baseline, without the last two steps: a direction found otherwise might favour others. A prompt's baseline is the mean and
 deviation of other images of it, drawn for that; the batch's is that of the N. Every baseline is measured on the same images, and
 twice: learning from all T steps, and from all but the last two (train.py's --skip-last-steps 2).
 """
@@ -81,17 +82,18 @@ def measure_steps(config, trained, images, pool):
     T = config.sampling_steps
     early, late = (projected_scores(policy, trajectory, steps, u) for steps in torch.arange(T).split([T - SKIP, SKIP]))
     projected = {"all": ((T - SKIP) * early + SKIP * late) / T, "skip": early}
-    advantages = {"prompt": np.array([whiten(value, by_prompt[prompt.text]) for value, prompt in zip(rewards, chosen)]),
-                  "batch": np.array([whiten(value, rewards) for value in rewards]), "none": rewards}
-    return {f"{name}, {which}": jackknife(values.clip(-config.advantage_clip, config.advantage_clip) * scores, BATCH)
+    clip = config.advantage_clip
+    advantages = {"prompt": np.array([whiten(value, by_prompt[c.text]) for value, c in zip(rewards, chosen)]).clip(-clip, clip),
+                  "batch": np.array([whiten(value, rewards) for value in rewards]).clip(-clip, clip), "none": rewards}
+    return {f"{name}, {which}": jackknife(values * scores, BATCH)
             for name, values in advantages.items() for which, scores in projected.items()}
 
 
-def measure_variance(folder, command, trained, steps=STEPS, images=IMAGES, pool=POOL, **flags):
+def measure_variance(folder, command, trained, made, steps=STEPS, images=IMAGES, pool=POOL, **flags):
     """Measure what is missing in FOLDER/variance.jsonl, draw variance.png beside it, and return the table in Markdown.
 
-    command is what the table says made it; trained the folder of a run, whose model/ gives the direction; flags are of
-    train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py does.
+    command is what the table says made it; trained the folder of a run, whose model/ gives the direction; made the commit
+    and the machine; flags are of train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py does.
     """
     log, lines = folder / "variance.jsonl", {}
     for T in tqdm(steps, desc="variance", unit="T"):
@@ -99,7 +101,7 @@ def measure_variance(folder, command, trained, steps=STEPS, images=IMAGES, pool=
         asked = {"settings": shared_settings(config), "seed": SEED, "direction": trained.name, "images": images, "pool": pool,
                  "batch": BATCH}
         old = [line for line in runs.read_lines(log) if asked.items() <= line.items()]
-        lines[T] = old[-1] if old else {**asked, **measure_steps(config, trained / "model", images, pool)}
+        lines[T] = old[-1] if old else {**asked, **made, **measure_steps(config, trained / "model", images, pool)}
         if not old:
             runs.append_line(log, lines[T])
     draw(lines, folder / "variance.png")
@@ -107,7 +109,8 @@ def measure_variance(folder, command, trained, steps=STEPS, images=IMAGES, pool=
     rows += [f"| {T} | " + " | ".join("{:.2f} ± {:.2f}".format(*line[name]) for name in NAMES) + " |" for T, line in lines.items()]
     text = "\n".join(rows)
     runs.write_atomically(folder / "variance.md", lambda path: path.write_text(
-        f"# Signal to noise of DDPO's gradient: {short_name(config.reward)}\n\n`{command}`; {images} images for each T at the "
+        f"# Signal to noise of DDPO's gradient: {short_name(config.reward)}\n\n`{command}`; commit "
+        f"{' and '.join(sorted({line['commit'] for line in lines.values()}))}; {images} images for each T at the "
         f"pretrained weights, projected on the direction that {trained.name} went; estimate ± its standard error, of a batch of "
         f"{BATCH}; how: variance.py\n\n{text}\n\n![](variance.png)\n"))
     return text
