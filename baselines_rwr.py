@@ -1,5 +1,6 @@
 """Reward-weighted regression (paper, section 4.2): what DDPO is compared with, in the same call shape.
 
+    minimise     L = E[ w(x_0, c) ||eps - eps_theta(x_t, c, t)||^2 ],   x_0 ~ p_old, t uniform, x_t = x_0 noised by eps to t
     RWR          w(x_0, c) = exp(beta r(x_0, c)) / Z
     sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C] / Z
 
@@ -7,8 +8,11 @@ The policy is fine-tuned on its own pictures by the denoising loss, each weighte
 the chain: denoising is one step here, and the weighted loss stands for the likelihood it bounds. One epoch is a round; one
 round is the single-round algorithm of earlier work (Lee et al. 2023), more interleave sampling and training.
 
-Where we depart from the paper: Z is such that the weights of a prompt's samples average 1, as in the authors' code, so that
-beta and the percentile do not change the size of the loss, only who has a say in it.
+Where we depart from these lines, as the authors' code does:
+ 1. Z is such that the weights of a prompt's samples average 1: beta and the percentile do not change the size of the loss,
+    only who has a say in it.
+ 2. eps_theta is the guided prediction, as in the paper's appendix E.1; config.guided_training False takes the plain one.
+ 3. The norm is a mean over the latent dimensions, a constant factor.
 """
 import math
 from dataclasses import replace
@@ -16,7 +20,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from ddpo import add_info, optimizer_step, summary
+from ddpo import accumulate, optimizer_step, summary
 from sampling import encode_prompts, predict
 
 
@@ -27,7 +31,7 @@ def rwr_weights(prompts, rewards, beta):
     weights are 1, plain fine-tuning; at a large beta a prompt's best sample has them all. A prompt with one sample, or with
     equal rewards, has nothing to compare: its weights are 1.
     """
-    return _per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
+    return per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
 
 
 def sparse_weights(prompts, rewards, percentile):
@@ -41,11 +45,13 @@ def sparse_weights(prompts, rewards, percentile):
         kept = (r >= r.quantile(percentile)).double()
         return kept / kept.mean()
 
-    return _per_prompt(prompts, rewards, weights)
+    return per_prompt(prompts, rewards, weights)
 
 
-def _per_prompt(prompts, rewards, weigh):
-    rewards = torch.as_tensor(rewards).double().cpu()
+def per_prompt(prompts, rewards, weigh):
+    """B prompts and B rewards -> weights (B,) fp32, which weigh(rewards (n,) of one prompt) gives for each prompt."""
+    rewards = torch.as_tensor(rewards).cpu().double()
+    assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
     weights = torch.empty_like(rewards)
     rows = {}
     for row, prompt in enumerate(prompts):
@@ -56,7 +62,7 @@ def _per_prompt(prompts, rewards, weigh):
 
 
 def weighted_denoising_loss(prediction, target, weights):
-    """Two (N, C, H, W) and weights (N,) -> scalar loss, info. With weights of 1 it is the loss of pretraining."""
+    """Two (N, C, H, W) and weights (N,) -> scalar loss, info. With weights of 1, unguided, it is the loss of pretraining."""
     errors = ((prediction - target) ** 2).mean((1, 2, 3))                    # (N,)
     return (weights * errors).mean(), {"denoising_error": errors.detach().mean()}  # section 4.2
 
@@ -67,7 +73,7 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
     weights (B,); rng a CPU generator, which draws order, timesteps and noise. An update sees config.batch_size images,
     from reshuffled passes over those of a weight above 0, each at one timestep of all that the model was trained on, and
     its loss is their mean. Also read from config: micro_batch, which cannot change the result but in rounding,
-    guided_training, max_grad_norm. The info is of means over all updates, but for skipped_updates, a count.
+    guided_training, max_grad_norm. In the info stand means over all updates, except skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
     x_0 = trajectory.latents[:, -1]                                          # (B, C, H, W)
@@ -80,31 +86,30 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
     scheduler = policy.pipeline.scheduler
     infos, steps = [], []
     with tqdm(desc="learning", total=config.updates_per_epoch * config.batch_size, leave=False, disable=None) as bar:
-        for images in _reshuffled_passes(kept, config.updates_per_epoch, config.batch_size, rng):
+        for images in reshuffled_passes(kept, config.updates_per_epoch, config.batch_size, rng):
             noise = torch.randn((len(images), *x_0.shape[1:]), generator=rng)
             t = torch.randint(scheduler.config.num_train_timesteps, (len(images),), generator=rng)
-            total = {}
-            for part in torch.arange(len(images)).split(config.micro_batch):
-                rows = images[part]
-                prediction, target = _predict_and_target(policy, trajectory, rows, noise[part], t[part])
-                value, info = weighted_denoising_loss(prediction, target, weights[rows])
-                share = len(part) / len(images)
-                scaler.scale(value * share).backward()
-                add_info(total, {"loss": value.detach(), **info}, share)
-                bar.update(len(part))
-            infos.append(total)
+            parts = torch.arange(len(images)).split(config.micro_batch)
+            infos.append(accumulate(parts, lambda part: regression(
+                policy, trajectory, weights, images[part], noise[part], t[part]), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
     return summary(infos, steps)
 
 
-def _reshuffled_passes(rows, batches, batch_size, rng):
+def regression(policy, trajectory, weights, rows, noise, t):
+    """The weighted loss of those N rows, noised by `noise` (N, C, H, W) to timesteps t (N,). Returns loss, info."""
+    prediction, target = predict_and_target(policy, trajectory, rows, noise, t)
+    return weighted_denoising_loss(prediction, target, weights[rows])
+
+
+def reshuffled_passes(rows, batches, batch_size, rng):
     """`batches` batches of `batch_size` of the rows, (batches, batch_size), each seen as often as any other, give or take 1."""
     passes = math.ceil(batches * batch_size / len(rows))
     order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
     return order[:batches * batch_size].view(batches, batch_size)
 
 
-def _predict_and_target(policy, trajectory, rows, noise, t):
+def predict_and_target(policy, trajectory, rows, noise, t):
     """The U-Net's prediction for the noised x_0 of those rows at timesteps t, and what it should have been."""
     scheduler, kind = policy.pipeline.scheduler, policy.schedule.prediction_type
     x_0, noise, t = trajectory.latents[rows, -1], noise.to(policy.device), t.to(policy.device)

@@ -40,11 +40,11 @@ RESULTS = HERE / "results"
 QUERIES = 1536  # the emoji preset's 24 epochs
 SWEEP_QUERIES, SWEEP_SEED = 832, 100  # the comparison uses seeds from 0
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, the last is a little too wide.
-T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
+T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
 
 
 def rwr_rounds(number, queries, images=32):
-    """RWR's settings for that many rounds, which learn from about as many pictures as five passes over all drawn, as the paper."""
+    """RWR's settings for that many rounds. About as many pictures are learned from as five passes over all, as in the paper."""
     samples = queries // number
     return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
             "updates_per_epoch": round(5 * samples / images)}
@@ -70,9 +70,10 @@ ABLATIONS = {
     # The pictures must be in danger for the penalty to matter: twice the preset's learning rate, and a wider trust region.
     "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
                  for weight in (0.0, 0.1, 1.0, 10.0)}),
-    "interleaving": (800, {f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_rounds(number, 800)}
-                           for control, numbers, flags in (("", (1, 2, 5, 10, 20), {}), (", no reward", (1, 5, 20), {"beta": 0.0}))
-                           for number in numbers}),
+    "interleaving": (800, {
+        f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_rounds(number, 800)}
+        for control, numbers, flags in (("", (1, 2, 5, 10, 20), {}), (", no reward", (1, 5, 20), {"beta": 0.0}))
+        for number in numbers}),
     "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {"learning_rate": 2e-4}, **{
         f"DDPO-SF, an update of {images} images": {"algorithm": "ddpo-sf", "learning_rate": 2e-4, "samples_per_epoch": images}
         for images in (64, 8)}}),
@@ -152,20 +153,22 @@ def complete(planned, log):
     own, others, failed = finished_runs(log), {}, []
     for other in sorted(log.parent.glob("*.jsonl")):
         others.update(finished_runs(other))
+    for run in planned:
+        if run.key in others and run.key not in own:
+            own[run.key] = {**others[run.key], "label": run.label}
+            runs.append_line(log, own[run.key])
+    missing = [run for run in planned if run.key not in own]
     total = sum(run.queries for run in planned)
-    with tqdm(total=total, unit="query", smoothing=0) as bar:
-        for run in planned:
+    with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
+        for run in missing:
             done = bar.n
             bar.set_description(run.name)
-            if run.key not in own:
-                try:
-                    line = others[run.key] if run.key in others else finish(run, lambda queries: _show(bar, done + queries))
-                except ValueError as error:
-                    tqdm.write(f"compare.py: {error}", file=sys.stderr)
-                    failed.append(run.name)
-                    continue
-                own[run.key] = {**line, "label": run.label}
+            try:
+                own[run.key] = finish(run, lambda queries: _show(bar, done + queries))
                 runs.append_line(log, own[run.key])
+            except ValueError as error:
+                tqdm.write(f"compare.py: {error}", file=sys.stderr)
+                failed.append(run.name)
             _show(bar, done + run.queries)
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")
@@ -369,8 +372,8 @@ def report(lines, reward, path, command):
     intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
     rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![pictures]({shown.name})" if shown.exists() else ""
     text = (f"# {path.name}: {reward}\n\n`{command}`; {made}. {intervals}A gain is a share of the start. Named: by the "
-            f"independent judge, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies that "
-            "the queries were spent on, which change when an epoch or a round ends.\n\n"
+            f"independent judge, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies "
+            "that the queries were spent on, which change when an epoch or a round ends.\n\n"
             f"{table(lines, reward)}\n\n![the curves]({path.name}.png){rows}\n\nThe first seed's commands:\n\n{settings}\n")
     runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     return table(lines, reward)
@@ -416,7 +419,8 @@ def main(argv=None):
         args.queries = QUERIES if args.queries is None else args.queries
         common = {name: getattr(args, name) for name in ("reward", "prompts", "device", "precision") if getattr(args, name)}
         if args.ablation == "variance":
-            folder, run = RESULTS / short_name(args.reward), plan("main", "ddpo-is", 0, common, QUERIES)  # the comparison's first
+            folder = RESULTS / short_name(args.reward)
+            run = plan("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)  # the comparison's first
             complete([run], folder / "main.jsonl")
             print(measure_variance(folder, command, RUNS / run.name, {"commit": commit(), "machine": machine()}, **common))
         else:

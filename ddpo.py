@@ -3,11 +3,13 @@
     DDPO-SF   grad J = E[ sum_t                  grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ]
     DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],   PPO's clip as trust region
 
-Where we depart from these two lines, as the authors' code does:
+Where we depart from these two lines, 1 to 3 as the authors' code does:
  1. r becomes an advantage: whitened per prompt. A constant baseline leaves the gradient unbiased and shrinks its variance.
  2. log p is the mean over the D latent dimensions (sampling.log_prob says why): p_theta / p_old becomes its D-th root, and
     the clip range one per dimension. The sum over t becomes a mean, a constant factor, to which AdamW is blind.
  3. Advantages are clipped, so that one lucky image cannot own an update.
+ 4. On request, the last steps of the chain are not learned from (skip_last_steps), or the KL to the pretrained policy is
+    penalised (kl_weight, from DPOK).
 """
 from collections import deque
 
@@ -58,7 +60,7 @@ class PromptStatistics:
         self.rewards = {}  # prompt -> deque of its last rewards
 
     def advantages(self, prompts, rewards):
-        """B prompts and B rewards -> advantages (B,) fp32, clipped where whitened, and the share of images with their prompt's own.
+        """B prompts and B rewards -> advantages (B,) fp32, clipped if whitened; the share of images with their prompt's own.
 
         Appends first, then normalises, with the population's standard deviation. Equal rewards give exactly 0.
         """
@@ -91,7 +93,7 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
 
     advantages (B,); rng a CPU generator, which deals the images to the updates; loss one of the two above. An update sees
     B / updates images at all their T steps, less config.skip_last_steps, and its loss is the mean over those pairs. Also
-    read from config: micro_batch, clip_range, kl_weight, max_grad_norm. The info is of means over all pairs, but for
+    read from config: micro_batch, clip_range, kl_weight, max_grad_norm. In the info stand means over all pairs, except
     ratio_deviation, a maximum over the first update's, and skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps on it, if a gradient is not finite (under fp16 the scaler skips).
     """
@@ -104,33 +106,40 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
             pairs = torch.cartesian_prod(group, torch.arange(learned))       # (N, 2): every image at every step
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
-            infos.append(accumulate_gradient(policy, trajectory, advantages, pairs, scaler, config, loss, bar))
+            infos.append(accumulate(pairs.split(config.micro_batch), lambda part: surrogate(
+                policy, trajectory, advantages, part, loss, config), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
     # Before the first step the policy is the one that sampled, so this is 0 up to rounding, or something is wrong.
     return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"].item()}
 
 
-def accumulate_gradient(policy, trajectory, advantages, pairs, scaler, config, loss, bar):
-    """Add the gradient of the mean loss over N (image, step) pairs (N, 2) to that of the U-Net. Returns info, on the device.
+def surrogate(policy, trajectory, advantages, pairs, loss, config):
+    """The loss of N (image, step) pairs (N, 2) under the current weights, with DPOK's penalty. Returns loss, info."""
+    images, steps = pairs.T
+    log_probs, kl = score(policy, trajectory, images, steps)                 # where grad log p_theta comes from
+    value, info = loss(log_probs, trajectory.log_probs[images, steps], advantages[images], config.clip_range)
+    value = value + config.kl_weight * kl.mean()                             # DPOK (Fan et al. 2023), equation 9
+    return value, {"kl_pretrained": kl.detach().mean(), **info}
 
-    config.micro_batch, how many pairs go through the U-Net at a time, is a knob of memory and speed and cannot change the
-    result but in rounding.
+
+def accumulate(parts, loss_of, scaler, bar):
+    """Add the gradient of the mean loss over all rows of the parts to the weights' own. Returns info, on the device.
+
+    loss_of(part) -> loss, info is the mean over a part. How the rows are cut into parts, which go through the U-Net one at
+    a time, is a knob of memory and speed (config.micro_batch) and cannot change the result but in rounding.
     """
-    total = {}
-    for part in pairs.split(config.micro_batch):
-        images, steps = part.T
-        log_probs, kl = score(policy, trajectory, images, steps)             # where grad log p_theta comes from
-        value, info = loss(log_probs, trajectory.log_probs[images, steps], advantages[images], config.clip_range)
-        value = value + config.kl_weight * kl.mean()                         # DPOK (Fan et al. 2023), equation 9
-        share = len(part) / len(pairs)
-        scaler.scale(value * share).backward()
-        add_info(total, {"loss": value.detach(), "kl_pretrained": kl.detach().mean(), **info}, share)
+    total, rows = {}, sum(len(part) for part in parts)
+    for part in parts:
+        loss, info = loss_of(part)
+        share = len(part) / rows
+        scaler.scale(loss * share).backward()
+        add_info(total, {"loss": loss.detach(), **info}, share)
         bar.update(len(part))
     return total
 
 
 def add_info(total, info, share):
-    """Weigh a micro-batch's figures into those of its update: a mean, or a maximum for ratio_deviation."""
+    """Weigh a part's figures into those of its update: a mean, or a maximum for ratio_deviation."""
     for name, value in info.items():
         if name == "ratio_deviation":
             total[name] = torch.maximum(value, total.get(name, value))

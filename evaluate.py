@@ -33,7 +33,8 @@ def evaluate_run(folder):
         means.append(values.mean().item())
         named.append(right_animals(images, [prompt.text for prompt in chosen]))
         pictures += [to_pil(image) for image in images[:COLUMNS]]
-        labels += [f"{prompt.text}\n{display(config.reward, value)}" for prompt, value in zip(chosen, values[:COLUMNS].tolist())]
+        labels += [f"{prompt.text}\n{display(config.reward, value)}"
+                   for prompt, value in zip(chosen, values[:COLUMNS].tolist())]
     grid = runs.draw_grid(pictures, labels, columns=len(pictures) // 2)  # before above after
     runs.write_atomically(folder / "before_after.png", grid.save)
     judged = ("-", "-")
@@ -48,7 +49,8 @@ def evaluate_run(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders under runs/")
-    rows, refused = [["reward", "algorithm", "seed", "before", "after", "reward gained", "named before", "still named"], ["---"] * 8], 0
+    rows = [["reward", "algorithm", "seed", "before", "after", "reward gained", "named before", "still named"], ["---"] * 8]
+    refused = 0
     for folder in parser.parse_args(argv).runs:
         try:
             rows.append(evaluate_run(folder))

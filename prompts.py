@@ -74,7 +74,7 @@ def animal_activities():
 
 
 def two_to_eight_animals():
-    """Two to eight of the 45 animals (counting, appendix A), as 'three mice', with the questions that a VLM is asked about the picture."""
+    """Two to eight of the 45 animals (counting, appendix A), as 'three mice', with the questions that a VLM is asked."""
     return [_some(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
 
 
@@ -91,7 +91,8 @@ def _some(animal, number):
 
 def dpok():
     """The four prompts of the comparison with DPOK (appendix C), one model for all."""
-    return [Prompt(text) for text in ("a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon")]
+    return [Prompt("a green colored rabbit"), Prompt("four wolves in the park"), Prompt("a dog and a cat"),
+            Prompt("a dog on the moon")]
 
 
 def unseen_animals():

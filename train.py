@@ -122,7 +122,7 @@ def train(experiment, prompts, reward, folder):
         for start in range(0, len(chosen), PICTURES_AT_ONCE):
             some = chosen[start:start + PICTURES_AT_ONCE]
 
-            # 1. Act: draw an image for each of a batch of prompts, and keep the chains.
+            # 1. Act: draw an image for each of a batch of prompts; DDPO keeps the chains.
             trajectory, images = rollout(policy, [prompt.text for prompt in some], rng, config.sample_batch, keep_chain)
             clock.lap("seconds_sample")
 

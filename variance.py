@@ -11,11 +11,11 @@ weights to those that a run of the comparison ended with. With g_i = A_i <G_i, u
 
     SNR = E[g] / (std[g] / sqrt(B)),     of a batch of B = 64 images, the emoji preset's epoch
 
-the ratio of the mean to its standard error, below 0 where a batch would rather go back. Its own standard error is the jackknife's.
-The images are of another seed than the run, whose first batches' noise is part of u. That run was one of T = 10, with the
-per-prompt baseline, without the last two steps: a direction found otherwise might favour others. A prompt's baseline is the mean and
-deviation of other images of it, drawn for that; the batch's is that of the N. Every baseline is measured on the same images, and
-twice: learning from all T steps, and from all but the last two (train.py's --skip-last-steps 2).
+the ratio of the mean to its standard error, below 0 where a batch would rather go back. Its own standard error is the
+jackknife's. The images are of another seed than the run, whose first batches' noise is part of u. That run was one of T = 10,
+with the per-prompt baseline, without the last two steps: a direction found otherwise might favour others. A prompt's baseline
+is the mean and deviation of other images of it, drawn for that; the batch's is that of the N. Every baseline is measured on the
+same images, and twice: learning from all T steps, and from all but the last two (train.py's --skip-last-steps 2).
 """
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ STEPS = (5, 10, 20, 50)
 IMAGES, BATCH, SEED = 512, 64, 200
 POOL = 10  # images of each prompt that its baseline is taken from; the gradient's images are others
 SKIP = 2
-NAMES = {f"{baseline}, {which}": f"{words}, {steps}" for which, steps in (("all", "all steps"), ("skip", "all but the last two"))
+NAMES = {f"{baseline}, {which}": f"{words}, {steps}"
+         for which, steps in (("all", "all steps"), ("skip", "all but the last two"))
          for baseline, words in (("prompt", "per-prompt baseline"), ("batch", "batch baseline"), ("none", "no baseline"))}
 
 
@@ -93,7 +94,8 @@ def measure_variance(folder, command, trained, made, steps=STEPS, images=IMAGES,
     """Measure what is missing in FOLDER/variance.jsonl, draw variance.png beside it, and return the table in Markdown.
 
     command is what the table says made it; trained the folder of a run, whose model/ gives the direction; made the commit
-    and the machine; flags are of train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py does.
+    and the machine; flags are of train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as
+    train.py does.
     """
     log, lines = folder / "variance.jsonl", {}
     for T in tqdm(steps, desc="variance", unit="T"):
@@ -106,17 +108,19 @@ def measure_variance(folder, command, trained, made, steps=STEPS, images=IMAGES,
             runs.append_line(log, lines[T])
     draw(lines, folder / "variance.png")
     rows = ["| T | " + " | ".join(NAMES.values()) + " |", "|" + "---|" * (1 + len(NAMES))]
-    rows += [f"| {T} | " + " | ".join("{:.2f} ± {:.2f}".format(*line[name]) for name in NAMES) + " |" for T, line in lines.items()]
+    for T, line in lines.items():
+        rows.append(f"| {T} | " + " | ".join("{:.2f} ± {:.2f}".format(*line[name]) for name in NAMES) + " |")
     text = "\n".join(rows)
     runs.write_atomically(folder / "variance.md", lambda path: path.write_text(
         f"# Signal to noise of DDPO's gradient: {short_name(config.reward)}\n\n`{command}`; commit "
         f"{' and '.join(sorted({line['commit'] for line in lines.values()}))}; {images} images for each T at the "
-        f"pretrained weights, projected on the direction that {trained.name} went; estimate ± its standard error, of a batch of "
-        f"{BATCH}; how: variance.py\n\n{text}\n\n![](variance.png)\n"))
+        f"pretrained weights, projected on the direction that {trained.name} went; estimate ± its standard error, of a batch "
+        f"of {BATCH}; how: variance.py\n\n{text}\n\n![](variance.png)\n"))
     return text
 
 
 def draw(lines, path):
+    """SNR over T, with its standard error, a curve a name."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
