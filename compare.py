@@ -414,7 +414,8 @@ def main(argv=None):
             raise ValueError("--seeds is of the comparison and the other ablations: a sweep and the variance have their own")
         if args.seeds is not None and args.seeds < 1:
             raise ValueError(f"--seeds {args.seeds}: must be at least 1")
-        load_reward(args.reward)  # an unknown name is refused before anything is written
+        if args.reward not in REWARDS:
+            load_reward(args.reward)  # a name that is none is refused before anything is written
         args.seeds = args.seeds or (3 if args.ablation else 5)
         args.queries = QUERIES if args.queries is None else args.queries
         common = {name: getattr(args, name) for name in ("reward", "prompts", "device", "precision") if getattr(args, name)}

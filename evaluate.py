@@ -12,9 +12,9 @@ from pathlib import Path
 import runs
 from judge import right_animals
 from prompts import load_prompts
-from rewards import RewardError, display, load_reward, to_pil
+from rewards import RewardError, display, to_pil
 from settings import check, load_config, short_name
-from train import draw_fixed, policy_of
+from train import draw_fixed, policy_of, reward_of
 
 COLUMNS = 12
 
@@ -25,7 +25,7 @@ def evaluate_run(folder):
     check(config)
     if not (folder / "model").exists():
         raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
-    reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
+    reward, prompts = reward_of(config), load_prompts(config.prompts)
     means, named, pictures, labels = [], [], [], []
     for model in (config.model, folder / "model"):
         chosen, images = draw_fixed(policy_of(config, model), prompts, config)

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import hub
+
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -266,20 +268,10 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
     Raises ValueError, in one line, if the model is not to be had, is of another architecture or has no usable schedule.
     """
     import diffusers
-    import transformers
-    for library in (diffusers, transformers):  # their warnings and loading bars would bury our few lines
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     _refuse_incomplete_folder(Path(model))
-    try:
-        # Weights that train are fp32, whatever they were saved in; autocast does the rest.
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            str(model), dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
-    except Exception as error:  # a dozen types, from the hub's to safetensors' own
-        where = "its files cannot be loaded" if Path(model).is_dir() else (
-            "it is neither a folder here nor reachable on the hub (no such name, or no network)")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {str(model)!r}: {where}: {reason[:200]}") from error
+    # Weights that train are fp32, whatever they were saved in; autocast does the rest.
+    pipeline = hub.from_pretrained(diffusers.StableDiffusionPipeline, model, "model", dtype=torch.float32,
+                                   safety_checker=None, requires_safety_checker=False)
     unet, vae, encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
     if (unet.in_channels, unet.cross_attention_dim) != (vae.latent_channels, encoder.hidden_size) or unet.addition_embed_type:
         raise ValueError(f"model {str(model)!r} is no text-to-image model of Stable Diffusion 1 or 2's architecture: its U-Net "

@@ -12,7 +12,7 @@ import torch
 import runs
 from ddpo import BASELINES
 from prompts import PROMPT_SETS
-from rewards import DEFAULT_PROMPTS, REWARDS
+from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS
 from sampling import PRECISIONS
 
 
@@ -27,6 +27,8 @@ class Config:
     prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
+    reward_model: str = setting("", "of aesthetic, pickscore: folder or hub name of another network than the published one")
+    aesthetic_head: str = setting("", "of aesthetic: the MLP's weights as a file, safetensors or torch's, instead of the hub's")
     name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
     seed: int = setting(0, "of the training: prompts, noise, order")
     epochs: int = setting(196, "rounds of sampling and learning")
@@ -115,7 +117,10 @@ def build_config(flags):
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
     config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
-    config.model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    for name in ("model", "reward_model"):  # a hub name is left as it is
+        if getattr(config, name) and Path(getattr(config, name)).is_dir():
+            setattr(config, name, str(Path(getattr(config, name)).resolve()))
+    config.aesthetic_head = str(Path(config.aesthetic_head).resolve()) if config.aesthetic_head else ""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check(config)
@@ -163,6 +168,10 @@ def check(config):
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
+    if config.reward_model and config.reward not in LEARNED:
+        raise ValueError(f"--reward-model is of {', '.join(LEARNED)}, not of {config.reward}")
+    if config.aesthetic_head and config.reward != "aesthetic":
+        raise ValueError(f"--aesthetic-head is of aesthetic, not of {config.reward}")
     if config.percentile >= 1:
         raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
     if config.stats_min_count > config.stats_buffer:

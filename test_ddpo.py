@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import baselines_rwr
 import benchmark
@@ -608,6 +609,92 @@ def test_the_prompt_sets_are_listed_with_examples():
     assert all(f"{name}: " in told for name in prompts.PROMPT_SETS)
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with a random CLIP of 32 x 32 pixels, its image processor and the embedded model's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer", model_max_length=16)
+    layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
+    clip = CLIPModel(CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **layers),
+                                text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=77, **layers)))
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    for part in (clip, processor, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tmp_path_factory):
+    """The aesthetic head's weights under the published file's names, for embeddings of 24 numbers."""
+    torch.manual_seed(1)
+    sizes = {0: (1024, 24), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    head = {f"layers.{k}.weight": torch.randn(shape) / shape[1]**0.5 for k, shape in sizes.items()}
+    head |= {f"layers.{k}.bias": torch.randn(shape[0]) for k, shape in sizes.items()}
+    path = tmp_path_factory.mktemp("models") / "head.pth"
+    torch.save(head, path)
+    save_file(head, path.with_suffix(".safetensors"))
+    return path
+
+
+PICTURES = torch.rand(3, 3, 40, 40, generator=rng(7))
+
+
+def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding(tiny_clip, tiny_head):
+    reward = rewards.load_reward("aesthetic", model=str(tiny_clip), head=str(tiny_head))
+    values, _ = reward(PICTURES, [prompts.Prompt("a cat")] * 3)
+    clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    pixels = processor([rewards.to_pil(picture) for picture in PICTURES], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        x = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+        x, head = x / x.norm(dim=1, keepdim=True), torch.load(tiny_head)
+        for k in (0, 2, 4, 6, 7):
+            x = x @ head[f"layers.{k}.weight"].T + head[f"layers.{k}.bias"]
+    torch.testing.assert_close(values, x.squeeze(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(values, reward(PICTURES, [prompts.Prompt("a dog")] * 3)[0])  # no dropout, and no look at the prompt
+    same = rewards.load_reward("aesthetic", model=str(tiny_clip), head=str(tiny_head.with_suffix(".safetensors")))
+    assert torch.equal(values, same(PICTURES, [prompts.Prompt("a cat")] * 3)[0])
+
+
+def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
+    processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    pictures = [rewards.to_pil(picture) for picture in PICTURES]
+    bytes_ = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    seen = [rewards.preprocess(processor, images) for images in (pictures, bytes_, PICTURES)]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert seen[0].std() > 0.3  # scaled down once, not twice
+
+
+def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
+    texts = [prompts.Prompt(text) for text in ("a cat", "two dogs", "an ant")]
+    reward = rewards.load_reward("pickscore", model=str(tiny_clip))
+    values, _ = reward(PICTURES, texts)
+    clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    tokens = CLIPTokenizer.from_pretrained(tiny_clip)([prompt.text for prompt in texts], padding="max_length", max_length=77,
+                                                      return_tensors="pt")
+    pixels = processor([rewards.to_pil(picture) for picture in PICTURES], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        theirs = clip(**tokens, pixel_values=pixels).logits_per_image.diag() / clip.logit_scale.exp()
+    torch.testing.assert_close(values, theirs, rtol=1e-4, atol=1e-6)
+    new = CLIPModel.get_image_features  # older versions of transformers return the tensor itself
+    monkeypatch.setattr(CLIPModel, "get_image_features", lambda self, pixels: new(self, pixels).pooler_output)
+    assert torch.equal(reward(PICTURES, texts)[0], values)
+
+
+@pytest.mark.parametrize("name", rewards.LEARNED)
+def test_a_learned_reward_that_cannot_be_had_is_told_before_anything_is_made(name, tmp_path, capsys):
+    assert train.main(["--reward", name, "--reward-model", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reward model" in told and "its files cannot be loaded" in told and not Path("runs").exists()
+
+
+def test_a_run_trains_on_a_learned_reward(tiny_model, tiny_clip, tiny_head, capsys):
+    assert train.main(["--reward", "aesthetic", "--reward-model", str(tiny_clip), "--aesthetic-head", str(tiny_head), "--model",
+                       str(tiny_model), "--epochs", "1", "--samples-per-epoch", "4", "--updates-per-epoch", "2",
+                       "--sampling-steps", "4", "--eval-prompts", "9"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("aesthetic: ")
+
+
 # ---- The embedded model, and learning ----
 
 def test_the_embedded_model_draws_with_plain_diffusers():
@@ -972,6 +1059,8 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
+    (["--reward-model", "x"], "--reward-model is of aesthetic, pickscore, not of compressibility"),
+    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is of aesthetic, not of pickscore"),
     (["--reward", "nothing.py:f"], "no reward file"),
     (["--reward", "own.py:nothing"], "has no function 'nothing'"),
     (["--reward", "typo.py:f"], "cannot be loaded: SyntaxError"),

@@ -208,6 +208,12 @@ def policy_of(config, model=None):
                        config.precision, keep_reference=config.kl_weight > 0 and model is None)
 
 
+def reward_of(config):
+    """The reward of a run's settings, its network loaded if it has one."""
+    options = {"model": config.reward_model, "head": config.aesthetic_head}
+    return load_reward(config.reward, config.device, **{name: value for name, value in options.items() if value})
+
+
 def progress_bar(experiment, folder):
     """The epochs still to run, counted from 1, under a bar that shows the last rewards."""
     config, first = experiment.config, experiment.epoch
@@ -288,7 +294,7 @@ def open_run(flags):
             raise ValueError(f"{resumed} has done all its {epochs} epochs: give a larger --epochs to go on")
         config.epochs = epochs
         check(config)
-    reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
+    reward, prompts = reward_of(config), load_prompts(config.prompts)
     experiment = Experiment(config, policy_of(config))
     if resumed is None:
         folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))

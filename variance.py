@@ -24,10 +24,9 @@ from tqdm import tqdm
 import runs
 from ddpo import whiten
 from prompts import load_prompts
-from rewards import load_reward
 from sampling import rollout, score
 from settings import build_config, shared_settings, short_name
-from train import policy_of
+from train import policy_of, reward_of
 
 STEPS = (5, 10, 20, 50)
 IMAGES, BATCH, SEED = 512, 64, 200
@@ -69,7 +68,7 @@ def jackknife(gradients, batch):
 
 def measure_steps(config, trained, images, pool):
     """SNR and its standard error under each baseline, over all of config.sampling_steps and all but the last two."""
-    reward, prompts = load_reward(config.reward), load_prompts(config.prompts)
+    reward, prompts = reward_of(config), load_prompts(config.prompts)
     policy = policy_of(config)
     u = direction(policy, policy_of(config, trained))
     rng = torch.Generator().manual_seed(config.seed)
