@@ -13,6 +13,7 @@ To add one, write the function and name it in `REWARDS`.
 """
 import importlib.util
 import io
+import re
 from pathlib import Path
 
 import torch
@@ -58,20 +59,24 @@ def to_pil(image):
 
 # ---- Learned rewards: published networks, loaded once, when the reward is asked for. ----
 
+AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
+LLAVA, DEBERTA = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
+MAX_ANSWER = 40  # tokens
+
 class Aesthetic:
     """LAION's aesthetic predictor, about 1 to 10 (paper, section 5.2): an MLP on CLIP ViT-L/14's normalised image embedding.
 
     Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`; 1.7 GB of memory (fp32).
-    model: another CLIP, by hub name or folder; head: the MLP's weights as a file, safetensors or torch's.
+    reward_model: another CLIP, by hub name or folder; aesthetic_head: the MLP's weights as a file, safetensors or torch's.
     """
 
-    def __init__(self, device, model="", head=""):
+    def __init__(self, device, reward_model="", aesthetic_head=""):
         from transformers import AutoImageProcessor, CLIPModel
-        model = model or "openai/clip-vit-large-patch14"
+        model = reward_model or "openai/clip-vit-large-patch14"
         hub.announce("CLIP for the aesthetic reward", model)
         self.processor = hub.from_pretrained(AutoImageProcessor, model, "reward model", backend="pil")
         self.clip = hub.from_pretrained(CLIPModel, model, "reward model").to(device).eval()
-        weights = load_weights(head or hub.download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "aesthetic head"))
+        weights = load_weights(aesthetic_head or hub.download(*AESTHETIC_HEAD, "aesthetic head"))
         width = self.clip.config.projection_dim
         # The published file's names count the dropouts, which learn nothing and are out of use here: eval().
         self.head = nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
@@ -91,12 +96,12 @@ class PickScore:
     """PickScore v1 (Kirstain et al. 2023): cosine between a CLIP-H's embeddings of image and prompt, fine-tuned on preferences.
 
     About 0.2; the published scores are 100 times that. Fetches 3.9 GB; 3.9 GB of memory (fp32).
-    model: another CLIP with its processor and tokenizer, by hub name or folder.
+    reward_model: another CLIP with its processor and tokenizer, by hub name or folder.
     """
 
-    def __init__(self, device, model=""):
+    def __init__(self, device, reward_model=""):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-        processor, model = model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", model or "yuvalkirstain/PickScore_v1"
+        model, processor = reward_model or "yuvalkirstain/PickScore_v1", reward_model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         hub.announce("PickScore", model)
         self.processor = hub.from_pretrained(AutoImageProcessor, processor, "reward model", backend="pil")
         self.tokenizer = hub.from_pretrained(AutoTokenizer, processor, "reward model")
@@ -108,6 +113,119 @@ class PickScore:
                                 return_tensors="pt").to(self.clip.device)
         texts = pooled(self.clip.get_text_features(**tokens))                # (B, E)
         return F.cosine_similarity(image_embeddings(self.clip, preprocess(self.processor, images)), texts)
+
+
+class VLM:
+    """A vision-language model that answers questions about pictures: any image-text-to-text model of transformers, here.
+
+    Half precision on a GPU; deterministic, no sampling. LLaVA 1.5 7B fetches 14 GB and takes 15 GB of a GPU.
+    """
+
+    def __init__(self, device, model):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        hub.announce("the vision-language model", model)
+        self.processor = hub.from_pretrained(AutoProcessor, model, "reward model", backend="pil")
+        self.processor.tokenizer.padding_side = "left"  # so that all answers begin where the questions end
+        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        self.network = hub.from_pretrained(AutoModelForImageTextToText, model, "reward model", dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def answer(self, images, questions):
+        """B images (3, H, W) and B questions -> B answers, greedily decoded, eight at a time."""
+        answers = []
+        for start in range(0, len(questions), 8):
+            pictures = [to_pil(image) for image in images[start:start + 8]]
+            texts = [self.dialogue(question) for question in questions[start:start + 8]]
+            inputs = self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+            inputs = inputs.to(self.network.device, self.network.dtype)
+            tokens = self.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
+            answers += self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def dialogue(self, question):
+        """The text of a question about a picture, in the form that the model was trained on."""
+        if not self.processor.chat_template:  # LLaVA's
+            return f"USER: <image>\n{question} ASSISTANT:"
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True)
+
+
+class BertRecall:
+    """BERTScore recall (Zhang et al. 2020): how well each token of a reference is matched by some token of an answer, by the
+    cosine of their contextual embeddings; the mean over the reference's tokens, without idf, as the package bert-score.
+
+    model: any encoder of transformers, by hub name or folder (also the text encoder of a pipeline's folder).
+    baseline: what unrelated sentences score, by which the recall r is rescaled to (r - baseline) / (1 - baseline).
+    """
+
+    def __init__(self, device, model, baseline=0.0):
+        from transformers import AutoModel, AutoTokenizer
+        hub.announce("the encoder for BERTScore", model)
+        # bert-score takes the 40th layer of this one: chosen there on human judgements.
+        layers = {"num_hidden_layers": 40} if model == DEBERTA else {}
+        pipeline = (Path(model) / "text_encoder").is_dir()
+        folders = [{"subfolder": name} if pipeline else {} for name in ("tokenizer", "text_encoder")]
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, model, "BERTScore model", **folders[0])
+        self.encoder = hub.from_pretrained(AutoModel, model, "BERTScore model", **folders[1], **layers).to(device).eval()
+        self.baseline = baseline
+
+    @torch.no_grad()
+    def __call__(self, answers, references):
+        """B answers and B references -> recall (B,), at most 1; 0 for an empty answer."""
+        x, seen, words = self.embed(references)                              # (B, R, E), (B, R), (B, R)
+        y, said, answered = self.embed(answers)                              # (B, A, E), (B, A), (B, A)
+        similarity = torch.einsum("bre,bae->bra", x, y) * said[:, None]
+        recall = (similarity.amax(2) * words).sum(1) / words.sum(1)          # BERTScore, equation for R
+        recall = torch.where(answered.sum(1) > 0, recall, 0.0)
+        return (recall - self.baseline) / (1 - self.baseline)
+
+    def embed(self, texts):
+        """B texts -> unit vectors (B, L, E), which are tokens (B, L), and which of these are not special (B, L)."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
+        tokens = tokens.to(self.encoder.device)
+        mask, special = tokens.attention_mask, tokens.pop("special_tokens_mask")
+        return F.normalize(self.encoder(**tokens).last_hidden_state, dim=2), mask.float(), (mask * (1 - special)).float()
+
+
+class Alignment:
+    """Prompt-image alignment without labels (paper, section 5.2): a VLM says what it sees, and BERTScore's recall says how much
+    of the prompt is in that. The answers are the notes. About half a second an image of 512 x 512 pixels is to be expected of
+    LLaVA 7B on a GPU, and was not measured.
+
+    reward_model: the VLM, by hub name or folder; bert_model, bert_baseline: see BertRecall.
+    wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
+    """
+    WORDINGS = {"code": ("Answer concisely: what is going on in this image?", "The image contains {}"),
+                "paper": ("What is happening in this image?", "{}")}
+
+    def __init__(self, device, reward_model="", wording="code", bert_model="", bert_baseline=0.0):
+        self.question, self.reference = self.WORDINGS[wording]
+        self.vlm = VLM(device, reward_model or LLAVA)
+        self.recall = BertRecall(device, bert_model or DEBERTA, bert_baseline)
+
+    def __call__(self, images, prompts):
+        answers = self.vlm.answer(images, [self.question] * len(prompts))
+        return self.recall(answers, [self.reference.format(prompt.text) for prompt in prompts]), answers
+
+
+class Counting:
+    """The share of a prompt's own questions (how many, which animal) that a VLM answers rightly (paper, appendix A): 0, 1/2, 1.
+
+    An answer is right if one of its words is one of those that the prompt names as right. The answers are the notes.
+    reward_model: the VLM, by hub name or folder.
+    """
+
+    def __init__(self, device, reward_model=""):
+        self.vlm = VLM(device, reward_model or LLAVA)
+
+    def __call__(self, images, prompts):
+        asked = [(k, question, right) for k, prompt in enumerate(prompts) for question, right in prompt.questions]
+        answers = self.vlm.answer([images[k] for k, _, _ in asked], [question for _, question, _ in asked])
+        marks, notes = [[] for _ in prompts], [[] for _ in prompts]
+        for (k, _, right), answer in zip(asked, answers):
+            marks[k].append(float(not set(right).isdisjoint(re.findall("[a-z0-9]+", answer.lower()))))
+            notes[k].append(answer)
+        return [sum(mark) / len(mark) for mark in marks], [" / ".join(note) for note in notes]
 
 
 def preprocess(processor, images):
@@ -138,9 +256,10 @@ def load_weights(path):
         raise ValueError(f"the weights {str(path)!r} cannot be loaded: {_one_line(error)}") from error
 
 
-LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore}
+LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore, "alignment": Alignment, "counting": Counting}
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}  # the next reward goes here
-DEFAULT_PROMPTS = {"compressibility": "imagenet_animals", "incompressibility": "imagenet_animals"}  # the paper's
+DEFAULT_PROMPTS = {"compressibility": "imagenet_animals", "incompressibility": "imagenet_animals",  # the paper's
+                   "aesthetic": "common_animals", "alignment": "animal_activities", "counting": "two_to_eight_animals"}
 UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB")}  # how a person reads the number: factor, unit
 
 

@@ -12,7 +12,7 @@ import torch
 import runs
 from ddpo import BASELINES
 from prompts import PROMPT_SETS
-from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS
+from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS, Alignment
 from sampling import PRECISIONS
 
 
@@ -27,8 +27,11 @@ class Config:
     prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
-    reward_model: str = setting("", "of aesthetic, pickscore: folder or hub name of another network than the published one")
-    aesthetic_head: str = setting("", "of aesthetic: the MLP's weights as a file, safetensors or torch's, instead of the hub's")
+    reward_model: str = setting("", "of a learned reward: folder or hub name of another network than the published one")
+    aesthetic_head: str = setting("", "of aesthetic: the MLP's weights as a file, safetensors or torch's")
+    wording: str = setting("code", "of alignment: question and reference sentence as in the authors' code, or as in the paper")
+    bert_model: str = setting("", "of alignment: folder or hub name of BERTScore's encoder instead of deberta-xlarge-mnli")
+    bert_baseline: float = setting(0.0, "of alignment: what unrelated sentences score, taken as 0 (deberta-xlarge-mnli: 0.517)")
     name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
     seed: int = setting(0, "of the training: prompts, noise, order")
     epochs: int = setting(196, "rounds of sampling and learning")
@@ -88,6 +91,9 @@ OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO,
           "stats_buffer": DDPO, "stats_min_count": DDPO,
           "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
 
+REWARD_OWNERS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",), "wording": ("alignment",),
+                 "bert_model": ("alignment",), "bert_baseline": ("alignment",)}
+
 # What a preset says for one algorithm, above what it says for all: chosen from compare.py --sweep (results/README.md).
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "eval_every": 1, "checkpoint_every": 1}
@@ -117,7 +123,7 @@ def build_config(flags):
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
     config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
-    for name in ("model", "reward_model"):  # a hub name is left as it is
+    for name in ("model", "reward_model", "bert_model"):  # a hub name is left as it is
         if getattr(config, name) and Path(getattr(config, name)).is_dir():
             setattr(config, name, str(Path(getattr(config, name)).resolve()))
     config.aesthetic_head = str(Path(config.aesthetic_head).resolve()) if config.aesthetic_head else ""
@@ -151,7 +157,7 @@ def check(config):
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         may_be_zero = item.name in ("weight_decay", "seed", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile",
-                                    "skip_last_steps")
+                                    "skip_last_steps", "bert_baseline")
         if item.type in (int, float) and not (math.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
             raise ValueError(f"{flag} {value}: must be a {'non-negative' if may_be_zero else 'positive'} number")
     if config.seed >= 2**32:
@@ -168,10 +174,11 @@ def check(config):
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
-    if config.reward_model and config.reward not in LEARNED:
-        raise ValueError(f"--reward-model is of {', '.join(LEARNED)}, not of {config.reward}")
-    if config.aesthetic_head and config.reward != "aesthetic":
-        raise ValueError(f"--aesthetic-head is of aesthetic, not of {config.reward}")
+    for name, owners in REWARD_OWNERS.items():
+        if getattr(config, name) != getattr(Config, name) and config.reward not in owners:
+            raise ValueError(f"--{name.replace('_', '-')} is not of {short_name(config.reward)}, but of {', '.join(owners)}")
+    if config.bert_baseline >= 1:
+        raise ValueError(f"--bert-baseline {config.bert_baseline:g}: must be below 1")
     if config.percentile >= 1:
         raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
     if config.stats_min_count > config.stats_buffer:
@@ -193,7 +200,7 @@ def parse(argv, description):
     parser.error = _refuse  # one line, not the usage of thirty flags
     parser.add_argument("--preset", choices=PRESETS, help="emoji, the embedded model (default), or paper")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
-    choices = {"algorithm": ALGORITHMS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "baseline": BASELINES}
+    choices = {"algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "baseline": BASELINES}
     for item in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
             "type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}

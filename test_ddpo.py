@@ -21,7 +21,13 @@ import pytest
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel)
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+                          CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+                          PreTrainedTokenizerFast)
 
 import baselines_rwr
 import benchmark
@@ -641,7 +647,7 @@ PICTURES = torch.rand(3, 3, 40, 40, generator=rng(7))
 
 
 def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding(tiny_clip, tiny_head):
-    reward = rewards.load_reward("aesthetic", model=str(tiny_clip), head=str(tiny_head))
+    reward = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head))
     values, _ = reward(PICTURES, [prompts.Prompt("a cat")] * 3)
     clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
     pixels = processor([rewards.to_pil(picture) for picture in PICTURES], return_tensors="pt").pixel_values
@@ -652,7 +658,7 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
             x = x @ head[f"layers.{k}.weight"].T + head[f"layers.{k}.bias"]
     torch.testing.assert_close(values, x.squeeze(1), rtol=1e-4, atol=1e-4)
     assert torch.equal(values, reward(PICTURES, [prompts.Prompt("a dog")] * 3)[0])  # no dropout, and no look at the prompt
-    same = rewards.load_reward("aesthetic", model=str(tiny_clip), head=str(tiny_head.with_suffix(".safetensors")))
+    same = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head.with_suffix(".safetensors")))
     assert torch.equal(values, same(PICTURES, [prompts.Prompt("a cat")] * 3)[0])
 
 
@@ -667,7 +673,7 @@ def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
 
 def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
     texts = [prompts.Prompt(text) for text in ("a cat", "two dogs", "an ant")]
-    reward = rewards.load_reward("pickscore", model=str(tiny_clip))
+    reward = rewards.load_reward("pickscore", reward_model=str(tiny_clip))
     values, _ = reward(PICTURES, texts)
     clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
     tokens = CLIPTokenizer.from_pretrained(tiny_clip)([prompt.text for prompt in texts], padding="max_length", max_length=77,
@@ -681,9 +687,83 @@ def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
     assert torch.equal(reward(PICTURES, texts)[0], values)
 
 
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory):
+    """A folder with a random model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few words."""
+    torch.manual_seed(0)
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *"user : assistant ? . how many animals are in this image what animal is "
+             "a an one two three four cat cats dog dogs happening answer concisely going on".split()]
+    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>", additional_special_tokens=["<image>"])
+    layers = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    network = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **layers), image_token_index=4,
+        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
+                                eos_token_id=3, **layers)))
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    network.save_pretrained(folder)
+    return folder
+
+
+def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
+    vlm = rewards.VLM("cpu", str(tiny_vlm))
+    questions = ["what is happening in this image?", "how many animals?", "what animal is in this image? answer concisely."]
+    together = vlm.answer(PICTURES, questions)
+    alone = [vlm.answer(PICTURES[k:k + 1], [question])[0] for k, question in enumerate(questions)]
+    assert together == alone and all(together)
+    assert vlm.answer(PICTURES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
+    tokens = vlm.processor(images=[rewards.to_pil(PICTURES[0])], text=[vlm.dialogue("what?")], return_tensors="pt")
+    assert (tokens.input_ids == 4).sum() == 16  # one for each 8 x 8 patch
+
+
+def test_bertscore_recall_knows_three_cats_from_two_cats_and_from_three_dogs():
+    recall = rewards.BertRecall("cpu", str(EMOJI))
+    answers = ["three cats", "two cats", "three dogs", "four owls", ""]
+    same, *others, empty = recall(answers, ["three cats"] * 5).tolist()
+    assert same == pytest.approx(1, abs=1e-5) and max(others) < 0.95 and empty == 0
+    assert recall(["an ant", *answers], ["two ants", *["three cats"] * 5])[1:].tolist() == pytest.approx([same, *others, empty])
+    rescaled = rewards.BertRecall("cpu", str(EMOJI), baseline=0.5)(answers[:2], ["three cats"] * 2)
+    assert rescaled.tolist() == pytest.approx([1, 2 * (others[0] - 0.5)], abs=1e-5)
+
+
+def test_bertscore_recall_is_that_of_the_package_bert_score():
+    cases = json.loads((HERE / "oracles" / "bert_score_recall.json").read_text())["cases"]
+    answers, references, theirs = zip(*cases)
+    ours = rewards.BertRecall("cpu", str(EMOJI))(list(answers), list(references))
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and len(cases) == 21
+
+
+def test_alignment_is_the_recall_of_what_the_vlm_says(tiny_vlm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, questions: asked.extend(questions) or ["two cats"] * 3)
+    texts = [prompts.Prompt(text) for text in ("two cats", "a dog", "two cats")]
+    for wording, reference in (("paper", "{}"), ("code", "The image contains {}")):
+        reward = rewards.load_reward("alignment", reward_model=str(tiny_vlm), bert_model=str(EMOJI), wording=wording)
+        values, notes = reward(PICTURES, texts)
+        recall = rewards.BertRecall("cpu", str(EMOJI))
+        torch.testing.assert_close(values, recall(["two cats"] * 3, [reference.format(prompt.text) for prompt in texts]))
+        assert notes == ["two cats"] * 3 and values[0] == values[2] != values[1]
+    assert set(asked) == {"What is happening in this image?", "Answer concisely: what is going on in this image?"}
+
+
+def test_counting_marks_each_answer_right_or_wrong_by_the_prompts_own_words(tiny_vlm, monkeypatch):
+    answers = {"How many animals are in this image?": ["Three.", "2", "There are fourteen"],
+               "What animal is in this image?": ["a cat", "dogs", "A mouse"]}
+    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, questions: [answers[question].pop(0) for question in questions])
+    sets = {prompt.text: prompt for prompt in prompts.load_prompts("two_to_four_animals")}
+    values, notes = rewards.load_reward("counting", reward_model=str(tiny_vlm))(
+        PICTURES, [sets[text] for text in ("three cats", "two cats", "four mice")])
+    assert values.tolist() == [1, 0.5, 0.5] and notes == ["Three. / a cat", "2 / dogs", "There are fourteen / A mouse"]
+
+
 @pytest.mark.parametrize("name", rewards.LEARNED)
 def test_a_learned_reward_that_cannot_be_had_is_told_before_anything_is_made(name, tmp_path, capsys):
-    assert train.main(["--reward", name, "--reward-model", str(tmp_path)]) == 2
+    assert train.main(["--reward", name, "--reward-model", str(tmp_path), "--prompts", "two_to_four_animals"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "reward model" in told and "its files cannot be loaded" in told and not Path("runs").exists()
 
@@ -1059,8 +1139,9 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
-    (["--reward-model", "x"], "--reward-model is of aesthetic, pickscore, not of compressibility"),
-    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is of aesthetic, not of pickscore"),
+    (["--reward-model", "x"], "--reward-model is not of compressibility, but of aesthetic, pickscore, alignment, counting"),
+    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is not of pickscore, but of aesthetic"),
+    (["--reward", "counting"], "choose --prompts two_to_eight_animals"),
     (["--reward", "nothing.py:f"], "no reward file"),
     (["--reward", "own.py:nothing"], "has no function 'nothing'"),
     (["--reward", "typo.py:f"], "cannot be loaded: SyntaxError"),

@@ -23,7 +23,7 @@ from judge import share_named
 from prompts import load_prompts
 from rewards import UNITS, RewardError, display, load_reward, to_pil
 from sampling import Trajectory, load_policy, rollout
-from settings import build_config, check, load_config, parse, short_name
+from settings import REWARD_OWNERS, build_config, check, load_config, parse, short_name
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
@@ -210,8 +210,8 @@ def policy_of(config, model=None):
 
 def reward_of(config):
     """The reward of a run's settings, its network loaded if it has one."""
-    options = {"model": config.reward_model, "head": config.aesthetic_head}
-    return load_reward(config.reward, config.device, **{name: value for name, value in options.items() if value})
+    options = {name: getattr(config, name) for name, owners in REWARD_OWNERS.items() if config.reward in owners}
+    return load_reward(config.reward, config.device, **options)
 
 
 def progress_bar(experiment, folder):
@@ -294,7 +294,11 @@ def open_run(flags):
             raise ValueError(f"{resumed} has done all its {epochs} epochs: give a larger --epochs to go on")
         config.epochs = epochs
         check(config)
-    reward, prompts = reward_of(config), load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts)
+    if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
+        raise ValueError("counting asks questions that its prompts bring along: choose --prompts two_to_eight_animals or "
+                         "two_to_four_animals")
+    reward = reward_of(config)
     experiment = Experiment(config, policy_of(config))
     if resumed is None:
         folder = runs.create_run(RUNS, config.name, f"{short_name(config.reward)}-{config.algorithm}", asdict(config))
