@@ -2,9 +2,11 @@
 
     python pretrain.py            # remakes both from nothing; stopped or killed, the same command goes on
     python pretrain.py --check    # measures what is in assets/ on fresh scenes, and prints the table
+    python pretrain.py --vlm      # likewise the vision-language model, on the same scenes; with --check its table
 
 Four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes, train the autoencoder, train the
-judge, train the U-Net together with the text encoder on the pool's latents. Nothing of the project imports this file.
+judge, train the U-Net together with the text encoder on the pool's latents; and apart from these, the vision-language
+model. Nothing of the project imports this file.
 """
 import argparse
 import ctypes
@@ -25,7 +27,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from judge import ANIMALS, MAX_NUMBER, WEIGHTS, Judge, load_judge, name_animals
-from prompts import EMOJI, counted
+from prompts import EMOJI, NUMBER_WORDS, counted, number_and_animal
+from rewards import VLM, Alignment, dialogue
 
 SIZE = 64               # pixels
 TOKENS = 16             # context of the text encoder
@@ -35,6 +38,7 @@ FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",      # Debian, Ubu
          "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
          "/usr/share/fonts/noto/NotoColorEmoji.ttf"]               # Arch
 MODEL = Path(__file__).parent / "assets" / "emoji"
+VLM_MODEL = Path(__file__).parent / "assets" / "emoji_vlm"
 
 
 # ---- Scenes: one animal or two to four of the same, on a background that holds most of the JPEG's bytes ----
@@ -166,6 +170,35 @@ def new_tokenizer():
                          model_max_length=TOKENS)
 
 
+def new_vlm_processor():
+    """LLaVA's processor, with a tokenizer of the whole words that questions and answers are made of."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    texts = ["USER: ASSISTANT:", *(text for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
+                                   for pair in questions(a, n) for text in pair)]
+    splitter, special = pre_tokenizers.Whitespace(), ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())})
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate([*special, *words])}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], model_max_length=128)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                          num_additional_image_tokens=1)
+
+
+def new_vlm(tokenizer):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    layers = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+    return LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=SIZE, patch_size=8, num_hidden_layers=5, **layers),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=128,
+                                pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+                                eos_token_id=tokenizer.eos_token_id, **layers),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1, attn_implementation="eager"))
+
+
 # ---- Training ----
 
 def fit(name, make, loss, steps, learning_rate, args):
@@ -231,20 +264,65 @@ def train_autoencoder(images, args):
     return fit("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
 
 
+def as_if_generated(x, rng):
+    """Images (B, 3, 64, 64), some a little soft, some a little noisy, as generated ones are: who judges should not mind."""
+    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    mix = torch.as_tensor(rng.random((len(x), 1, 1, 1), np.float32) ** 2, device=x.device)
+    grain = torch.as_tensor(rng.standard_normal(x.shape, np.float32), device=x.device)
+    return x + mix * (soft - x) + 0.05 * mix.flip(0) * grain
+
+
 def train_judge(images, animals, numbers, args):
     def loss(networks, rng):
         chosen = np.sort(rng.integers(len(images), size=64))
-        x = to_float(images[chosen], args.device)
-        # Generated pictures are a little soft and a little noisy; the judge should not mind either.
-        soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-        mix = torch.as_tensor(rng.random((64, 1, 1, 1), np.float32) ** 2, device=args.device)
-        grain = torch.as_tensor(rng.standard_normal(x.shape, np.float32), device=args.device)
-        x = x + mix * (soft - x) + 0.05 * mix.flip(0) * grain
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
         animal_logits, number_logits = networks["judge"](x)
         return (F.cross_entropy(animal_logits, torch.as_tensor(animals[chosen], device=args.device))
                 + F.cross_entropy(number_logits, torch.as_tensor(numbers[chosen] - 1, device=args.device)))
 
     return fit("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+
+
+def train_vlm(images, animals, numbers, args):
+    """A model of LLaVA's architecture, on one of four questions a scene: the next-token loss of the answer alone."""
+    processor = new_vlm_processor()
+    tokenizer, size = processor.tokenizer, processor.image_processor
+    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (size.image_mean, size.image_std))
+    dialogues = {(a, n, k): tokens_and_labels(processor, *pair) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
+                 for k, pair in enumerate(questions(a, n))}
+    kinds = len(questions(0, 1))
+
+    def loss(networks, rng):
+        chosen = np.sort(rng.integers(len(images), size=64))
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
+        asked = [dialogues[a, n, k] for a, n, k in zip(animals[chosen], numbers[chosen], rng.integers(kinds, size=64))]
+        length = max(len(ids) for ids, _ in asked)
+        ids, labels = (torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=args.device)
+                       for rows, fill in zip(zip(*asked), (tokenizer.pad_token_id, -100)))
+        with torch.autocast(args.device, torch.bfloat16):
+            return networks["vlm"](input_ids=ids, pixel_values=(x - mean) / std, labels=labels,
+                                   attention_mask=(ids != tokenizer.pad_token_id).long()).loss
+
+    network = fit("vlm", lambda: {"vlm": new_vlm(tokenizer)}, loss, args.vlm_steps, 1e-3, args)["vlm"]
+    network.to("cpu", torch.float16).save_pretrained(args.vlm_output)
+    processor.save_pretrained(args.vlm_output)
+
+
+def questions(animal, number):
+    """What may be asked about a scene, and what is to be answered."""
+    how_many, which = (question for question, _ in number_and_animal(ANIMALS[animal], number))
+    whole = caption(animal, number)
+    return [(question, whole) for question, _ in Alignment.WORDINGS.values()] + [
+        (how_many, NUMBER_WORDS[number]), (which, ANIMALS[animal])]
+
+
+def tokens_and_labels(processor, question, answer):
+    """Token ids of a question about a picture and its answer, and the labels: the ids of the answer and its end, else -100."""
+    tokenizer = processor.tokenizer
+    asked = dialogue(processor, question).replace("<image>", "<image>" * (SIZE // processor.patch_size) ** 2)
+    asked, said = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, answer))
+    said.append(tokenizer.eos_token_id)
+    return asked + said, [-100] * len(asked) + said
 
 
 @torch.no_grad()
@@ -384,6 +462,17 @@ def check(args):
         print("| " + " | ".join(row) + " |")
 
 
+def check_vlm(args):
+    """Print the table of the VLM's card: the share of answers on fresh scenes that are right, by rewards.VLM."""
+    images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
+    vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
+    print("\n| asked, 2,048 fresh scenes | right |\n|---|---|")
+    for k, (question, _) in enumerate(questions(0, 1)):
+        answers = vlm.answer(images, [question] * len(images))
+        right = [answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)]
+        print(f"| {question} | {np.mean(right):.1%} |")
+
+
 def contact_sheet(args, path, columns=15):
     """One picture of every animal, then rows of two, three and four, with captions."""
     pipeline = load_pipeline(args)
@@ -404,7 +493,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--check", action="store_true", help="measure the models in --output, train nothing")
+    add("--vlm", action="store_true", help="the vision-language model instead of the others")
     add("--output", type=Path, default=MODEL, help="folder of the text-to-image model")
+    add("--vlm-output", type=Path, default=VLM_MODEL, help="folder of the vision-language model")
     add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
     add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -412,6 +503,7 @@ def parse(argv):
     add("--autoencoder-steps", type=int, default=5_000, help="of 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="of 64 scenes")
     add("--denoiser-steps", type=int, default=10_000, help="of 64 scenes")
+    add("--vlm-steps", type=int, default=12_000, help="of 64 scenes")
     add("--sampling-steps", type=int, default=10, help="of the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=5.0, help="likewise")
     add("--check-images", type=int, default=4, help="samples of each animal and each number in the check")
@@ -428,6 +520,12 @@ def main(argv=None):
         # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
+    if args.vlm:
+        if not args.check:
+            args.work.mkdir(parents=True, exist_ok=True)
+            train_vlm(*load_pool(args), args)
+        check_vlm(args)
+        return
     if not args.check:
         remake(args)
         contact_sheet(args, args.output.with_suffix(".png"))

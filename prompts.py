@@ -84,9 +84,13 @@ def two_to_four_animals():
 
 
 def _some(animal, number):
-    return Prompt(counted(animal, number), (
-        ("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
-        ("What animal is in this image?", (animal, plural(animal)))))
+    return Prompt(counted(animal, number), number_and_animal(animal, number))
+
+
+def number_and_animal(animal, number):
+    """The two questions of the counting reward, with the words that are right answers."""
+    return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
+            ("What animal is in this image?", (animal, plural(animal))))
 
 
 def dpok():

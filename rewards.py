@@ -135,19 +135,20 @@ class VLM:
         answers = []
         for start in range(0, len(questions), 8):
             pictures = [to_pil(image) for image in images[start:start + 8]]
-            texts = [self.dialogue(question) for question in questions[start:start + 8]]
+            texts = [dialogue(self.processor, question) for question in questions[start:start + 8]]
             inputs = self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
             inputs = inputs.to(self.network.device, self.network.dtype)
             tokens = self.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
             answers += self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def dialogue(self, question):
-        """The text of a question about a picture, in the form that the model was trained on."""
-        if not self.processor.chat_template:  # LLaVA's
-            return f"USER: <image>\n{question} ASSISTANT:"
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True)
+
+def dialogue(processor, question):
+    """The text of a question about a picture, in the form that the processor's model was trained on."""
+    if not processor.chat_template:  # LLaVA's
+        return f"USER: <image>\n{question} ASSISTANT:"
+    return processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True)
 
 
 class BertRecall:

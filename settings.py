@@ -98,8 +98,7 @@ REWARD_OWNERS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "eval_every": 1, "checkpoint_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
-    "ddpo-sf": {"epochs": 96, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 1e-4, "eval_every": 12,
-                "checkpoint_every": 12},
+    "ddpo-sf": {"updates_per_epoch": 1, "learning_rate": 1e-4},
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
     "rwr-sparse": _EMOJI_RWR}}
 
@@ -200,7 +199,8 @@ def parse(argv, description):
     parser.error = _refuse  # one line, not the usage of thirty flags
     parser.add_argument("--preset", choices=PRESETS, help="emoji, the embedded model (default), or paper")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
-    choices = {"algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS, "device": ("auto", "cpu", "cuda"), "baseline": BASELINES}
+    choices = {"algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS, "baseline": BASELINES,
+               "device": ("auto", "cpu", "cuda")}
     for item in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
             "type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}

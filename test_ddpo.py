@@ -717,7 +717,7 @@ def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
     alone = [vlm.answer(PICTURES[k:k + 1], [question])[0] for k, question in enumerate(questions)]
     assert together == alone and all(together)
     assert vlm.answer(PICTURES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
-    tokens = vlm.processor(images=[rewards.to_pil(PICTURES[0])], text=[vlm.dialogue("what?")], return_tensors="pt")
+    tokens = vlm.processor(images=[rewards.to_pil(PICTURES[0])], text=[rewards.dialogue(vlm.processor, "what?")], return_tensors="pt")
     assert (tokens.input_ids == 4).sum() == 16  # one for each 8 x 8 patch
 
 
