@@ -332,7 +332,7 @@ def figure(lines, reward, path):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     factor, unit = UNITS.get(reward, (1, ""))
-    plot = Figure(figsize=(11, 4.2), layout="constrained")
+    plot = Figure(figsize=(13, 4.2), layout="constrained")
     left, right = plot.subplots(1, 2, sharey=True)
     colors = colormaps["tab20" if len(by_label(lines)) > 10 else "tab10"].colors
     for color, (label, group) in zip(colors, by_label(lines).items()):
@@ -349,7 +349,7 @@ def figure(lines, reward, path):
     name = name.get(reward, f"{reward} ({unit})" if unit else reward)
     left.set(xlabel="reward queries", ylabel=name, title="mean and 95 % interval over seeds")
     right.set(xlabel="animals that the judge names (%)", title="line: mean on the way; points: seeds at the end")
-    left.legend(fontsize=8)
+    plot.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     runs.write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
 
 
