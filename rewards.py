@@ -71,11 +71,8 @@ class Aesthetic:
     """
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
-        from transformers import AutoImageProcessor, CLIPModel
         model = reward_model or "openai/clip-vit-large-patch14"
-        hub.announce("CLIP for the aesthetic reward", model)
-        self.processor = hub.from_pretrained(AutoImageProcessor, model, "reward model", backend="pil")
-        self.clip = hub.from_pretrained(CLIPModel, model, "reward model").to(device).eval()
+        self.processor, self.clip = load_clip(model, device)
         weights = load_weights(aesthetic_head or hub.download(*AESTHETIC_HEAD, "aesthetic head"))
         width = self.clip.config.projection_dim
         # The published file's names count the dropouts, which learn nothing and are out of use here: eval().
@@ -100,12 +97,10 @@ class PickScore:
     """
 
     def __init__(self, device, reward_model=""):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer
         model, processor = reward_model or "yuvalkirstain/PickScore_v1", reward_model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-        hub.announce("PickScore", model)
-        self.processor = hub.from_pretrained(AutoImageProcessor, processor, "reward model", backend="pil")
+        self.processor, self.clip = load_clip(model, device, processor)
         self.tokenizer = hub.from_pretrained(AutoTokenizer, processor, "reward model")
-        self.clip = hub.from_pretrained(CLIPModel, model, "reward model").to(device).eval()
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -229,6 +224,14 @@ class Counting:
         return [sum(mark) / len(mark) for mark in marks], [" / ".join(note) for note in notes]
 
 
+def load_clip(model, device, processor=""):
+    """A CLIP's image processor and the network, in fp32, by hub name or folder; the processor may be another model's."""
+    from transformers import AutoImageProcessor, CLIPModel
+    hub.announce("CLIP", model)
+    return (hub.from_pretrained(AutoImageProcessor, processor or model, "reward model", backend="pil"),
+            hub.from_pretrained(CLIPModel, model, "reward model").to(device).eval())
+
+
 def preprocess(processor, images):
     """PIL pictures, or images (3, H, W) of bytes or of floats in [0, 1] -> what CLIP sees: (B, 3, 224, 224).
 
@@ -238,6 +241,7 @@ def preprocess(processor, images):
     return processor(pictures, return_tensors="pt").pixel_values
 
 
+@torch.no_grad()
 def image_embeddings(clip, pixels):
     """Pixels (B, 3, 224, 224) -> CLIP's image embeddings (B, E), some at a time."""
     return torch.cat([pooled(clip.get_image_features(part.to(clip.device, clip.dtype))) for part in pixels.split(32)]).float()

@@ -78,15 +78,16 @@ class Policy:
         return self.unet.device
 
 
-def ddim_schedule(scheduler, steps, eta, device="cpu"):
+def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     """The chain of `steps` steps over the schedule of a diffusers DDIMScheduler.
 
     x_{t-1} belongs to the next entry of `scheduler.timesteps`, and to `final_alpha_cumprod` after the last one. (diffusers'
     own step takes t - 1000 // steps instead, which under "trailing" and "linspace" spacing is often another timestep.)
-    Raises ValueError where some step would not be a Gaussian with a density: see each message.
+    Raises ValueError where some step would not be a Gaussian with a density: see each message. Not scored, for drawing
+    alone, eta may be 0.
     """
     config = scheduler.config
-    if not 0 < eta <= 1:
+    if not (0 < eta <= 1 or not scored and eta == 0):
         raise ValueError(f"eta is {eta:g}, but must be in (0, 1]: at 0 the sampler is deterministic, so its actions have "
                          "no log-probability, and above 1 a variance would be negative")
     if not 1 <= steps <= config.num_train_timesteps:
@@ -104,7 +105,7 @@ def ddim_schedule(scheduler, steps, eta, device="cpu"):
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * variance.clamp(min=0).sqrt()                               # (T,)  DDIM, equation 16
     for t, s, a in zip(timesteps.tolist(), sigma.tolist(), alpha_bar.tolist()):
-        if not s > 0:
+        if scored and not s > 0:
             raise ValueError(f"sigma is 0 at timestep {t}: the step is deterministic and has no log-probability. Stable "
                              "Diffusion's schedule (steps_offset 1, set_alpha_to_one False) has none such")
         if a == 0 and config.prediction_type == "epsilon":
@@ -261,10 +262,11 @@ def decode(policy, x_0):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False):
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True):
     """A pipeline of Stable Diffusion's architecture, by folder or hub name, as a policy with an eta > 0 DDIM chain.
 
-    With keep_reference, policy.reference is a frozen copy of it as it is now: one more U-Net in memory.
+    With keep_reference, policy.reference is a frozen copy of it as it is now: one more U-Net in memory. Not scored, it may
+    have eta 0, and can only be drawn from.
     Raises ValueError, in one line, if the model is not to be had, is of another architecture or has no usable schedule.
     """
     import diffusers
@@ -285,7 +287,7 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
         pipeline.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.eval().requires_grad_(False)
-    policy = Policy(pipeline, ddim_schedule(scheduler, steps, eta, device), float(guidance_scale), precision)
+    policy = Policy(pipeline, ddim_schedule(scheduler, steps, eta, device, scored), float(guidance_scale), precision)
     if keep_reference:
         frozen = copy.copy(pipeline)  # shares all but the U-Net
         frozen.unet = copy.deepcopy(pipeline.unet)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ import baselines_rwr
 import benchmark
 import compare
 import ddpo
+import evaluate
 import pretrain
 import prompts
 import rewards
@@ -983,6 +984,62 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "common_animals"
     assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
     assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
+
+
+# ---- evaluate.py ----
+
+def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_policy, tiny_clip, capsys):
+    assert train.main(tiny_flags(tiny_model, name="r", epochs=1)) == 0
+    capsys.readouterr()
+    ask = ["--prompts", "unseen_emoji_animals", "--images", "6"]
+    assert evaluate.main(["runs/r", *ask, "--reward", "compressibility", "--reward", "incompressibility"]) == 0
+    header, _, small, large = [row.split(" | ") for row in capsys.readouterr().out.splitlines()]
+    assert small[1:4] == ["compressibility", "unseen_emoji_animals", "6"] and small[4:6] == large[4:6]
+    assert "±" in small[6] and int(small[7][:-1]) + int(large[7][:-1]) <= 101 and Path("runs/r/before_after.png").exists()
+    shutil.copytree(tiny_model, "same")  # no run, a model: against the preset's, here the same
+    config = settings.build_config({"model": str(tiny_model), "sampling_steps": 4, "eval_prompts": 6})
+    images = [train.draw_fixed(train.policy_of(config, model), prompts.load_prompts("objects"), config)[1]
+              for model in (None, "same")]
+    assert torch.equal(*images)
+    assert evaluate.main(["runs/r", *ask, "--eta", "0", "--sampling-steps", "3", "--clip", str(tiny_clip)]) == 0
+    told = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert 0 < float(told[-2]) < 2
+
+
+def test_variety_and_gain_by_hand_made_cases(tiny_clip):
+    images = torch.stack([torch.zeros(3, 40, 40), torch.ones(3, 40, 40), torch.ones(3, 40, 40)])
+    assert evaluate.variety(images, None) == pytest.approx(2 / 3)  # distances 1, 1 and 0
+    clip = rewards.load_clip(str(tiny_clip), "cpu")
+    x, y, _ = (rewards.image_embeddings(clip[1], rewards.preprocess(clip[0], images)))
+    assert evaluate.variety(images, clip) == pytest.approx(2 / 3 * (1 - torch.cosine_similarity(x, y, dim=0).item()), abs=1e-5)
+    assert evaluate.gain(torch.tensor([-2.0, -2.0]), torch.tensor([-1.0, -1.0])) == "+50% ± 0%"
+
+
+def test_a_sampler_without_noise_is_diffusers_own_and_cannot_be_scored(tiny_model):
+    policy = sampling.load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0, scored=False)
+    _, images = sampling.rollout(policy, ["a cat", "a dog"], rng(), 2, keep_chain=False)
+    pipeline = policy.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = torch.randint(2**62, (2,), generator=rng()).tolist()
+    x_T = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    theirs = pipeline(["a cat", "a dog"], num_inference_steps=5, eta=0.0, guidance_scale=5.0, latents=x_T,
+                      output_type="pt").images
+    torch.testing.assert_close(images, theirs, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="deterministic"):
+        sampling.load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["runs/nothing"], "it is neither a folder here nor reachable"), (["runs/r", "--images", "0"], "--images 0: must be"),
+    (["runs/r", "--prompts", "nothing"], "no prompts 'nothing'"), (["runs/r", "--reward", "beauty"], "no reward 'beauty'"),
+    (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet")])
+def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
+    runs.create_run(train.RUNS, "r", "", asdict(settings.build_config({"model": str(tiny_model)})))
+    if len(flags) > 1:
+        shutil.copytree(tiny_model, "runs/r/model")
+    assert evaluate.main(flags) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1] and len(told) == 1
 
 
 # ---- compare.py ----

@@ -202,16 +202,23 @@ def due(epoch, every, last):
     return epoch % every == 0 or epoch == last
 
 
-def policy_of(config, model=None):
+def policy_of(config, model=None, scored=True):
     """The pretrained policy of a run's settings, or with those settings another model's."""
     return load_policy(model or config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
-                       config.precision, keep_reference=config.kl_weight > 0 and model is None)
+                       config.precision, config.kl_weight > 0 and model is None, scored)
 
 
 def reward_of(config):
     """The reward of a run's settings, its network loaded if it has one."""
     options = {name: getattr(config, name) for name, owners in REWARD_OWNERS.items() if config.reward in owners}
     return load_reward(config.reward, config.device, **options)
+
+
+def check_questions(config, prompts):
+    """Raise ValueError if the reward asks what the prompts do not bring along."""
+    if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
+        raise ValueError("counting asks questions that its prompts bring along: choose --prompts two_to_eight_animals or "
+                         "two_to_four_animals")
 
 
 def progress_bar(experiment, folder):
@@ -295,9 +302,7 @@ def open_run(flags):
         config.epochs = epochs
         check(config)
     prompts = load_prompts(config.prompts)
-    if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
-        raise ValueError("counting asks questions that its prompts bring along: choose --prompts two_to_eight_animals or "
-                         "two_to_four_animals")
+    check_questions(config, prompts)
     reward = reward_of(config)
     experiment = Experiment(config, policy_of(config))
     if resumed is None:
