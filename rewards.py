@@ -75,13 +75,7 @@ class Aesthetic:
         self.processor, self.clip = load_clip(model, device)
         weights = load_weights(aesthetic_head or hub.download(*AESTHETIC_HEAD, "aesthetic head"))
         width = self.clip.config.projection_dim
-        # The published file's names count the dropouts, which learn nothing and are out of use here: eval().
-        self.head = nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
-                                  nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1)).to(device).eval()
-        try:
-            self.head.load_state_dict({name.removeprefix("layers."): weight for name, weight in weights.items()})
-        except RuntimeError as error:
-            raise ValueError(f"the aesthetic head does not fit {model!r}: {_one_line(error)}") from error
+        self.head = fitted(scoring_head(width), weights, "layers.", "aesthetic head").to(device)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -108,6 +102,65 @@ class PickScore:
                                 return_tensors="pt").to(self.clip.device)
         texts = pooled(self.clip.get_text_features(**tokens))                # (B, E)
         return F.cosine_similarity(image_embeddings(self.clip, preprocess(self.processor, images)), texts)
+
+
+class ImageReward:
+    """ImageReward v1.0 (Xu et al. 2023), for the comparison with DPOK: BLIP reads the prompt with an eye on the picture, and an
+    MLP scores what comes of it; about 0 for the average picture, with a standard deviation of 1.
+
+    Fetches 1.8 GB; 1.8 GB of memory (fp32). reward_model: a folder with ImageReward.pt and BERT's tokenizer.
+    """
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, in the package image-reward
+
+    def __init__(self, device, reward_model=""):
+        from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+        hub.announce("ImageReward", reward_model or "THUDM/ImageReward")
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", "reward model")
+        weights = load_weights(Path(reward_model) / "ImageReward.pt" if reward_model else
+                               hub.download("THUDM/ImageReward", "ImageReward.pt", "reward model"))
+
+        # BLIP's own sizes, read off the weights; its heads are 64 wide.
+        def size(name, axis=0):
+            if f"blip.{name}" not in weights:
+                raise ValueError(f"the reward model has no weights blip.{name}: is it ImageReward.pt?")
+            return weights[f"blip.{name}"].shape[axis]
+
+        def depth(prefix):
+            return len({name.split(".")[prefix.count(".")] for name in weights if name.startswith(prefix)})
+
+        patch, patches = size("visual_encoder.patch_embed.proj.weight", 3), size("visual_encoder.pos_embed", 1) - 1
+        side, width = round(patches**0.5) * patch, size("visual_encoder.patch_embed.proj.weight")
+        words = size("text_encoder.embeddings.word_embeddings.weight", 1)
+        vision = BlipVisionModel(BlipVisionConfig(
+            image_size=side, patch_size=patch, hidden_size=width, num_attention_heads=width // 64, layer_norm_eps=1e-6,
+            intermediate_size=size("visual_encoder.blocks.0.mlp.fc1.bias"), num_hidden_layers=depth("blip.visual_encoder.blocks.")))
+        text = BlipTextModel(BlipTextConfig(
+            vocab_size=size("text_encoder.embeddings.word_embeddings.weight"), hidden_size=words, encoder_hidden_size=width,
+            num_attention_heads=words // 64, max_position_embeddings=size("text_encoder.embeddings.position_embeddings.weight"),
+            intermediate_size=size("text_encoder.encoder.layer.0.intermediate.dense.bias"),
+            num_hidden_layers=depth("blip.text_encoder.encoder.layer.")), add_pooling_layer=False)
+        names = {"^patch_embed.proj": "embeddings.patch_embedding", "^cls_token": "embeddings.class_embedding",
+                 "^pos_embed": "embeddings.position_embedding", "^norm": "post_layernorm", "^blocks": "encoder.layers",
+                 "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm([12])": r"layer_norm\1"}
+        self.vision = fitted(vision, weights, "blip.visual_encoder.", "reward model", names).to(device)
+        self.text = fitted(text, weights, "blip.text_encoder.", "reward model").to(device)
+        self.head = fitted(scoring_head(words), weights, "mlp.layers.", "reward model").to(device)
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        pixels = preprocess(self.processor, images).to(self.vision.device)
+        tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True, max_length=35,
+                                return_tensors="pt").to(self.vision.device)
+        return torch.cat([self.score(*part) for part in zip(
+            pixels.split(32), tokens.input_ids.split(32), tokens.attention_mask.split(32))])
+
+    def score(self, pixels, tokens, mask):
+        """Pixels (B, 3, H, W), tokens (B, L) and their mask -> scores (B,)."""
+        seen = self.vision(pixels).last_hidden_state                         # (B, P, E)
+        read = self.text(tokens, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(1) - self.MEAN) / self.STD
 
 
 class VLM:
@@ -252,6 +305,31 @@ def pooled(features):
     return features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
+def scoring_head(width):
+    """The MLP of Aesthetic and ImageReward. The published names count the dropouts, which are out of use here: eval()."""
+    return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
+                         nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))
+
+
+def fitted(network, weights, prefix, what, names=None):
+    """The network with those of the weights whose published name begins with the prefix, in evaluation mode.
+
+    names: patterns of the published names, and what stands there in ours. Raises ValueError if one is missing or does not fit.
+    """
+    renamed = {}
+    for name, weight in weights.items():
+        if name.startswith(prefix) and not name.endswith("position_ids"):  # a buffer that older versions saved
+            name = name.removeprefix(prefix)
+            for theirs, ours in (names or {}).items():
+                name = re.sub(theirs, ours, name)
+            renamed[name] = weight
+    try:
+        network.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of the {what} do not fit: {' '.join(str(error).split())[:200]}") from error
+    return network.eval()
+
+
 def load_weights(path):
     """A state dict from a file of safetensors, or of torch, weights only. Raises ValueError."""
     try:
@@ -261,10 +339,10 @@ def load_weights(path):
         raise ValueError(f"the weights {str(path)!r} cannot be loaded: {_one_line(error)}") from error
 
 
-LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore, "alignment": Alignment, "counting": Counting}
+LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore, "imagereward": ImageReward, "alignment": Alignment, "counting": Counting}
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}  # the next reward goes here
 DEFAULT_PROMPTS = {"compressibility": "imagenet_animals", "incompressibility": "imagenet_animals",  # the paper's
-                   "aesthetic": "common_animals", "alignment": "animal_activities", "counting": "two_to_eight_animals"}
+                   "aesthetic": "common_animals", "imagereward": "dpok", "alignment": "animal_activities", "counting": "two_to_eight_animals"}
 UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB")}  # how a person reads the number: factor, unit
 
 

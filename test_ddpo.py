@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel)
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
                           CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast)
 
@@ -709,6 +709,26 @@ def tiny_vlm(tmp_path_factory):
                    num_additional_image_tokens=1).save_pretrained(folder)
     network.save_pretrained(folder)
     return folder
+
+
+def test_imagereward_is_that_of_the_package_image_reward(tiny_vlm, tmp_path):
+    weights = load_file(HERE / "oracles" / "imagereward.safetensors")
+    pixels, tokens, mask = (weights.pop(name) for name in ("pixels", "tokens", "mask"))
+    AutoTokenizer.from_pretrained(tiny_vlm).save_pretrained(tmp_path)
+    torch.save({name: weight.float() for name, weight in weights.items()}, tmp_path / "ImageReward.pt")
+    reward = rewards.ImageReward("cpu", str(tmp_path))
+    with torch.no_grad():
+        ours = reward.score(pixels, tokens, mask)
+    theirs = json.loads((HERE / "oracles" / "imagereward.json").read_text())["scores"]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and max(theirs) - min(theirs) > 0.05
+    texts = [prompts.Prompt(text) for text in ("two cats", "a dog", "a cat")]
+    values, _ = rewards.load_reward("imagereward", reward_model=str(tmp_path))(PICTURES, texts)
+    alone, _ = rewards.load_reward("imagereward", reward_model=str(tmp_path))(PICTURES[1:2], texts[1:2])
+    assert values[1].item() == pytest.approx(alone.item(), abs=1e-5) and len(set(values.tolist())) == 3
+    del weights["blip.visual_encoder.norm.bias"]
+    torch.save(weights, tmp_path / "ImageReward.pt")
+    with pytest.raises(ValueError, match="do not fit.*post_layernorm.bias"):
+        rewards.load_reward("imagereward", reward_model=str(tmp_path))
 
 
 def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
