@@ -731,6 +731,24 @@ def test_imagereward_is_that_of_the_package_image_reward(tiny_vlm, tmp_path):
         rewards.load_reward("imagereward", reward_model=str(tmp_path))
 
 
+def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
+    weights = load_file(HERE / "oracles" / "hpsv2.safetensors")
+    pixels, tokens = weights.pop("pixels"), weights.pop("tokens")
+    weights = {name: weight.float() for name, weight in weights.items()}
+    layers = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
+    CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, hidden_act="gelu", **layers), text_config=dict(
+        vocab_size=60, max_position_embeddings=16, hidden_act="gelu", eos_token_id=59, **layers)).save_pretrained(tmp_path)
+    for part in (CLIPImageProcessorPil.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)):
+        part.save_pretrained(tmp_path)
+    torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "HPS_v2_compressed.pt")
+    clip = rewards.HPSv2("cpu", str(tmp_path)).clip
+    with torch.no_grad():
+        images, texts = (rewards.pooled(features) for features in (clip.get_image_features(pixels), clip.get_text_features(tokens)))
+    theirs = json.loads((HERE / "oracles" / "hpsv2.json").read_text())["scores"]
+    assert torch.cosine_similarity(images, texts).tolist() == pytest.approx(theirs, abs=1e-5)
+    assert max(theirs) - min(theirs) > 0.1
+
+
 def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
     vlm = rewards.VLM("cpu", str(tiny_vlm))
     questions = ["what is happening in this image?", "how many animals?", "what animal is in this image? answer concisely."]
@@ -1216,7 +1234,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
-    (["--reward-model", "x"], "--reward-model is not of compressibility, but of aesthetic, pickscore, alignment, counting"),
+    (["--reward-model", "x"], "--reward-model is not of compressibility, but of aesthetic, pickscore, hpsv2"),
     (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is not of pickscore, but of aesthetic"),
     (["--reward", "counting"], "choose --prompts two_to_eight_animals"),
     (["--reward", "nothing.py:f"], "no reward file"),
