@@ -5,11 +5,11 @@
     python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does a policy trained with noise help the sampler without?
     python evaluate.py runs/NAME/model --prompts objects          # any model, by folder or hub name, against the preset's
 
-Prints a row for each model and reward: the reward's means, its gain as a share of the start with a 95 % interval over the images,
-the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named before, and of
-these how many it still names; and the variety of the pictures, which is what training on a reward destroys first: the mean
-distance between any two, in pixels (root mean square, of 1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's
-picture, before above after, goes to before_after.png in its folder, or where --picture says.
+Prints a row for each model and reward: the reward's means, its gain as a share of the start with a 95 % interval over the
+images, the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named
+before, and of these how many it still names; and the variety of the pictures, which is what training on a reward destroys
+first: the mean distance between any two, in pixels (root mean square, of 1) or, with --clip, 1 - cosine of that CLIP's
+embeddings. A run's picture, before above after, goes to before_after.png in its folder, or where --picture says.
 """
 import argparse
 import sys

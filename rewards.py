@@ -107,8 +107,8 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): as PickScore a cosine of CLIP-H's, about 0.28, in a checkpoint that has open_clip's names.
 
-    Fetches 3.9 GB; 3.9 GB of memory (fp32). reward_model: a folder with HPS_v2_compressed.pt and, as transformers saves them, the
-    CLIP's config, processor and tokenizer.
+    Fetches 3.9 GB; 3.9 GB of memory (fp32). reward_model: a folder with HPS_v2_compressed.pt and, as transformers saves
+    them, the CLIP's config, processor and tokenizer.
     """
 
     def __init__(self, device, reward_model=""):
@@ -119,7 +119,8 @@ class HPSv2(PickScore):
                                                                           (AutoTokenizer, {}), (CLIPConfig, {})))
         weights = load_weights(Path(reward_model) / "HPS_v2_compressed.pt" if reward_model else
                                hub.download("xswu/HPSv2", "HPS_v2_compressed.pt", "reward model"))
-        self.clip = fitted(CLIPModel(config), as_in_transformers(weights.get("state_dict", weights)), "", "reward model").to(device)
+        weights = as_in_transformers(weights.get("state_dict", weights))
+        self.clip = fitted(CLIPModel(config), weights, "", "reward model").to(device)
 
 
 class ImageReward:
@@ -152,7 +153,8 @@ class ImageReward:
         words = size("text_encoder.embeddings.word_embeddings.weight", 1)
         vision = BlipVisionModel(BlipVisionConfig(
             image_size=side, patch_size=patch, hidden_size=width, num_attention_heads=width // 64, layer_norm_eps=1e-6,
-            intermediate_size=size("visual_encoder.blocks.0.mlp.fc1.bias"), num_hidden_layers=depth("blip.visual_encoder.blocks.")))
+            intermediate_size=size("visual_encoder.blocks.0.mlp.fc1.bias"),
+            num_hidden_layers=depth("blip.visual_encoder.blocks.")))
         text = BlipTextModel(BlipTextConfig(
             vocab_size=size("text_encoder.embeddings.word_embeddings.weight"), hidden_size=words, encoder_hidden_size=width,
             num_attention_heads=words // 64, max_position_embeddings=size("text_encoder.embeddings.position_embeddings.weight"),
@@ -385,7 +387,8 @@ LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore, "hpsv2": HPSv2, "imag
            "counting": Counting}
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}  # the next reward goes here
 DEFAULT_PROMPTS = {"compressibility": "imagenet_animals", "incompressibility": "imagenet_animals",  # the paper's
-                   "aesthetic": "common_animals", "imagereward": "dpok", "alignment": "animal_activities", "counting": "two_to_eight_animals"}
+                   "aesthetic": "common_animals", "imagereward": "dpok", "alignment": "animal_activities",
+                   "counting": "two_to_eight_animals"}
 UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB")}  # how a person reads the number: factor, unit
 
 

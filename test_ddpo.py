@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
-                          CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel,
+                          CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast)
 
 import baselines_rwr
@@ -659,7 +659,8 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
             x = x @ head[f"layers.{k}.weight"].T + head[f"layers.{k}.bias"]
     torch.testing.assert_close(values, x.squeeze(1), rtol=1e-4, atol=1e-4)
     assert torch.equal(values, reward(PICTURES, [prompts.Prompt("a dog")] * 3)[0])  # no dropout, and no look at the prompt
-    same = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head.with_suffix(".safetensors")))
+    same = rewards.load_reward("aesthetic", reward_model=str(tiny_clip),
+                               aesthetic_head=str(tiny_head.with_suffix(".safetensors")))
     assert torch.equal(values, same(PICTURES, [prompts.Prompt("a cat")] * 3)[0])
 
 
@@ -692,8 +693,8 @@ def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
 def tiny_vlm(tmp_path_factory):
     """A folder with a random model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few words."""
     torch.manual_seed(0)
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *"user : assistant ? . how many animals are in this image what animal is "
-             "a an one two three four cat cats dog dogs happening answer concisely going on".split()]
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *"user : assistant ? . how many animals are in this image what animal "
+             "is a an one two three four cat cats dog dogs happening answer concisely going on".split()]
     tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
@@ -736,14 +737,15 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
     pixels, tokens = weights.pop("pixels"), weights.pop("tokens")
     weights = {name: weight.float() for name, weight in weights.items()}
     layers = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
-    CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, hidden_act="gelu", **layers), text_config=dict(
-        vocab_size=60, max_position_embeddings=16, hidden_act="gelu", eos_token_id=59, **layers)).save_pretrained(tmp_path)
+    layers["hidden_act"] = "gelu"
+    CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **layers), text_config=dict(
+        vocab_size=60, max_position_embeddings=16, eos_token_id=59, **layers)).save_pretrained(tmp_path)
     for part in (CLIPImageProcessorPil.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)):
         part.save_pretrained(tmp_path)
     torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "HPS_v2_compressed.pt")
     clip = rewards.HPSv2("cpu", str(tmp_path)).clip
     with torch.no_grad():
-        images, texts = (rewards.pooled(features) for features in (clip.get_image_features(pixels), clip.get_text_features(tokens)))
+        images, texts = map(rewards.pooled, (clip.get_image_features(pixels), clip.get_text_features(tokens)))
     theirs = json.loads((HERE / "oracles" / "hpsv2.json").read_text())["scores"]
     assert torch.cosine_similarity(images, texts).tolist() == pytest.approx(theirs, abs=1e-5)
     assert max(theirs) - min(theirs) > 0.1
@@ -756,7 +758,8 @@ def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
     alone = [vlm.answer(PICTURES[k:k + 1], [question])[0] for k, question in enumerate(questions)]
     assert together == alone and all(together)
     assert vlm.answer(PICTURES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
-    tokens = vlm.processor(images=[rewards.to_pil(PICTURES[0])], text=[rewards.dialogue(vlm.processor, "what?")], return_tensors="pt")
+    text = rewards.dialogue(vlm.processor, "what?")
+    tokens = vlm.processor(images=[rewards.to_pil(PICTURES[0])], text=[text], return_tensors="pt")
     assert (tokens.input_ids == 4).sum() == 16  # one for each 8 x 8 patch
 
 
@@ -793,7 +796,7 @@ def test_alignment_is_the_recall_of_what_the_vlm_says(tiny_vlm, monkeypatch):
 def test_counting_marks_each_answer_right_or_wrong_by_the_prompts_own_words(tiny_vlm, monkeypatch):
     answers = {"How many animals are in this image?": ["Three.", "2", "There are fourteen"],
                "What animal is in this image?": ["a cat", "dogs", "A mouse"]}
-    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, questions: [answers[question].pop(0) for question in questions])
+    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, asked: [answers[question].pop(0) for question in asked])
     sets = {prompt.text: prompt for prompt in prompts.load_prompts("two_to_four_animals")}
     values, notes = rewards.load_reward("counting", reward_model=str(tiny_vlm))(
         PICTURES, [sets[text] for text in ("three cats", "two cats", "four mice")])
@@ -981,7 +984,8 @@ def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_mode
 
 @pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf", "rwr"])
 def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
-    flags = dict(algorithm=algorithm, **{"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}, reward=own_reward("shuffled"))
+    updates = {"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}
+    flags = dict(algorithm=algorithm, **updates, reward=own_reward("shuffled"))
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=4, **flags))
     run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
     parts = run("--resume", "runs/parts", "--epochs", 4)

@@ -2,8 +2,8 @@
 
     pip install bert-score==0.3.13 pandas && python oracles/bert_score_recall.py
 
-The encoder is the embedded model's text encoder, the tokens that count are all but its begin and end: the package gives idf 0 to
-a tokenizer's [CLS] and [SEP], which CLIP's calls bos and eos.
+The encoder is the embedded model's text encoder, the tokens that count are all but its begin and end: the package gives
+idf 0 to a tokenizer's [CLS] and [SEP], which CLIP's calls bos and eos.
 """
 import json
 from collections import defaultdict

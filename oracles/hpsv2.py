@@ -1,4 +1,4 @@
-"""Makes hpsv2.safetensors and hpsv2.json: a tiny random CLIP of open_clip's, whose names HPS v2's checkpoint has, and its scores.
+"""Makes hpsv2.safetensors and .json: a tiny random CLIP of open_clip's, as HPS v2's checkpoint is, and its scores.
 
     pip install --no-deps hpsv2==1.2.0 && python oracles/hpsv2.py
 
@@ -19,7 +19,8 @@ HERE = Path(__file__).resolve().parent
 def package(name, *folders):
     """An empty package in place of one whose __init__ imports more than is needed here."""
     sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [str(Path(entry, *folders)) for entry in sys.path if Path(entry, *folders, "model.py").exists()]
+    places = [Path(entry, *folders) for entry in sys.path]
+    sys.modules[name].__path__ = [str(place) for place in places if (place / "model.py").exists()]
 
 
 for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc"):

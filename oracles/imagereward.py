@@ -1,4 +1,4 @@
-"""Makes imagereward.safetensors and imagereward.json: a tiny random ImageReward and its scores by the package image-reward (1.5).
+"""Makes imagereward.safetensors and .json: a tiny random ImageReward and its scores by the package image-reward (1.5).
 
 In an environment of its own, since the package needs an old transformers:
 
