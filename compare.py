@@ -31,7 +31,7 @@ from tqdm import tqdm
 import runs
 from rewards import REWARDS, UNITS, RewardError, load_reward
 from sampling import PRECISIONS
-from settings import ALGORITHMS, Config, build_config, shared_settings, short_name
+from settings import ALGORITHMS, RWR, Config, build_config, shared_settings, short_name
 from train import RUNS
 from variance import measure_variance
 
@@ -299,28 +299,44 @@ def by_label(lines):
     return groups
 
 
+def gained(line):
+    """Reward gained by the end of a run, in percent of the start; NaN from a start of 0."""
+    _, reward, _ = evaluated(line)
+    return 100 * (reward[-1] - reward[0]) / abs(reward[0]) if reward[0] else np.nan
+
+
+def beyond_no_reward(label, group, groups):
+    """What RWR's runs gained beyond the same rounds without a reward, seed by seed; none where these were not run."""
+    control = groups.get(f"{label}, no reward", groups.get("no reward", []))
+    control = {line["seed"]: gained(line) for line in control}
+    of_rwr = group[0]["settings"]["algorithm"] in RWR and "no reward" not in label
+    return [gained(line) - control[line["seed"]] for line in group if of_rwr and line["seed"] in control]
+
+
 def table(lines, reward):
     """The study in Markdown, one row a label."""
     factor, unit = UNITS.get(reward, (1, "reward"))
 
     def cell(values, digits=2, scale=1.0):
-        mean, half = interval([scale * value for value in values])
+        mean, half = interval([scale * value for value in values]) if len(values) else (np.nan, np.nan)
         if not np.isfinite(mean):
             return "-"
         return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
-    rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "reward gained (%)", f"mean on the way ({unit})",
-             "named at the end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
-    for label, group in by_label(lines).items():
+    rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "reward gained (%)", "beyond no reward (%)",
+             f"mean on the way ({unit})", "named at the end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates",
+             "minutes"]]
+    groups = by_label(lines)
+    for label, group in groups.items():
         ends = [evaluated(line) for line in group]
         reached = []
         for gain in (0.1, 0.2):
             values = [queries_to(line, gain) for line in group]
             got = np.isfinite(values).sum()
             reached.append(cell(values, 0) if got == len(group) else f"{got} of {len(group)} seeds got there")
-        gained = [100 * (e[1][-1] - e[1][0]) / abs(e[1][0]) if e[1][0] else np.nan for e in ends]
-        rows.append([label, str(len(group)), cell([e[1][0] for e in ends], scale=factor), cell([e[1][-1] for e in ends],
-                     scale=factor), cell(gained, 1), cell([area(line) for line in group], scale=factor),
+        rows.append([label, str(len(group)), cell([e[1][0] for e in ends], scale=factor),
+                     cell([e[1][-1] for e in ends], scale=factor), cell([gained(line) for line in group], 1),
+                     cell(beyond_no_reward(label, group, groups), 1), cell([area(line) for line in group], scale=factor),
                      cell([100 * e[2][-1] for e in ends], 1), *reached,
                      f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
     rows.insert(1, ["---"] * len(rows[0]))
@@ -371,7 +387,8 @@ def report(lines, reward, path, command):
     made = "; ".join(sorted({f"commit {line['commit']}, {line['machine']}" for line in lines}))
     intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
     rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![pictures]({shown.name})" if shown.exists() else ""
-    text = (f"# {path.name}: {reward}\n\n`{command}`; {made}. {intervals}A gain is a share of the start. Named: by the "
+    text = (f"# {path.name}: {reward}\n\n`{command}`; {made}. {intervals}A gain is a share of the start; beyond "
+            "no reward: less that of the same rounds of RWR without a reward, seed by seed. Named: by the "
             f"independent judge, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies "
             "that the queries were spent on, which change when an epoch or a round ends.\n\n"
             f"{table(lines, reward)}\n\n![the curves]({path.name}.png){rows}\n\nThe first seed's commands:\n\n{settings}\n")

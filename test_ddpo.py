@@ -1109,6 +1109,19 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     assert compare.queries_to(between, 0.25) == 50
 
 
+def test_rwr_is_also_measured_against_the_same_rounds_without_a_reward():
+    def runs_of(label, algorithm, *ends):
+        return [{**line(label, seed, [0, 9], [-2.0, end]), "settings": {"algorithm": algorithm}} for seed, end in enumerate(ends)]
+
+    groups = compare.by_label([*runs_of("rwr", "rwr", -1.0, -1.2), *runs_of("ddpo-is", "ddpo-is", -1.0),
+                               *runs_of("no reward", "rwr", -1.6, -1.6)])
+    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
+    assert not compare.beyond_no_reward("ddpo-is", groups["ddpo-is"], groups)
+    assert not compare.beyond_no_reward("no reward", groups["no reward"], groups)
+    groups["rwr, no reward"] = runs_of("rwr, no reward", "rwr", -1.8)
+    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
+
+
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
     tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
@@ -1123,7 +1136,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
         file.write('{"label": "cut sho')  # by a kill
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     told = capsys.readouterr().out
-    assert "| two | 1 | 2.00 | 0.50 | 75.0 |" in told and "| one | 1 |" in told
+    assert "| two | 1 | 2.00 | 0.50 | 75.0 | - |" in told and "| one | 1 |" in told
     assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
@@ -1147,6 +1160,12 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     settings_file = train.RUNS / half.name / "config.json"
     settings_file.write_text(settings_file.read_text().replace('"epochs": 1', '"epochs": 2'))
     runs.create_run(train.RUNS, begun.name, "", {})  # killed before its first checkpoint
+
+    def in_this_process(arguments, folder, show):  # three more processes would take their time
+        if train.main(arguments):
+            raise ValueError(f"{folder} stopped")
+
+    monkeypatch.setattr(compare, "_train", in_this_process)
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
     told = capsys.readouterr().err
     assert "1 of 3 runs failed" in told and "not finite" in told
