@@ -5,11 +5,11 @@
     python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does a policy trained with noise help the sampler without?
     python evaluate.py runs/NAME/model --prompts objects          # any model, by folder or hub name, against the preset's
 
-Prints a row for each model and reward: the reward's means, its gain as a share of the start with a 95 % interval over the
-images, the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named
-before, and of these how many it still names; and the variety of the pictures, which is what training on a reward destroys
-first: the mean distance between any two, in pixels (root mean square, of 1) or, with --clip, 1 - cosine of that CLIP's
-embeddings. A run's picture, before above after, goes to before_after.png in its folder, or where --picture says.
+Prints a row for each model and reward: the reward's mean before, after and its gain, each with a 95 % interval over the images,
+and the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named before,
+and of these how many it still names; and the variety of the pictures, which is what training on a reward destroys first: the
+mean distance between any two, in pixels (root mean square, of 1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's
+picture, before above after, goes to before_after.png in its folder, or where --picture says.
 """
 import argparse
 import sys
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 import runs
 from judge import right_animals
 from prompts import load_prompts
-from rewards import RewardError, display, image_embeddings, load_clip, preprocess, to_pil
+from rewards import UNITS, Alignment, RewardError, display, image_embeddings, load_clip, preprocess, to_pil
+from sampling import PRECISIONS
 from settings import PRESETS, REWARD_OWNERS, Config, build_config, check, load_config, short_name
 from train import check_questions, draw_fixed, policy_of, reward_of
 
 COLUMNS = 12
-HEADER = ["model", "reward", "prompts", "images", "before", "after", "gain (95 %)", "improved", "named before", "still named",
+HEADER = ["model", "reward", "prompts", "images", "before", "after", "gain", "improved", "named before", "still named",
           "variety before", "after"]
 
 
@@ -35,22 +36,27 @@ def settings_of(target, args):
     """Settings to draw with, the trained model, and where its picture goes (None: nowhere). Raises ValueError."""
     if (Path(target) / "config.json").exists():
         config, model, picture = load_config(Path(target)), Path(target) / "model", Path(target) / "before_after.png"
-        check(config)
         if not model.exists():
             raise ValueError(f"{target} has no model/ yet: finish it with python train.py --resume {target}")
     else:
         config, model, picture = build_config({"preset": args.preset}), target, None
-    changes = {"prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images}
+    changes = {"prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
+               "device": args.device, "precision": args.precision, "skip_last_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     check(config)
     # A policy without noise has no log-probabilities, and so no place in the settings of a training; it can be drawn from.
     return config if args.eta is None else replace(config, eta=args.eta), model, args.picture or picture
 
 
-def with_reward(config, reward):
-    """The same settings for another reward: what was set for the own one is not for it."""
-    others = {name: getattr(Config, name) for name in REWARD_OWNERS} if reward != config.reward else {}
-    return replace(config, reward=reward, **others)
+def with_reward(config, reward, args):
+    """The same settings for a reward: its options are those asked for, or the run's, where its own reward has them, too."""
+    options = {}
+    for name, owners in REWARD_OWNERS.items():
+        own = getattr(config, name) if config.reward in owners and reward in owners else getattr(Config, name)
+        options[name] = own if getattr(args, name) is None or reward not in owners else getattr(args, name)
+    config = replace(config, reward=reward, **options)
+    check(replace(config, eta=1.0))
+    return config
 
 
 def variety(images, clip):
@@ -66,31 +72,34 @@ def variety(images, clip):
     return torch.pdist(points).square().mean().item() / 2  # of unit vectors: 1 - cosine
 
 
-def evaluate(target, args):
-    """The table's rows of one run or model. Raises ValueError, RewardError, FloatingPointError."""
+def evaluate(target, args, loaded):
+    """The table's rows of one run or model; `loaded` keeps the rewards for the next. Raises ValueError, RewardError, ..."""
     config, model, picture = settings_of(target, args)
-    prompts = load_prompts(config.prompts)
-    configs = [with_reward(config, reward) for reward in args.reward or [config.reward]]
-    for one in configs:
-        check_questions(one, prompts)
-    rewards = [reward_of(one) for one in configs]
+    prompts, rewards = load_prompts(config.prompts), []
+    for name in args.reward or [config.reward]:
+        wanted = with_reward(config, name, args)
+        check_questions(wanted, prompts)
+        key = (wanted.device, name, *(getattr(wanted, option) for option in REWARD_OWNERS))
+        loaded[key] = loaded.get(key) or reward_of(wanted)
+        rewards.append((name, loaded[key]))
     clip = load_clip(args.clip, config.device) if args.clip else None
     policies = [policy_of(config, which, scored=False) for which in (config.model, model)]
     drawn = [draw_fixed(policy, prompts, config) for policy in policies]
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]
     varieties = [f"{variety(images, clip):.3f}" for _, images in drawn]
-    named = [right_animals(images, texts) for _, images in drawn]
-    judged = ["-", "-"]
+    named, cells = [right_animals(images, texts) for _, images in drawn], ["-", "-"]
     if named[0] is not None:
         still = sum(b and a for b, a in zip(*named))
-        judged = [f"{sum(named[0])} of {len(texts)}", f"{still} ({still / max(sum(named[0]), 1):.0%})"]
-    rows, labels = [], [text + "\n" for text in texts * 2]
-    for one, reward in zip(configs, rewards):
-        before, after = (reward(images, chosen)[0] for _, images in drawn)
-        labels = [label + f"{display(one.reward, value)} " for label, value in zip(labels, torch.cat([before, after]).tolist())]
-        rows.append([Path(target).name, short_name(one.reward), Path(config.prompts).stem, str(len(texts)),
-                     *(display(one.reward, values.mean().item()) for values in (before, after)),
-                     gain(before, after), f"{(after > before).float().mean():.0%}", *judged, *varieties])
+        cells = [f"{sum(named[0])} of {len(texts)}", f"{still} ({still / max(sum(named[0]), 1):.0%})"]
+    rows, labels = [], texts * 2
+    for name, reward in rewards:
+        (before, notes), (after, more_notes) = (reward(images, chosen) for _, images in drawn)
+        values = torch.cat([before, after]).tolist()
+        labels = ["\n".join(filter(None, (label, display(name, value), note)))
+                  for label, value, note in zip(labels, values, notes + more_notes)]
+        rows.append(["/".join(Path(target).parts[-2:]), short_name(name), Path(config.prompts).stem, str(len(texts)),
+                     with_interval(name, before), with_interval(name, after), gain(name, before, after),
+                     f"{(after > before).float().mean():.0%}", *cells, *varieties])
     if picture:
         shown = [to_pil(image) for _, images in drawn for image in images[:COLUMNS]]
         labels = labels[:COLUMNS][:len(texts)] + labels[len(texts):][:COLUMNS]
@@ -98,13 +107,19 @@ def evaluate(target, args):
     return rows
 
 
-def gain(before, after):
-    """Mean gain of B images, as a share of the mean before, and half its 95 % interval (normal: the images are many)."""
-    change, start = (after - before).double(), before.double().mean().abs().item()
-    if not start:
-        return "-"
-    half = 1.96 * change.std().item() / len(change) ** 0.5
-    return f"{change.mean().item() / start:+.0%} ± {half / start:.0%}"
+def with_interval(name, values):
+    """The mean of a reward over B images, and half its 95 % interval (normal: the images are many), in the reward's unit."""
+    half = 1.96 * values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean = display(name, values.double().mean().item())
+    number, _, unit = mean.partition(" ")
+    return f"{number} ± {half:.2g} {unit}".rstrip() if half == half else mean
+
+
+def gain(name, before, after):
+    """The mean gain of B images, likewise; of a reward with a unit, such as a size, also as a share of the start."""
+    factor, unit = UNITS.get(name, (1, ""))
+    change = with_interval(name, after - before)
+    return f"{change} ({(after - before).mean() / before.mean().abs():+.0%})" if unit and before.mean() else change
 
 
 def main(argv=None):
@@ -118,14 +133,25 @@ def main(argv=None):
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
     parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of a model that is no run: base model and settings")
     parser.add_argument("--picture", type=Path, help="where the picture goes (default: before_after.png of a run)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to draw (default: the run's)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the U-Net (default: the run's)")
+    parser.add_argument("--wording", choices=Alignment.WORDINGS, help="of alignment, as train.py's")
+    parser.add_argument("--bert-baseline", type=float, help="likewise")
+    for flag in ("--reward-model", "--aesthetic-head", "--bert-model"):
+        parser.add_argument(flag, help="of the rewards that have it, as train.py's")
     args = parser.parse_args(argv)
+    if args.picture and len(args.models) > 1:
+        print("evaluate.py: --picture is of one model: each would write over the last", file=sys.stderr)
+        return 2
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.images is not None and args.images < 1:
         print(f"evaluate.py: --images {args.images}: must be at least 1", file=sys.stderr)
         return 2
-    rows, refused = [HEADER, ["---"] * len(HEADER)], 0
+    rows, refused, loaded = [HEADER, ["---"] * len(HEADER)], 0, {}
     for target in args.models:
         try:
-            rows += evaluate(target, args)
+            rows += evaluate(target, args, loaded)
         except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
             print(f"evaluate.py: {error}", file=sys.stderr)  # the others are evaluated all the same
             refused = 2

@@ -2,11 +2,11 @@
 import sys
 from pathlib import Path
 
-HINT = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
-
-
 def from_pretrained(loader, name, what, **options):
-    """loader.from_pretrained(name), quietly. Raises ValueError, which says what was to be loaded, and why it cannot be."""
+    """loader.from_pretrained(name), quietly. Raises ValueError, which says what was to be loaded, and why it cannot be.
+
+    what: how the user calls it, with the flag that asks for it.
+    """
     import diffusers
     import transformers
     for library in (diffusers, transformers):  # their warnings and loading bars would bury our few lines
@@ -15,17 +15,23 @@ def from_pretrained(loader, name, what, **options):
     try:
         return loader.from_pretrained(str(name), **options)
     except Exception as error:  # a dozen types, from the hub's to safetensors' own
-        where = "its files cannot be loaded" if Path(name).is_dir() else HINT
-        raise ValueError(f"{what} {str(name)!r}: {where}: {_first_line(error)}") from error
+        why = "its files cannot be loaded"
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            why = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
+        raise ValueError(f"{what} {str(name)!r}: {why}: {_first_line(error)}") from error
 
 
-def download(repository, filename, what):
-    """The path of one file of a hub's repository, fetched if it is not there yet. Raises ValueError as above."""
+def file(name, filename, what):
+    """The path of one file of a folder, or of a hub's repository, fetched if it is not there. Raises ValueError as above."""
     from huggingface_hub import hf_hub_download
     try:
-        return hf_hub_download(repository, filename)
+        path = Path(name) / filename
+        if Path(name).is_dir() and not path.is_file():
+            raise FileNotFoundError(f"there is no {filename} in it")
+        return path if path.is_file() else hf_hub_download(str(name), filename)
     except Exception as error:
-        raise ValueError(f"{what} {repository}/{filename}: it is not reachable on the hub: {_first_line(error)}") from error
+        raise ValueError(f"{what} {str(name)!r}: {filename} is neither here nor reachable on the hub: "
+                         f"{_first_line(error)}") from error
 
 
 def announce(what, name):

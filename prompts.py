@@ -68,6 +68,11 @@ def imagenet_animals():
     return _lines(ASSETS / "imagenet_animals.txt")
 
 
+def painted_animals():
+    """'A painting of a cat' and so on, the 45 of a third party's figures of DDPO (PRDP, arXiv 2402.08714, table 1)."""
+    return [Prompt(f"A painting of {with_article(animal)}") for animal in COMMON_ANIMALS]
+
+
 def animal_activities():
     """The 45 animals in three activities each (prompt-image alignment), as 'an ant playing chess'."""
     return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS for activity in ACTIVITIES]
@@ -115,7 +120,7 @@ def objects():
 
 
 PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
-    common_animals, imagenet_animals, animal_activities, two_to_eight_animals, two_to_four_animals, dpok,
+    common_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals, two_to_four_animals, dpok,
     unseen_animals, unseen_emoji_animals, objects)}
 
 

@@ -11,6 +11,7 @@ The contract, for every reward here and for your own:
 
 To add one, write the function and name it in `REWARDS`.
 """
+import functools
 import importlib.util
 import io
 import re
@@ -35,7 +36,7 @@ def compressibility(images, prompts):
 
 
 def incompressibility(images, prompts):
-    """The size of the image as a JPEG, in kB of 1,000 bytes (paper, section 5.1)."""
+    """The size of the image as a JPEG, in kB of 1,000 bytes (paper, section 5.1). About 0.1 ms for 64 x 64 pixels."""
     return [jpeg_kilobytes(image) for image in images]
 
 
@@ -60,21 +61,24 @@ def to_pil(image):
 # ---- Learned rewards: published networks, loaded once, when the reward is asked for. ----
 
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
+REWARD_MODEL, BERT_MODEL = "reward model (--reward-model)", "BERTScore's encoder (--bert-model)"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LLAVA, DEBERTA = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
 MAX_ANSWER = 40  # tokens
+
 
 class Aesthetic:
     """LAION's aesthetic predictor, about 1 to 10 (paper, section 5.2): an MLP on CLIP ViT-L/14's normalised image embedding.
 
     Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`; 1.7 GB of memory (fp32).
+    Time per image and its agreement with the published scores: not measured; the names and shapes are the published head's.
     reward_model: another CLIP, by hub name or folder; aesthetic_head: the MLP's weights as a file, safetensors or torch's.
     """
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
         model = reward_model or "openai/clip-vit-large-patch14"
         self.processor, self.clip = load_clip(model, device)
-        weights = load_weights(aesthetic_head or hub.download(*AESTHETIC_HEAD, "aesthetic head"))
+        weights = load_weights(aesthetic_head or hub.file(*AESTHETIC_HEAD, "aesthetic head (--aesthetic-head)"))
         width = self.clip.config.projection_dim
         self.head = fitted(scoring_head(width), weights, "layers.", "aesthetic head").to(device)
 
@@ -88,13 +92,14 @@ class PickScore:
     """PickScore v1 (Kirstain et al. 2023): cosine between a CLIP-H's embeddings of image and prompt, fine-tuned on preferences.
 
     About 0.2; the published scores are 100 times that. Fetches 3.9 GB; 3.9 GB of memory (fp32).
+    Time per image: not measured. Its formula is the model card's; there is no package to compare with.
     reward_model: another CLIP with its processor and tokenizer, by hub name or folder.
     """
 
     def __init__(self, device, reward_model=""):
         from transformers import AutoTokenizer
         self.processor, self.clip = load_clip(reward_model or "yuvalkirstain/PickScore_v1", device, reward_model or CLIP_H)
-        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or CLIP_H, "reward model")
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -107,27 +112,27 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): as PickScore a cosine of CLIP-H's, about 0.28, in a checkpoint that has open_clip's names.
 
-    Fetches 3.9 GB; 3.9 GB of memory (fp32). reward_model: a folder with HPS_v2_compressed.pt and, as transformers saves
-    them, the CLIP's config, processor and tokenizer.
+    Fetches 3.9 GB; 3.9 GB of memory (fp32). Time per image: not measured. The network is checked against the package hpsv2.
+    reward_model: a folder with HPS_v2_compressed.pt and, as transformers saves them, the CLIP's config, processor, tokenizer.
     """
 
     def __init__(self, device, reward_model=""):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
         hub.announce("HPS v2", reward_model or "xswu/HPSv2")
-        self.processor, self.tokenizer, config = (hub.from_pretrained(loader, reward_model or CLIP_H, "reward model", **options)
-                                                  for loader, options in ((AutoImageProcessor, {"backend": "pil"}),
-                                                                          (AutoTokenizer, {}), (CLIPConfig, {})))
-        weights = load_weights(Path(reward_model) / "HPS_v2_compressed.pt" if reward_model else
-                               hub.download("xswu/HPSv2", "HPS_v2_compressed.pt", "reward model"))
+        self.processor = hub.from_pretrained(AutoImageProcessor, reward_model or CLIP_H, REWARD_MODEL, backend="pil")
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
+        config = hub.from_pretrained(CLIPConfig, reward_model or CLIP_H, REWARD_MODEL)
+        weights = load_weights(hub.file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt", REWARD_MODEL))
         weights = as_in_transformers(weights.get("state_dict", weights))
-        self.clip = fitted(CLIPModel(config), weights, "", "reward model").to(device)
+        self.clip = fitted(CLIPModel(config), weights, "", REWARD_MODEL).to(device)
 
 
 class ImageReward:
     """ImageReward v1.0 (Xu et al. 2023), for the comparison with DPOK: BLIP reads the prompt with an eye on the picture, and an
     MLP scores what comes of it; about 0 for the average picture, with a standard deviation of 1.
 
-    Fetches 1.8 GB; 1.8 GB of memory (fp32). reward_model: a folder with ImageReward.pt and BERT's tokenizer.
+    Fetches 1.8 GB; 1.8 GB of memory (fp32). Time per image: not measured. The network is checked against the package
+    image-reward. reward_model: a folder with ImageReward.pt and BERT's tokenizer.
     """
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, in the package image-reward
 
@@ -135,9 +140,8 @@ class ImageReward:
         from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
         from transformers.models.blip.modeling_blip_text import BlipTextModel
         hub.announce("ImageReward", reward_model or "THUDM/ImageReward")
-        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", "reward model")
-        weights = load_weights(Path(reward_model) / "ImageReward.pt" if reward_model else
-                               hub.download("THUDM/ImageReward", "ImageReward.pt", "reward model"))
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", REWARD_MODEL)
+        weights = load_weights(hub.file(reward_model or "THUDM/ImageReward", "ImageReward.pt", REWARD_MODEL))
 
         # BLIP's own sizes, read off the weights; its heads are 64 wide.
         def size(name, axis=0):
@@ -163,9 +167,9 @@ class ImageReward:
         names = {"^patch_embed.proj": "embeddings.patch_embedding", "^cls_token": "embeddings.class_embedding",
                  "^pos_embed": "embeddings.position_embedding", "^norm": "post_layernorm", "^blocks": "encoder.layers",
                  "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm([12])": r"layer_norm\1"}
-        self.vision = fitted(vision, weights, "blip.visual_encoder.", "reward model", names).to(device)
-        self.text = fitted(text, weights, "blip.text_encoder.", "reward model").to(device)
-        self.head = fitted(scoring_head(words), weights, "mlp.layers.", "reward model").to(device)
+        self.vision = fitted(vision, weights, "blip.visual_encoder.", REWARD_MODEL, names).to(device)
+        self.text = fitted(text, weights, "blip.text_encoder.", REWARD_MODEL).to(device)
+        self.head = fitted(scoring_head(words), weights, "mlp.layers.", REWARD_MODEL).to(device)
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     @torch.no_grad()
@@ -184,7 +188,8 @@ class ImageReward:
 
 
 class VLM:
-    """A vision-language model that answers questions about pictures: any image-text-to-text model of transformers, here.
+    """A vision-language model that answers questions about pictures: LLaVA, or any other decoder-only image-text-to-text model
+    of transformers that brings a chat template (some need torchvision, and say so).
 
     Half precision on a GPU; deterministic, no sampling. LLaVA 1.5 7B fetches 14 GB and takes 15 GB of a GPU.
     """
@@ -192,28 +197,36 @@ class VLM:
     def __init__(self, device, model):
         from transformers import AutoModelForImageTextToText, AutoProcessor
         hub.announce("the vision-language model", model)
-        self.processor = hub.from_pretrained(AutoProcessor, model, "reward model", backend="pil")
-        self.processor.tokenizer.padding_side = "left"  # so that all answers begin where the questions end
+        self.processor = hub.from_pretrained(AutoProcessor, model, REWARD_MODEL, backend="pil")
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        self.network = hub.from_pretrained(AutoModelForImageTextToText, model, "reward model", dtype=dtype).to(device).eval()
+        self.network = hub.from_pretrained(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype).to(device).eval()
+        config = self.network.config
+        if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
+                self.processor.chat_template or config.model_type == "llava"):
+            raise ValueError(f"{REWARD_MODEL} {model!r} is no decoder-only image-text-to-text model with a chat template")
+        self.processor.tokenizer.padding_side = "left"  # so that all answers begin where the questions end
 
     @torch.no_grad()
     def answer(self, images, questions):
         """B images (3, H, W) and B questions -> B answers, greedily decoded, eight at a time."""
-        answers = []
+        answers, begin = [], self.processor.tokenizer.bos_token
         for start in range(0, len(questions), 8):
             pictures = [to_pil(image) for image in images[start:start + 8]]
             texts = [dialogue(self.processor, question) for question in questions[start:start + 8]]
-            inputs = self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+            inputs = self.processor(images=pictures, text=texts, padding=True, return_tensors="pt",
+                                    add_special_tokens=not (begin and texts[0].startswith(begin)))
             inputs = inputs.to(self.network.device, self.network.dtype)
             tokens = self.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
             answers += self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
 
+load_vlm = functools.cache(VLM)  # two rewards may ask the same one
+
+
 def dialogue(processor, question):
-    """The text of a question about a picture, in the form that the processor's model was trained on."""
-    if not processor.chat_template:  # LLaVA's
+    """The text of a question about a picture: by the processor's chat template, or LLaVA's, if it has none."""
+    if not processor.chat_template:
         return f"USER: <image>\n{question} ASSISTANT:"
     return processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True)
@@ -228,24 +241,30 @@ class BertRecall:
     """
 
     def __init__(self, device, model, baseline=0.0):
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
         hub.announce("the encoder for BERTScore", model)
-        # bert-score takes the 40th layer of this one: chosen there on human judgements.
-        layers = {"num_hidden_layers": 40} if model == DEBERTA else {}
         pipeline = (Path(model) / "text_encoder").is_dir()
-        folders = [{"subfolder": name} if pipeline else {} for name in ("tokenizer", "text_encoder")]
-        self.tokenizer = hub.from_pretrained(AutoTokenizer, model, "BERTScore model", **folders[0])
-        self.encoder = hub.from_pretrained(AutoModel, model, "BERTScore model", **folders[1], **layers).to(device).eval()
+        places = [{"subfolder": name} if pipeline else {} for name in ("tokenizer", "text_encoder")]
+        self.tokenizer = hub.from_pretrained(AutoTokenizer, model, BERT_MODEL, **places[0])
+        config = hub.from_pretrained(AutoConfig, model, BERT_MODEL, **places[1])
+        if config.model_type == "deberta" and config.num_hidden_layers == 48:
+            config.num_hidden_layers = 40  # of deberta-xlarge-mnli bert-score takes this layer, chosen on human judgements
+        self.encoder = hub.from_pretrained(AutoModel, model, BERT_MODEL, **places[1], config=config, dtype=torch.float32)
+        self.encoder.to(device).eval()
         self.baseline = baseline
+        try:
+            self(["a cat"], ["a cat"])
+        except Exception as error:
+            raise ValueError(f"{BERT_MODEL} {model!r} encodes no text by itself: {_one_line(error)}") from error
 
     @torch.no_grad()
     def __call__(self, answers, references):
-        """B answers and B references -> recall (B,), at most 1; 0 for an empty answer."""
-        x, seen, words = self.embed(references)                              # (B, R, E), (B, R), (B, R)
-        y, said, answered = self.embed(answers)                              # (B, A, E), (B, A), (B, A)
-        similarity = torch.einsum("bre,bae->bra", x, y) * said[:, None]
-        recall = (similarity.amax(2) * words).sum(1) / words.sum(1)          # BERTScore, equation for R
-        recall = torch.where(answered.sum(1) > 0, recall, 0.0)
+        """B answers and B references -> recall (B,), rescaled; that of an empty answer is 0 before."""
+        reference, _, counts = self.embed(references)                        # (B, R, E), (B, R), (B, R)
+        answer, is_token, answer_counts = self.embed(answers)                # (B, A, E), (B, A), (B, A)
+        similarity = torch.einsum("bre,bae->bra", reference, answer) * is_token[:, None]
+        recall = (similarity.amax(2) * counts).sum(1) / counts.sum(1)        # R_BERT, section 3
+        recall = torch.where(answer_counts.sum(1) > 0, recall, 0.0)
         return (recall - self.baseline) / (1 - self.baseline)
 
     def embed(self, texts):
@@ -258,8 +277,8 @@ class BertRecall:
 
 class Alignment:
     """Prompt-image alignment without labels (paper, section 5.2): a VLM says what it sees, and BERTScore's recall says how much
-    of the prompt is in that. The answers are the notes. About half a second an image of 512 x 512 pixels is to be expected of
-    LLaVA 7B on a GPU, and was not measured.
+    of the prompt is in that. The answers are the notes. Time per image: not measured. Unrelated sentences score about 0.52 with
+    the default encoder, so the reward is flat at the bottom; bert_baseline takes that for 0.
 
     reward_model: the VLM, by hub name or folder; bert_model, bert_baseline: see BertRecall.
     wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
@@ -269,7 +288,7 @@ class Alignment:
 
     def __init__(self, device, reward_model="", wording="code", bert_model="", bert_baseline=0.0):
         self.question, self.reference = self.WORDINGS[wording]
-        self.vlm = VLM(device, reward_model or LLAVA)
+        self.vlm = load_vlm(device, reward_model or LLAVA)
         self.recall = BertRecall(device, bert_model or DEBERTA, bert_baseline)
 
     def __call__(self, images, prompts):
@@ -280,12 +299,13 @@ class Alignment:
 class Counting:
     """The share of a prompt's own questions (how many, which animal) that a VLM answers rightly (paper, appendix A): 0, 1/2, 1.
 
-    An answer is right if one of its words is one of those that the prompt names as right. The answers are the notes.
+    An answer is right if one of its words is one of those that the prompt names as right. The answers are the notes. Time per
+    image: not measured; two questions each.
     reward_model: the VLM, by hub name or folder.
     """
 
     def __init__(self, device, reward_model=""):
-        self.vlm = VLM(device, reward_model or LLAVA)
+        self.vlm = load_vlm(device, reward_model or LLAVA)
 
     def __call__(self, images, prompts):
         asked = [(k, question, right) for k, prompt in enumerate(prompts) for question, right in prompt.questions]
@@ -301,8 +321,8 @@ def load_clip(model, device, processor=""):
     """A CLIP's image processor and the network, in fp32, by hub name or folder; the processor may be another model's."""
     from transformers import AutoImageProcessor, CLIPModel
     hub.announce("CLIP", model)
-    return (hub.from_pretrained(AutoImageProcessor, processor or model, "reward model", backend="pil"),
-            hub.from_pretrained(CLIPModel, model, "reward model").to(device).eval())
+    return (hub.from_pretrained(AutoImageProcessor, processor or model, REWARD_MODEL, backend="pil"),
+            hub.from_pretrained(CLIPModel, model, REWARD_MODEL, dtype=torch.float32).to(device).eval())
 
 
 def preprocess(processor, images):
@@ -377,18 +397,21 @@ def as_in_transformers(weights):
 def load_weights(path):
     """A state dict from a file of safetensors, or of torch, weights only. Raises ValueError."""
     try:
-        return load_file(path) if str(path).endswith(".safetensors") else torch.load(
+        weights = load_file(path) if str(path).endswith(".safetensors") else torch.load(
             path, map_location="cpu", weights_only=True)
     except Exception as error:  # a missing file, safetensors' own, pickle's own
         raise ValueError(f"the weights {str(path)!r} cannot be loaded: {_one_line(error)}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"the weights {str(path)!r} are a {type(weights).__name__}, not a state dict")
+    return weights
 
 
 LEARNED = {"aesthetic": Aesthetic, "pickscore": PickScore, "hpsv2": HPSv2, "imagereward": ImageReward, "alignment": Alignment,
            "counting": Counting}
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}  # the next reward goes here
 DEFAULT_PROMPTS = {"compressibility": "imagenet_animals", "incompressibility": "imagenet_animals",  # the paper's
-                   "aesthetic": "common_animals", "imagereward": "dpok", "alignment": "animal_activities",
-                   "counting": "two_to_eight_animals"}
+                   "aesthetic": "common_animals", "pickscore": "painted_animals", "hpsv2": "painted_animals",
+                   "imagereward": "dpok", "alignment": "animal_activities", "counting": "two_to_eight_animals"}
 UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB")}  # how a person reads the number: factor, unit
 
 
@@ -450,7 +473,7 @@ def _checked(reward, name):
                               f"({prompts[bad].text!r})")
         if len(notes) != len(images):
             raise RewardError(f"the reward {name} returned {len(notes)} notes for {len(images)} images")
-        return values, [str(note) for note in notes]
+        return values, [" ".join(str(note).split()) for note in notes]
 
     return checked
 

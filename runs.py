@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 COLUMNS = 9
-LABEL_HEIGHT = 26  # pixels: two lines of text
+LINE_HEIGHT = 13  # pixels, of a label's text
 
 
 def write_atomically(path, write):
@@ -149,12 +149,12 @@ def tile_size(pictures):
 
 def draw_grid(pictures, labels, columns=COLUMNS):
     """Pictures in rows, each with its label under it."""
-    tile = tile_size(pictures)
+    tile, height = tile_size(pictures), LINE_HEIGHT * max(label.count("\n") + 1 for label in labels)
     columns = min(columns, len(pictures))
-    grid = Image.new("RGB", (columns * (tile + 4), -(-len(pictures) // columns) * (tile + LABEL_HEIGHT + 4)), "white")
+    grid = Image.new("RGB", (columns * (tile + 4), -(-len(pictures) // columns) * (tile + height + 4)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (picture, label) in enumerate(zip(pictures, labels)):
-        x, y = k % columns * (tile + 4), k // columns * (tile + LABEL_HEIGHT + 4)
+        x, y = k % columns * (tile + 4), k // columns * (tile + height + 4)
         label = "\n".join(line if len(line) <= tile // 5 else line[:tile // 5 - 1] + "…" for line in label.split("\n"))
         grid.paste(picture.resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
         pen.multiline_text((x + tile / 2, y + tile + 1), label, fill="black", anchor="ma", align="center", spacing=1,

@@ -88,8 +88,8 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     """
     config = scheduler.config
     if not (0 < eta <= 1 or not scored and eta == 0):
-        raise ValueError(f"eta is {eta:g}, but must be in (0, 1]: at 0 the sampler is deterministic, so its actions have "
-                         "no log-probability, and above 1 a variance would be negative")
+        raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is deterministic, so "
+                         "its actions have no log-probability, and above 1 a variance would be negative")
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"{steps} sampling steps: must be from 1 to {config.num_train_timesteps}")
     if config.clip_sample or config.thresholding:

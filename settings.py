@@ -72,7 +72,7 @@ ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "
 
 PRESETS = {
     "emoji": {
-        "model": str(Path(__file__).resolve().parent / "assets" / "emoji"), "prompts": "common_animals",
+        "model": str(Path(__file__).resolve().parent / "assets" / "emoji"),
         "precision": "fp32", "epochs": 24, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
         "learning_rate": 2e-4,
         # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
@@ -83,6 +83,9 @@ PRESETS = {
         "stats_buffer": 16, "stats_min_count": 8,
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
+
+# What a preset's model can draw, where that is not the reward's own set.
+PRESET_PROMPTS = {"emoji": {"alignment": "two_to_four_animals", "counting": "two_to_four_animals", "": "common_animals"}}
 
 # Settings that only some algorithms read: given with another, they are a mistake. (RWR has no chain to take a KL or a ratio
 # over; and a DDPO update without guidance would score another policy than the one that sampled.)
@@ -117,7 +120,8 @@ def build_config(flags):
             raise ValueError(f"--{name.replace('_', '-')} is not of {algorithm}, but of {', '.join(OWNERS[name])}")
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
                        **{key: value for key, value in flags.items() if key != "preset"}})
-    config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
+    own = PRESET_PROMPTS.get(preset, {})
+    config.prompts = config.prompts or own.get(reward) or own.get("") or DEFAULT_PROMPTS.get(reward, "common_animals")
     # What is a path is kept whole, so that a run can be resumed from any folder.
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel,
-                          CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig,
+                          CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
 import baselines_rwr
 import benchmark
@@ -599,6 +599,7 @@ def test_prompt_sets_are_the_papers():
     assert len(activities) == 135 and {"a cat riding a bike", "an ant playing chess"} <= set(activities)
     assert [len(prompts.load_prompts(f"two_to_{number}_animals")) for number in ("eight", "four")] == [7 * 45, 3 * 45]
     assert [prompt.text for prompt in prompts.load_prompts("dpok")][1] == "four wolves in the park"
+    assert {"A painting of an ant"} < {prompt.text for prompt in prompts.load_prompts("painted_animals")}
     for name, size in (("unseen_animals", 38), ("unseen_emoji_animals", 30), ("objects", 50)):
         unseen = [prompt.text for prompt in prompts.load_prompts(name)]
         assert len(unseen) == len(set(unseen)) == size and not set(unseen) & set(common)
@@ -749,6 +750,30 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
     theirs = json.loads((HERE / "oracles" / "hpsv2.json").read_text())["scores"]
     assert torch.cosine_similarity(images, texts).tolist() == pytest.approx(theirs, abs=1e-5)
     assert max(theirs) - min(theirs) > 0.1
+
+
+def test_networks_saved_in_half_precision_are_used_in_full(tiny_clip, tmp_path):
+    CLIPModel.from_pretrained(tiny_clip).half().save_pretrained(tmp_path / "clip")
+    CLIPImageProcessorPil.from_pretrained(tiny_clip).save_pretrained(tmp_path / "clip")
+    assert rewards.load_clip(str(tmp_path / "clip"), "cpu")[1].dtype == torch.float32
+    CLIPTextModel.from_pretrained(EMOJI / "text_encoder").half().save_pretrained(tmp_path / "bert")
+    CLIPTokenizer.from_pretrained(EMOJI / "tokenizer").save_pretrained(tmp_path / "bert")
+    assert rewards.BertRecall("cpu", str(tmp_path / "bert")).encoder.dtype == torch.float32
+
+
+def test_a_vlm_is_asked_in_its_own_form(tiny_vlm, tmp_path):
+    llava = rewards.VLM("cpu", str(tiny_vlm))
+    with_template = AutoProcessor.from_pretrained(tiny_vlm, backend="pil")
+    with_template.chat_template = (
+        "{% for message in messages %}USER: {% for part in message.content %}{% if part.type == 'image' %}<image>\n"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
+    assert rewards.dialogue(with_template, "how many?") == rewards.dialogue(llava.processor, "how many?")
+    shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    with_template.chat_template = "<s>" + with_template.chat_template  # a template may write the beginning itself
+    with_template.save_pretrained(tmp_path / "vlm")
+    other = rewards.VLM("cpu", str(tmp_path / "vlm"))
+    assert rewards.dialogue(other.processor, "how many?").startswith("<s>USER: <image>")
+    assert len(other.answer(PICTURES[:1], ["how many?"])) == 1
 
 
 def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
@@ -964,7 +989,8 @@ def test_a_run_logs_every_epoch_and_leaves_its_pictures(tiny_model, own_reward, 
     assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
             "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
     assert all(row["ratio_deviation"] <= 1e-6 for row in rows[1:])
-    assert rows[0]["eval_notes"] == ["A CAT", "A RACCOON", "A TURTLE"]
+    assert [(text, note) for text, _, note in rows[0]["eval_notes"]] == [
+        ("a cat", "A CAT"), ("a raccoon", "A RACCOON"), ("a turtle", "A TURTLE")]
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
     assert {"config.json", "log.jsonl", "progress.png", "curve.png", "checkpoint/state.pt", "model/model_index.json",
             "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png"} <= left
@@ -1054,7 +1080,11 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     clip = rewards.load_clip(str(tiny_clip), "cpu")
     x, y, _ = (rewards.image_embeddings(clip[1], rewards.preprocess(clip[0], images)))
     assert evaluate.variety(images, clip) == pytest.approx(2 / 3 * (1 - torch.cosine_similarity(x, y, dim=0).item()), abs=1e-5)
-    assert evaluate.gain(torch.tensor([-2.0, -2.0]), torch.tensor([-1.0, -1.0])) == "+50% ± 0%"
+    before, after = torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0])
+    assert evaluate.with_interval("compressibility", before) == "2.50 ± 0.98 kB"  # 1.96 sqrt(1/2) / sqrt(2)
+    assert evaluate.gain("compressibility", before, after) == "-1.00 ± 0 kB (+40%)"  # smaller, which is what is rewarded
+    assert evaluate.gain("counting", torch.zeros(4), torch.tensor([0.0, 1.0, 0.0, 1.0])) == "0.5 ± 0.57"
+    assert evaluate.with_interval("aesthetic", torch.tensor([5.0])) == "5"
 
 
 def test_a_sampler_without_noise_is_diffusers_own_and_cannot_be_scored(tiny_model):
@@ -1259,7 +1289,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
     (["--reward-model", "x"], "--reward-model is not of compressibility, but of aesthetic, pickscore, hpsv2"),
     (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is not of pickscore, but of aesthetic"),
-    (["--reward", "counting"], "choose --prompts two_to_eight_animals"),
+    (["--reward", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
     (["--reward", "nothing.py:f"], "no reward file"),
     (["--reward", "own.py:nothing"], "has no function 'nothing'"),
     (["--reward", "typo.py:f"], "cannot be loaded: SyntaxError"),

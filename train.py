@@ -142,7 +142,7 @@ def train(experiment, prompts, reward, folder):
         experiment.epoch = epoch
         row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_FIGURES),
                "reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **clock.laps, **compared,
-               **info, **evaluate_fixed(experiment, prompts, reward, folder), **({"notes": notes} if any(notes) else {})}
+               **info, **evaluate_fixed(experiment, prompts, reward, folder), **noted("notes", texts, rewards, notes)}
         runs.append_row(folder, row)
         experiment.seconds += clock.total()
         experiment.remember()
@@ -180,14 +180,19 @@ def evaluate_fixed(experiment, prompts, reward, folder):
     clock, rngs = Clock(), global_rngs()
     chosen, images = draw_fixed(experiment.policy, prompts, config)
     rewards, notes = reward(images, chosen)
-    labels = [f"{prompt.text}\n{display(config.reward, value)} {note}"
-              for prompt, value, note in zip(chosen, rewards.tolist(), notes)]
+    texts = [prompt.text for prompt in chosen]
+    labels = ["\n".join(filter(None, (text, display(config.reward, value), note)))
+              for text, value, note in zip(texts, rewards.tolist(), notes)]
     runs.save_samples(folder, epoch, [to_pil(image) for image in images], labels)
     set_global_rngs(rngs)
     clock.lap("seconds_eval")
     return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(),
-            "eval_named": share_named(images, [prompt.text for prompt in chosen]), **clock.laps,
-            **({"eval_notes": notes} if any(notes) else {})}
+            "eval_named": share_named(images, texts), **clock.laps, **noted("eval_notes", texts, rewards, notes)}
+
+
+def noted(name, texts, rewards, notes):
+    """For the log: what a judge said of each picture, with the prompt and the reward that it belongs to; nothing if nothing."""
+    return {name: [list(row) for row in zip(texts, rewards.tolist(), notes)]} if any(notes) else {}
 
 
 def draw_fixed(policy, prompts, config):
