@@ -1297,7 +1297,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals, animal_activities"),
+    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals, painted_animals"),
     (["--prompts", "empty.txt"], "is empty"),
     (["--prompts", "binary.txt"], "is not UTF-8"),
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
