@@ -94,7 +94,9 @@ class Run:
     def name(self):
         """Of its folder under runs/, which runs of other settings do not share."""
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
-        mark = hashlib.sha1(self.key[1].encode()).hexdigest()[:6]
+        # Of what is not the default, so that a setting which comes later, at its default, leaves the name as it is.
+        own = {name: value for name, value in shared_settings(self.config).items() if value != getattr(Config, name)}
+        mark = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
         return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{mark}"
 
     @property
@@ -439,8 +441,11 @@ def main(argv=None):
         if args.ablation == "variance":
             folder = RESULTS / short_name(args.reward)
             run = plan("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)  # the comparison's first
-            complete([run], folder / "main.jsonl")
-            print(measure_variance(folder, command, RUNS / run.name, {"commit": commit(), "machine": machine()}, **common))
+            trained = RUNS / complete([run], folder / "main.jsonl")[run.key]["folder"]
+            if not (trained / "model").exists():
+                raise ValueError(f"the direction is that of {trained}, whose model/ is gone: make it again with "
+                                 f"{shlex.join(['python', 'train.py', *run.arguments, '--name', trained.name])}")
+            print(measure_variance(folder, command, trained, {"commit": commit(), "machine": machine()}, **common))
         else:
             print(study(args, common, command))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
