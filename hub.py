@@ -2,16 +2,20 @@
 import sys
 from pathlib import Path
 
+def quiet():
+    """Silence the libraries' warnings and loading bars, which would bury our few lines. Before anything is taken from them."""
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def from_pretrained(loader, name, what, **options):
-    """loader.from_pretrained(name), quietly. Raises ValueError, which says what was to be loaded, and why it cannot be.
+    """loader.from_pretrained(name). Raises ValueError, which says what was to be loaded, and why it cannot be.
 
     what: how the user calls it, with the flag that asks for it.
     """
-    import diffusers
-    import transformers
-    for library in (diffusers, transformers):  # their warnings and loading bars would bury our few lines
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     try:
         return loader.from_pretrained(str(name), **options)
     except Exception as error:  # a dozen types, from the hub's to safetensors' own
@@ -35,7 +39,8 @@ def file(name, filename, what):
 
 
 def announce(what, name):
-    """Say what is being loaded: it may take minutes, and gigabytes."""
+    """Say what is being loaded, and let nothing else be said: it may take minutes, and gigabytes."""
+    quiet()
     print(f"loading {what}: {name}", file=sys.stderr, flush=True)
 
 

@@ -117,8 +117,8 @@ class HPSv2(PickScore):
     """
 
     def __init__(self, device, reward_model=""):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
         hub.announce("HPS v2", reward_model or "xswu/HPSv2")
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
         self.processor = hub.from_pretrained(AutoImageProcessor, reward_model or CLIP_H, REWARD_MODEL, backend="pil")
         self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
         config = hub.from_pretrained(CLIPConfig, reward_model or CLIP_H, REWARD_MODEL)
@@ -137,9 +137,9 @@ class ImageReward:
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, in the package image-reward
 
     def __init__(self, device, reward_model=""):
+        hub.announce("ImageReward", reward_model or "THUDM/ImageReward")
         from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
         from transformers.models.blip.modeling_blip_text import BlipTextModel
-        hub.announce("ImageReward", reward_model or "THUDM/ImageReward")
         self.tokenizer = hub.from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", REWARD_MODEL)
         weights = load_weights(hub.file(reward_model or "THUDM/ImageReward", "ImageReward.pt", REWARD_MODEL))
 
@@ -195,8 +195,8 @@ class VLM:
     """
 
     def __init__(self, device, model):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
         hub.announce("the vision-language model", model)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
         self.processor = hub.from_pretrained(AutoProcessor, model, REWARD_MODEL, backend="pil")
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.network = hub.from_pretrained(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype).to(device).eval()
@@ -241,8 +241,8 @@ class BertRecall:
     """
 
     def __init__(self, device, model, baseline=0.0):
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
         hub.announce("the encoder for BERTScore", model)
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
         pipeline = (Path(model) / "text_encoder").is_dir()
         places = [{"subfolder": name} if pipeline else {} for name in ("tokenizer", "text_encoder")]
         self.tokenizer = hub.from_pretrained(AutoTokenizer, model, BERT_MODEL, **places[0])
@@ -319,8 +319,8 @@ class Counting:
 
 def load_clip(model, device, processor=""):
     """A CLIP's image processor and the network, in fp32, by hub name or folder; the processor may be another model's."""
-    from transformers import AutoImageProcessor, CLIPModel
     hub.announce("CLIP", model)
+    from transformers import AutoImageProcessor, CLIPModel
     return (hub.from_pretrained(AutoImageProcessor, processor or model, REWARD_MODEL, backend="pil"),
             hub.from_pretrained(CLIPModel, model, REWARD_MODEL, dtype=torch.float32).to(device).eval())
 

@@ -270,6 +270,7 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
     Raises ValueError, in one line, if the model is not to be had, is of another architecture or has no usable schedule.
     """
     import diffusers
+    hub.quiet()
     _refuse_incomplete_folder(Path(model))
     # Weights that train are fp32, whatever they were saved in; autocast does the rest.
     pipeline = hub.from_pretrained(diffusers.StableDiffusionPipeline, model, "model", dtype=torch.float32,
