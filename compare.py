@@ -2,6 +2,7 @@
 
     python compare.py --reward compressibility --seeds 5       # the comparison
     python compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
+    python compare.py --drift                                  # from both rewards' comparisons: less what they do alike
     python compare.py --ablation clip-range                    # one question; python compare.py --help names them all
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. Finished runs
@@ -315,16 +316,34 @@ def beyond_no_reward(label, group, groups):
     return [gained(line) - control[line["seed"]] for line in group if of_rwr and line["seed"] in control]
 
 
+def cell(values, digits=2, scale=1.0):
+    """Mean and interval as a table shows them; '-' for none."""
+    mean, half = interval([scale * value for value in values]) if len(values) else (np.nan, np.nan)
+    if not np.isfinite(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def markdown(rows):
+    """A table; the first row is its head."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def without_drift(lines, opposite):
+    """Table of the mean gain over a reward and its opposite, seed by seed: what is done to the pictures for both cancels."""
+    ends = {(line["label"], line["seed"]): gained(line) for line in opposite}
+    rows = [["", "seeds", "mean gain over both rewards (%)"]]
+    for label, group in by_label(lines).items():
+        values = [(gained(line) + ends[label, line["seed"]]) / 2 for line in group if (label, line["seed"]) in ends]
+        if values:
+            rows.append([label, str(len(values)), cell(values, 1)])
+    return markdown(rows)
+
+
 def table(lines, reward):
     """The study in Markdown, one row a label."""
     factor, unit = UNITS.get(reward, (1, "reward"))
-
-    def cell(values, digits=2, scale=1.0):
-        mean, half = interval([scale * value for value in values]) if len(values) else (np.nan, np.nan)
-        if not np.isfinite(mean):
-            return "-"
-        return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
-
     rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "reward gained (%)", "beyond no reward (%)",
              f"mean on the way ({unit})", "named at the end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates",
              "minutes"]]
@@ -341,8 +360,7 @@ def table(lines, reward):
                      cell(beyond_no_reward(label, group, groups), 1), cell([area(line) for line in group], scale=factor),
                      cell([100 * e[2][-1] for e in ends], 1), *reached,
                      f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def figure(lines, reward, path):
@@ -406,6 +424,20 @@ def study(args, common, command):
     return report([lines[run.key] for run in planned], reward, path, command)
 
 
+def drift(args, common, command):
+    """results/drift.md, from what is there of the comparison on compressibility and on incompressibility. Returns its table."""
+    found = []
+    for reward in ("compressibility", "incompressibility"):
+        lines = finished_runs(RESULTS / reward / "main.jsonl")
+        found.append([lines[run.key] for run in plans(args, {**common, "reward": reward}) if run.key in lines])
+    text = without_drift(*found)
+    runs.write_atomically(RESULTS / "drift.md", lambda path: path.write_text(
+        f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean of a seed's gains "
+        "on the two, in percent of the start. A size that falls for both rewards alike cancels: what is left is what the reward "
+        f"itself did. Intervals are 95 % over the seeds.\n\n{text}\n"))
+    return text
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -420,6 +452,8 @@ def main(argv=None):
     parser.add_argument("--precision", choices=PRECISIONS, help="of the U-Net (default: the preset's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
+    which.add_argument("--drift", action="store_true",
+                       help="what the comparisons on both JPEG rewards did, less what they did alike")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "compare.py", *argv])
@@ -429,6 +463,8 @@ def main(argv=None):
             raise ValueError("--queries is of the comparison: a sweep and each ablation have their own")
         if args.algorithms and args.ablation:
             raise ValueError("--algorithms is of the comparison and the sweep: an ablation has its own")
+        if args.drift and args.reward != "compressibility":
+            raise ValueError("--drift is of compressibility and incompressibility together: leave --reward out")
         if args.seeds is not None and (args.sweep or args.ablation == "variance"):
             raise ValueError("--seeds is of the comparison and the other ablations: a sweep and the variance have their own")
         if args.seeds is not None and args.seeds < 1:
@@ -438,7 +474,9 @@ def main(argv=None):
         args.seeds = args.seeds or (3 if args.ablation else 5)
         args.queries = QUERIES if args.queries is None else args.queries
         common = {name: getattr(args, name) for name in ("reward", "prompts", "device", "precision") if getattr(args, name)}
-        if args.ablation == "variance":
+        if args.drift:
+            print(drift(args, common, command))
+        elif args.ablation == "variance":
             folder = RESULTS / short_name(args.reward)
             run = plan("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)  # the comparison's first
             trained = RUNS / complete([run], folder / "main.jsonl")[run.key]["folder"]

@@ -1152,6 +1152,13 @@ def test_rwr_is_also_measured_against_the_same_rounds_without_a_reward():
     assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
 
 
+def test_a_drift_that_both_rewards_share_cancels():
+    """The size falls by 40 % for both; what the reward does beside is 10 % each way."""
+    small, large = ([line("rwr", seed, [0, 9], [start, end]) for seed in (0, 1)] for start, end in ((-2.0, -1.0), (2.0, 1.4)))
+    rows = compare.without_drift([*small, line("no reward", 0, [0, 9], [-2.0, -1.2])], large).splitlines()
+    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 |"]  # of the other there is but one
+
+
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
     tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
