@@ -956,7 +956,7 @@ def test_rwr_learns_on_the_embedded_model_in_one_round():
     start = {name: weight.clone() for name, weight in start.items()}
     for beta in (0, 60):
         policy.unet.load_state_dict(start)
-        extras = learner(policy, 2e-4, updates_per_epoch=25, batch_size=24, micro_batch=24)
+        extras = learner(policy, 2e-4, updates_per_epoch=10, batch_size=24, micro_batch=24)
         baselines_rwr.rwr_update(policy, trajectory, baselines_rwr.rwr_weights(FOUR * 24, redness(images), beta), **extras)
         red[beta] = drawn_redness(policy)
     learned, error = gain(red[0], red[60])
