@@ -935,7 +935,7 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
         policy = sampling.load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
         extras = learner(policy, 1e-4, updates_per_epoch=8, micro_batch=64, clip_range=2e-3, skip_last_steps=2)
         statistics, before = ddpo.PromptStatistics(16, 8, 10), drawn_redness(policy)
-        for _ in range(5):
+        for _ in range(4):
             trajectory, images = sampling.rollout(policy, FOUR * 16, extras["rng"], 64)
             values = redness(images)
             if shuffled:
