@@ -11,7 +11,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
