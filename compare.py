@@ -203,7 +203,8 @@ def finish(run, show):
         _train(arguments, folder, show)
     rows = runs.read_rows(folder)
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
-    kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "reward_mean", "approx_kl", "grad_norm", "loss")
+    kept = ("epoch", "reward_queries", "eval_reward_mean", "eval_named", "eval_counted", "reward_mean", "approx_kl",
+            "grad_norm", "loss")
     return {"label": run.label, "seed": run.seed, "folder": run.name,
             "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made, "machine": machine(),
             "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
@@ -259,15 +260,15 @@ def machine():
 # ---- What came out ----
 
 def evaluated(line):
-    """The evaluations of a run: queries, reward, share of the animals that the judge names (NaN where it cannot)."""
+    """A run's evaluations: queries, reward, shares of animals that the judge names and of numbers it counts (NaN: it cannot)."""
     rows = [row for row in line["rows"] if row["eval_reward_mean"] is not None]
-    return tuple(np.array([np.nan if row[name] is None else row[name] for row in rows], float)
-                 for name in ("reward_queries", "eval_reward_mean", "eval_named"))
+    return tuple(np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
+                 for name in ("reward_queries", "eval_reward_mean", "eval_named", "eval_counted"))
 
 
 def course(line):
     """Queries and reward at the end of every epoch, since only there the policy changes; interpolated between evaluations."""
-    queries, reward, _ = evaluated(line)
+    queries, reward, *_ = evaluated(line)
     epochs = np.array([row["reward_queries"] for row in line["rows"]], float)
     epochs = epochs[epochs <= queries[-1]]
     return epochs, np.interp(epochs, queries, reward)
@@ -304,7 +305,7 @@ def by_label(lines):
 
 def gained(line):
     """Reward gained by the end of a run, in percent of the start; NaN from a start of 0."""
-    _, reward, _ = evaluated(line)
+    _, reward, *_ = evaluated(line)
     return 100 * (reward[-1] - reward[0]) / abs(reward[0]) if reward[0] else np.nan
 
 
@@ -345,8 +346,8 @@ def table(lines, reward):
     """The study in Markdown, one row a label."""
     factor, unit = UNITS.get(reward, (1, "reward"))
     rows = [["", "seeds", f"start ({unit})", f"end ({unit})", "reward gained (%)", "beyond no reward (%)",
-             f"mean on the way ({unit})", "named at the end (%)", "queries to a gain of 10 %", "of 20 %", "queries", "updates",
-             "minutes"]]
+             f"mean on the way ({unit})", "named at the end (%)", "counted (%)", "queries to a gain of 10 %", "of 20 %",
+             "queries", "updates", "minutes"]]
     groups = by_label(lines)
     for label, group in groups.items():
         ends = [evaluated(line) for line in group]
@@ -358,7 +359,7 @@ def table(lines, reward):
         rows.append([label, str(len(group)), cell([e[1][0] for e in ends], scale=factor),
                      cell([e[1][-1] for e in ends], scale=factor), cell([gained(line) for line in group], 1),
                      cell(beyond_no_reward(label, group, groups), 1), cell([area(line) for line in group], scale=factor),
-                     cell([100 * e[2][-1] for e in ends], 1), *reached,
+                     *(cell([100 * e[k][-1] for e in ends], 1) for k in (2, 3)), *reached,
                      f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
     return markdown(rows)
 
@@ -408,9 +409,9 @@ def report(lines, reward, path, command):
     intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
     rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![pictures]({shown.name})" if shown.exists() else ""
     text = (f"# {path.name}: {reward}\n\n`{command}`; {made}. {intervals}A gain is a share of the start; beyond "
-            "no reward: less that of the same rounds of RWR without a reward, seed by seed. Named: by the "
-            f"independent judge, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies "
-            "that the queries were spent on, which change when an epoch or a round ends.\n\n"
+            "no reward: less that of the same rounds of RWR without a reward, seed by seed. Named, counted: by the "
+            f"independent judge as asked for, of {lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the "
+            "policies that the queries were spent on, which change when an epoch or a round ends.\n\n"
             f"{table(lines, reward)}\n\n![the curves]({path.name}.png){rows}\n\nThe first seed's commands:\n\n{settings}\n")
     runs.write_atomically(path.with_name(path.name + ".md"), lambda temporary: temporary.write_text(text))
     return table(lines, reward)

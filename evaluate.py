@@ -7,9 +7,10 @@
 
 Prints a row for each model and reward: the reward's mean before, after and its gain, each with a 95 % interval over the images,
 and the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named before,
-and of these how many it still names; and the variety of the pictures, which is what training on a reward destroys first: the
-mean distance between any two, in pixels (root mean square, of 1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's
-picture, before above after, goes to before_after.png in its folder, or where --picture says.
+and of these how many it still names; how often it found the number asked for, and both, before and after; and the variety of the
+pictures, which is what training on a reward destroys first: the mean distance between any two, in pixels (root mean square, of
+1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's picture, before above after, goes to before_after.png in its
+folder, or where --picture says.
 """
 import argparse
 import sys
@@ -24,12 +25,12 @@ from judge import right_animals
 from prompts import load_prompts
 from rewards import UNITS, Alignment, RewardError, display, image_embeddings, load_clip, preprocess, to_pil
 from sampling import PRECISIONS
-from settings import PRESETS, REWARD_OWNERS, Config, build_config, check, load_config, short_name
+from settings import PRESETS, REWARD_OWNERS, Config, build_config, check, load_config, preset_reward, short_name
 from train import check_questions, draw_fixed, policy_of, reward_of
 
 COLUMNS = 12
 HEADER = ["model", "reward", "prompts", "images", "before", "after", "gain", "improved", "named before", "still named",
-          "variety before", "after"]
+          "number right", "both right", "variety before", "after"]
 
 
 def settings_of(target, args):
@@ -49,11 +50,11 @@ def settings_of(target, args):
 
 
 def with_reward(config, reward, args):
-    """The same settings for a reward: its options are those asked for, or the run's, where its own reward has them, too."""
-    options = {}
-    for name, owners in REWARD_OWNERS.items():
-        own = getattr(config, name) if config.reward in owners and reward in owners else getattr(Config, name)
-        options[name] = own if getattr(args, name) is None or reward not in owners else getattr(args, name)
+    """The same settings for a reward. Its options are those asked for, else the run's, where the reward is, else the preset's."""
+    preset = next((name for name in PRESETS if PRESETS[name].get("model") == config.model), "paper")
+    own = vars(config) if reward == config.reward else {**vars(Config()), **preset_reward(preset, reward)}
+    options = {name: own[name] if getattr(args, name) is None or reward not in owners else getattr(args, name)
+               for name, owners in REWARD_OWNERS.items()}
     config = replace(config, reward=reward, **options)
     check(replace(config, eta=1.0))
     return config
@@ -87,10 +88,7 @@ def evaluate(target, args, loaded):
     drawn = [draw_fixed(policy, prompts, config) for policy in policies]
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]
     varieties = [f"{variety(images, clip):.3f}" for _, images in drawn]
-    named, cells = [right_animals(images, texts) for _, images in drawn], ["-", "-"]
-    if named[0] is not None:
-        still = sum(b and a for b, a in zip(*named))
-        cells = [f"{sum(named[0])} of {len(texts)}", f"{still} ({still / max(sum(named[0]), 1):.0%})"]
+    cells = judged([right_animals(images, texts) for _, images in drawn])
     rows, labels = [], texts * 2
     for name, reward in rewards:
         (before, notes), (after, more_notes) = (reward(images, chosen) for _, images in drawn)
@@ -105,6 +103,16 @@ def evaluate(target, args, loaded):
         labels = labels[:COLUMNS][:len(texts)] + labels[len(texts):][:COLUMNS]
         runs.write_atomically(picture, runs.draw_grid(shown, labels, columns=len(shown) // 2).save)  # before above after
     return rows
+
+
+def judged(before_after):
+    """The judge's cells, from right_animals before and after; '-' where it cannot tell."""
+    (named, number), (named_after, number_after) = before_after
+    if named is None:
+        return ["-"] * 4
+    still, both = [a and b for a, b in zip(named, named_after)], [[a and b for a, b in zip(*right)] for right in before_after]
+    return [f"{sum(named)} of {len(named)}", f"{sum(still)} ({sum(still) / max(sum(named), 1):.0%})",
+            *(f"{sum(before)} -> {sum(after)}" for before, after in ((number, number_after), both))]
 
 
 def with_interval(name, values):

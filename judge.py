@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prompts import COMMON_ANIMALS, UNSEEN_ANIMALS, with_article
+from prompts import COMMON_ANIMALS, UNSEEN_ANIMALS, counted
 
 ANIMALS = COMMON_ANIMALS + UNSEEN_ANIMALS  # class k of the first output
-ASKED = {with_article(animal): animal for animal in ANIMALS}  # "a cat" -> "cat"
 SIZE = 64  # pixels
 MAX_NUMBER = 4  # the second output's class k means k + 1 animals
+ASKED = {counted(animal, number): (animal, number) for animal in ANIMALS for number in range(1, MAX_NUMBER + 1)}  # "two cats"
 WEIGHTS = Path(__file__).parent / "assets" / "emoji_judge.safetensors"
 
 
@@ -57,17 +57,20 @@ def name_animals(judge, images):
 
 
 def right_animals(images, texts):
-    """Whether the judge names, in each of B images (B, 3, 64, 64), the animal asked for by the texts, "a cat": B bools.
+    """Whether the judge names, in each of B images (B, 3, 64, 64), the animal that the texts, "a cat" or "two cats", ask for,
+    and whether it counts as many: B bools each.
 
-    None where it cannot tell: pictures of another size, or another prompt among them.
+    (None, None) where it cannot tell: pictures of another size, or another prompt among them.
     """
     if images.shape[-2:] != (SIZE, SIZE) or not all(text in ASKED for text in texts):
-        return None
-    named, _ = name_animals(load_judge(), images)
-    return [name == ASKED[text] for name, text in zip(named, texts)]
+        return None, None
+    asked = [ASKED[text] for text in texts]
+    named, numbers = name_animals(load_judge(), images)
+    return ([name == animal for name, (animal, _) in zip(named, asked)],
+            [count == number for count, (_, number) in zip(numbers, asked)])
 
 
-def share_named(images, texts):
-    """The share of them that are right, or None."""
-    right = right_animals(images, texts)
-    return None if right is None else sum(right) / len(right)
+def shares_right(images, texts):
+    """For the log: the shares of pictures with the right animal and with the right number; None where it cannot tell."""
+    return {name: None if right is None else sum(right) / len(right)
+            for name, right in zip(("eval_named", "eval_counted"), right_animals(images, texts))}

@@ -276,18 +276,46 @@ def train_judge(images, animals, numbers, args):
     def loss(networks, rng):
         chosen = np.sort(rng.integers(len(images), size=64))
         x = as_if_generated(to_float(images[chosen], args.device), rng)
-        animal_logits, number_logits = networks["judge"](x)
-        return (F.cross_entropy(animal_logits, torch.as_tensor(animals[chosen], device=args.device))
-                + F.cross_entropy(number_logits, torch.as_tensor(numbers[chosen] - 1, device=args.device)))
+        return classification_loss(*networks["judge"](x), animals[chosen], numbers[chosen])
 
     return fit("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+
+
+def classification_loss(animal_logits, number_logits, animals, numbers):
+    """Cross-entropy of logits (B, 75) and (B, 4) against the scenes' animals and numbers (B,), summed."""
+    device = animal_logits.device
+    return (F.cross_entropy(animal_logits, torch.as_tensor(animals, device=device))
+            + F.cross_entropy(number_logits, torch.as_tensor(numbers - 1, device=device)))
+
+
+def train_tower(images, animals, numbers, processor, args):
+    """The VLM's vision tower, on the judge's task. (LLaVA's is CLIP's: it knew pictures before it learned to talk of them.)"""
+    tower = new_vlm(processor.tokenizer).model.vision_tower
+    width = 2 * tower.config.hidden_size
+
+    def loss(networks, rng):
+        chosen = np.sort(rng.integers(len(images), size=64))
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
+        with torch.autocast(args.device, torch.bfloat16):
+            patches = networks["tower"](normalised(x, processor)).last_hidden_state[:, 1:]  # what LLaVA reads: no class token
+            seen = torch.cat([patches.amax(1), patches.mean(1)], 1)                         # (B, 2 E), pooled as in judge.py
+            return classification_loss(networks["animal"](seen), networks["number"](seen), animals[chosen], numbers[chosen])
+
+    return fit("tower", lambda: {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(
+        width, MAX_NUMBER)}, loss, args.tower_steps, 1e-3, args)["tower"]
+
+
+def normalised(x, processor):
+    """Images (B, 3, 64, 64) in [0, 1] as the VLM's processor hands them to its tower."""
+    size = processor.image_processor
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (size.image_mean, size.image_std))
+    return (x - mean) / std
 
 
 def train_vlm(images, animals, numbers, args):
     """A model of LLaVA's architecture, on one of four questions a scene: the next-token loss of the answer alone."""
     processor = new_vlm_processor()
-    tokenizer, size = processor.tokenizer, processor.image_processor
-    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (size.image_mean, size.image_std))
+    tokenizer, tower = processor.tokenizer, train_tower(images, animals, numbers, processor, args)
     dialogues = {(a, n, k): tokens_and_labels(processor, *pair) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
                  for k, pair in enumerate(questions(a, n))}
     kinds = len(questions(0, 1))
@@ -300,10 +328,15 @@ def train_vlm(images, animals, numbers, args):
         ids, labels = (torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=args.device)
                        for rows, fill in zip(zip(*asked), (tokenizer.pad_token_id, -100)))
         with torch.autocast(args.device, torch.bfloat16):
-            return networks["vlm"](input_ids=ids, pixel_values=(x - mean) / std, labels=labels,
+            return networks["vlm"](input_ids=ids, pixel_values=normalised(x, processor), labels=labels,
                                    attention_mask=(ids != tokenizer.pad_token_id).long()).loss
 
-    network = fit("vlm", lambda: {"vlm": new_vlm(tokenizer)}, loss, args.vlm_steps, 1e-3, args)["vlm"]
+    def make():
+        network = new_vlm(tokenizer)
+        network.model.vision_tower.load_state_dict(tower.state_dict())
+        return {"vlm": network}
+
+    network = fit("vlm", make, loss, args.vlm_steps, 1e-3, args)["vlm"]
     network.to("cpu", torch.float16).save_pretrained(args.vlm_output)
     processor.save_pretrained(args.vlm_output)
 
@@ -463,14 +496,20 @@ def check(args):
 
 
 def check_vlm(args):
-    """Print the table of the VLM's card: the share of answers on fresh scenes that are right, by rewards.VLM."""
+    """Print the table of the VLM's card: how often what it says of fresh scenes, by rewards.VLM, is right, and which part of it."""
     images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
     vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
-    print("\n| asked, 2,048 fresh scenes | right |\n|---|---|")
+    print("\n| asked, 2,048 fresh scenes of all animals | right | animal | number | worst animal |\n|---|---|---|---|---|")
+    meant = {caption(a, n): (a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)}
     for k, (question, _) in enumerate(questions(0, 1)):
         answers = vlm.answer(images, [question] * len(images))
-        right = [answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)]
-        print(f"| {question} | {np.mean(right):.1%} |")
+        right = np.array([answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)])
+        worst = min(range(len(ANIMALS)), key=lambda a: right[animals == a].mean())
+        parts = ["-", "-"]
+        if k < len(Alignment.WORDINGS):  # the answer is a caption, of which either part may be right
+            understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
+            parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
+        print(f"| {question} | {right.mean():.1%} | {' | '.join(parts)} | {ANIMALS[worst]}, {right[animals == worst].mean():.0%} |")
 
 
 def contact_sheet(args, path, columns=15):
@@ -503,7 +542,8 @@ def parse(argv):
     add("--autoencoder-steps", type=int, default=5_000, help="of 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="of 64 scenes")
     add("--denoiser-steps", type=int, default=10_000, help="of 64 scenes")
-    add("--vlm-steps", type=int, default=12_000, help="of 64 scenes")
+    add("--tower-steps", type=int, default=6_000, help="of 64 scenes")
+    add("--vlm-steps", type=int, default=6_000, help="of 64 scenes")
     add("--sampling-steps", type=int, default=10, help="of the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=5.0, help="likewise")
     add("--check-images", type=int, default=4, help="samples of each animal and each number in the check")

@@ -114,6 +114,11 @@ def unseen_emoji_animals():
     return [Prompt(with_article(animal)) for animal in UNSEEN_ANIMALS]
 
 
+def two_to_four_unseen_emoji_animals():
+    """Two to four of each of these 30 (generalisation of counting and alignment, for evaluation only)."""
+    return [_some(animal, number) for number in range(2, 5) for animal in UNSEEN_ANIMALS]
+
+
 def objects():
     """50 common objects (generalisation, for evaluation only)."""
     return [Prompt(with_article(thing)) for thing in OBJECTS]
@@ -121,7 +126,7 @@ def objects():
 
 PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
     common_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals, two_to_four_animals, dpok,
-    unseen_animals, unseen_emoji_animals, objects)}
+    unseen_animals, unseen_emoji_animals, two_to_four_unseen_emoji_animals, objects)}
 
 
 def load_prompts(name):

@@ -1,6 +1,7 @@
 """Every setting of a run: its default, the presets, the flags, and what is refused.
 
-A flag stands above the preset, the preset above what the algorithm asks for, and that above Config, the paper's numbers.
+A flag stands above the preset (there: what it says for an algorithm above what it says for a reward, above what it says for
+all), the preset above what the algorithm asks for, and that above Config, the paper's numbers.
 """
 import argparse
 import math
@@ -70,9 +71,10 @@ class Config:
 _RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eval_every": 1, "checkpoint_every": 1}
 ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR}
 
+ASSETS = Path(__file__).resolve().parent / "assets"
 PRESETS = {
     "emoji": {
-        "model": str(Path(__file__).resolve().parent / "assets" / "emoji"),
+        "model": str(ASSETS / "emoji"),
         "precision": "fp32", "epochs": 24, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
         "learning_rate": 2e-4,
         # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
@@ -84,8 +86,15 @@ PRESETS = {
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
 
-# What a preset's model can draw, where that is not the reward's own set.
-PRESET_PROMPTS = {"emoji": {"alignment": "two_to_four_animals", "counting": "two_to_four_animals", "": "common_animals"}}
+# What a preset says for one reward, above what it says for all; "" for any other reward. The prompts are those that the
+# preset's model can draw. With the preset's guidance and steps it draws what it is asked for: a VLM has nothing to teach it.
+_EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(ASSETS / "emoji_vlm"), "guidance_scale": 1.0,
+              "sampling_steps": 5}
+PRESET_REWARDS = {"emoji": {
+    # Its own text encoder has read captions alone, so what is compared is the bare prompt, as in the paper's wording.
+    "alignment": {**_EMOJI_VLM, "wording": "paper", "bert_model": str(ASSETS / "emoji")},
+    "counting": _EMOJI_VLM,
+    "": {"prompts": "common_animals"}}}
 
 # Settings that only some algorithms read: given with another, they are a mistake. (RWR has no chain to take a KL or a ratio
 # over; and a DDPO update without guidance would score another policy than the one that sampled.)
@@ -118,10 +127,10 @@ def build_config(flags):
     for name in flags:
         if algorithm not in OWNERS.get(name, ALGORITHMS):
             raise ValueError(f"--{name.replace('_', '-')} is not of {algorithm}, but of {', '.join(OWNERS[name])}")
-    config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
+    config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **preset_reward(preset, reward),
+                       **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
                        **{key: value for key, value in flags.items() if key != "preset"}})
-    own = PRESET_PROMPTS.get(preset, {})
-    config.prompts = config.prompts or own.get(reward) or own.get("") or DEFAULT_PROMPTS.get(reward, "common_animals")
+    config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
     # What is a path is kept whole, so that a run can be resumed from any folder.
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
@@ -134,6 +143,12 @@ def build_config(flags):
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check(config)
     return config
+
+
+def preset_reward(preset, reward):
+    """What the preset says for that reward, above what it says for all."""
+    own = PRESET_REWARDS.get(preset, {})
+    return own.get(reward, own.get("", {}))
 
 
 def load_config(folder):
@@ -222,7 +237,9 @@ def _default_text(name, default):
     sources = [("default", {name: default or {"prompts": "the reward's"}.get(name, default)})]
     sources += [(algorithm, own) for algorithm, own in ALGORITHMS.items()]
     for preset, own in PRESETS.items():
-        sources += [(preset, own)] + [(f"{preset}, {a}", of_one) for a, of_one in PRESET_ALGORITHMS.get(preset, {}).items()]
+        sources += [(preset, own)]
+        sources += [(f"{preset}, {one}" if one else preset, of_one) for of_each in (PRESET_REWARDS, PRESET_ALGORITHMS)
+                    for one, of_one in of_each.get(preset, {}).items()]
     said = [f"{who}: {Path(own[name]).name if isinstance(own[name], str) and who != 'default' else own[name]}"
             for who, own in sources if name in own and own[name] != ""]
     return f" ({'; '.join(said)})" if said else ""

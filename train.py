@@ -19,8 +19,8 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from judge import share_named
-from prompts import load_prompts
+from judge import shares_right
+from prompts import PROMPT_SETS, load_prompts
 from rewards import UNITS, RewardError, display, load_reward, to_pil
 from sampling import Trajectory, load_policy, rollout
 from settings import REWARD_OWNERS, build_config, check, load_config, parse, short_name
@@ -176,7 +176,7 @@ def evaluate_fixed(experiment, prompts, reward, folder):
     """
     config, epoch = experiment.config, experiment.epoch
     if not due(epoch, config.eval_every, config.epochs):
-        return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "eval_named", "seconds_eval"))
+        return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "eval_named", "eval_counted", "seconds_eval"))
     clock, rngs = Clock(), global_rngs()
     chosen, images = draw_fixed(experiment.policy, prompts, config)
     rewards, notes = reward(images, chosen)
@@ -187,7 +187,7 @@ def evaluate_fixed(experiment, prompts, reward, folder):
     set_global_rngs(rngs)
     clock.lap("seconds_eval")
     return {"eval_reward_mean": rewards.mean().item(), "eval_reward_std": rewards.std(correction=0).item(),
-            "eval_named": share_named(images, texts), **clock.laps, **noted("eval_notes", texts, rewards, notes)}
+            **shares_right(images, texts), **clock.laps, **noted("eval_notes", texts, rewards, notes)}
 
 
 def noted(name, texts, rewards, notes):
@@ -222,8 +222,8 @@ def reward_of(config):
 def check_questions(config, prompts):
     """Raise ValueError if the reward asks what the prompts do not bring along."""
     if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
-        raise ValueError("counting asks questions that its prompts bring along: choose --prompts two_to_eight_animals or "
-                         "two_to_four_animals")
+        asking = [name for name in PROMPT_SETS if all(prompt.questions for prompt in load_prompts(name))]
+        raise ValueError(f"counting asks questions that its prompts bring along: choose --prompts {' or '.join(asking)}")
 
 
 def progress_bar(experiment, folder):
