@@ -3,13 +3,16 @@
     python benchmark.py                                        # the emoji preset
     python benchmark.py --preset paper --model random          # Stable Diffusion v1.4's architecture, without a download
     python benchmark.py --preset paper --model random --algorithm rwr --images 256
+    python benchmark.py --reward aesthetic pickscore           # what it costs to judge a picture, likewise with random weights
 
 For each precision it draws images as train.py does, scores what was drawn at other batch sizes than it was drawn at (kernels
 of another shape round otherwise, and under autocast that is not small), learns from it, and prints a row of a table. `random`
 makes the model once, under runs/: its pictures are noise, but they cost what real ones cost.
 """
 import argparse
+import re
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import hub
 import runs
 from prompts import load_prompts
+from rewards import RewardError, load_reward, load_vlm, scoring_head
 from sampling import PRECISIONS, rollout, score
-from settings import ALGORITHMS, PRESETS, build_config
+from settings import ALGORITHMS, PRESET_REWARDS, PRESETS, build_config
 from train import RUNS, UPDATES, Experiment, policy_of
 
 # TFLOP of a query at 512 x 512 and 50 steps: a guided U-Net step is 2 x 0.803 forward, learning three times that; decoding 2.5.
 TFLOP_STEP, TFLOP_DECODE = 2 * 0.803, 2.5
+# The embedded model's, padded to the other's length: which words a random model reads is all the same.
+EMOJI_TOKENIZER = Path(PRESETS["emoji"]["model"]) / "tokenizer"
 
 
 def random_stable_diffusion(folder):
@@ -38,13 +45,121 @@ def random_stable_diffusion(folder):
                         block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-    # The embedded model's tokenizer, padded to Stable Diffusion's length: which words a random model reads is all the same.
-    tokenizer = CLIPTokenizer.from_pretrained(Path(PRESETS["emoji"]["model"]) / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI_TOKENIZER, model_max_length=77)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
                               steps_offset=1, set_alpha_to_one=False)
     pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
                                        requires_safety_checker=False)
     runs.write_atomically(folder, pipeline.save_pretrained)
+
+
+# The published rewards' sizes: of CLIP ViT-L/14 and ViT-H/14, of BLIP with ViT-L/16, of LLaVA 1.5 7B, of deberta-xlarge-mnli.
+CLIP_L = {"projection_dim": 768,
+          "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                            "image_size": 224, "patch_size": 14},
+          "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}}
+CLIP_H = {"projection_dim": 1024,
+          "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+                            "image_size": 224, "patch_size": 14},
+          "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}}
+BLIP = ({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224,
+         "patch_size": 16}, {"hidden_size": 768, "encoder_hidden_size": 1024, "vocab_size": 30524})
+LLAVA = {"vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                           "image_size": 336, "patch_size": 14},
+         "text_config": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                         "vocab_size": 32064}}
+DEBERTA = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 16,
+           "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+
+
+def random_clip(folder, sizes):
+    """A CLIP with random weights in that folder, with an image processor and a tokenizer. Returns load_reward's options."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    side = sizes["vision_config"]["image_size"]
+    CLIPModel(CLIPConfig(**sizes)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(EMOJI_TOKENIZER, model_max_length=77).save_pretrained(folder)
+    return {"reward_model": str(folder)}
+
+
+def random_aesthetic(folder):
+    head = scoring_head(CLIP_L["projection_dim"])
+    torch.save({f"layers.{name}": weight for name, weight in head.state_dict().items()}, folder / "head.pth")
+    return {**random_clip(folder, CLIP_L), "aesthetic_head": str(folder / "head.pth")}
+
+
+def random_pickscore(folder):
+    return random_clip(folder, CLIP_H)
+
+
+def random_imagereward(folder):
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPTokenizer
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+    vision = BlipVisionModel(BlipVisionConfig(**BLIP[0]))
+    text = BlipTextModel(BlipTextConfig(**BLIP[1]), add_pooling_layer=False)
+    weights = {f"blip.text_encoder.{name}": weight for name, weight in text.state_dict().items()}
+    for name, weight in vision.state_dict().items():
+        for ours, theirs in BLIP_NAMES.items():
+            name = re.sub(ours, theirs, name)
+        weights[f"blip.visual_encoder.{name}"] = weight
+    head = scoring_head(BLIP[1]["hidden_size"])
+    weights |= {f"mlp.layers.{name}": weight for name, weight in head.state_dict().items()}
+    torch.save(weights, folder / "ImageReward.pt")
+    CLIPTokenizer.from_pretrained(EMOJI_TOKENIZER).save_pretrained(folder)
+    return {"reward_model": str(folder)}
+
+
+# The published names of BLIP's vision tower, from transformers' (rewards.ImageReward goes the other way).
+BLIP_NAMES = {"^embeddings.patch_embedding": "patch_embed.proj", "^embeddings.class_embedding": "cls_token",
+              "^embeddings.position_embedding": "pos_embed", "^post_layernorm": "norm", "^encoder.layers": "blocks",
+              "self_attn.qkv": "attn.qkv", "self_attn.projection": "attn.proj", "layer_norm([12])": r"norm\1"}
+
+
+def random_counting(folder):
+    from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              LlavaProcessor)
+    vision, text = LLAVA["vision_config"], LLAVA["text_config"]
+    tokenizer = LlavaProcessor.from_pretrained(PRESET_REWARDS["emoji"]["counting"]["reward_model"], backend="pil").tokenizer
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(
+        **text, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), dtype=torch.float16)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)  # as published, and half the memory while it is made
+    try:
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(before)
+    side = vision["image_size"]
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    LlavaProcessor(pictures, tokenizer, patch_size=vision["patch_size"], vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    return {"reward_model": str(folder)}
+
+
+def random_alignment(folder):
+    from transformers import CLIPTokenizer, DebertaConfig, DebertaModel
+    encoder = folder / "encoder"
+    DebertaModel(DebertaConfig(**DEBERTA)).save_pretrained(encoder)
+    CLIPTokenizer.from_pretrained(EMOJI_TOKENIZER).save_pretrained(encoder)
+    return {**random_counting(folder), "bert_model": str(encoder)}
+
+
+RANDOM_REWARDS = {"aesthetic": random_aesthetic, "pickscore": random_pickscore, "imagereward": random_imagereward,
+                  "alignment": random_alignment, "counting": random_counting}  # hpsv2's network is pickscore's
+
+
+def benchmark_reward(name, images, side, device):
+    """A row of the rewards' table. The network is made in a folder that is temporary, and loaded as train.py loads it."""
+    hub.quiet()
+    torch.manual_seed(0)
+    prompts = (load_prompts("two_to_eight_animals") * images)[:images]
+    with tempfile.TemporaryDirectory() as folder:
+        reward = load_reward(name, device, **RANDOM_REWARDS[name](Path(folder)))
+    pictures = torch.rand(images, 3, side, side, device=device)
+    reward(pictures[:1], prompts[:1])  # to warm up
+    _, seconds, gigabytes = timed(device, lambda: reward(pictures, prompts))
+    load_vlm.cache_clear()  # else the next one's memory would be counted on top
+    return [name, f"{seconds / images:.3g}", f"{gigabytes:.1f}" if gigabytes else "-"]
 
 
 def timed(device, work):
@@ -110,6 +225,8 @@ def main(argv=None):
     add("--micro-batch", type=int, help="pairs learned from at a time; by default the preset's")
     add("--ratio-batches", type=int, nargs="+", default=[1, 7, 16], help="pairs scored at a time (default: 1 7 16)")
     add("--peak-tflops", type=float, help="of the card, dense, for the share of it that 512 x 512 pictures reach")
+    add("--reward", nargs="+", choices=RANDOM_REWARDS, help="instead: seconds and memory of judging 512 x 512 pictures, by "
+        "networks of the published sizes with random weights (alignment and counting ask a VLM of 14 GB)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch")
@@ -122,6 +239,11 @@ def main(argv=None):
             raise ValueError("--peak-tflops is of --preset paper: its arithmetic is of 512 x 512 pictures")
         if "fp16" in (args.precision or ()) and device == "cpu":
             raise ValueError("--precision fp16 needs a GPU")
+        if args.reward:
+            print("| reward | s/image | peak GB |\n|---|---|---|")
+            for name in args.reward:
+                print("| " + " | ".join(benchmark_reward(name, args.images, 512, device)) + " |", flush=True)
+            return 0
         if args.model == "random":
             flags["model"] = str(RUNS / "random-stable-diffusion")
             if not Path(flags["model"]).exists():
@@ -137,7 +259,7 @@ def main(argv=None):
               f"learned from {config.micro_batch} at a time\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
         for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
             print("| " + " | ".join(row(replace(config, precision=precision), args)) + " |", flush=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RewardError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -185,10 +185,10 @@ def first_rows(labelled, columns=COLUMNS):
 
 
 def draw_curve(folder, name, factor, unit):
-    """Reward against reward queries: each epoch's samples with their spread, and the fixed evaluation."""
+    """Reward against reward queries: each epoch's samples with their spread, the fixed evaluation, and the judge's word on it."""
     from matplotlib.figure import Figure  # its object interface: no window, no global state
     rows = read_rows(folder)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     trained = [row for row in rows if row["reward_mean"] is not None]
     queries = [row["reward_queries"] for row in trained]
@@ -200,7 +200,14 @@ def draw_curve(folder, name, factor, unit):
     axes.plot([row["reward_queries"] for row in evaluated], [factor * row["eval_reward_mean"] for row in evaluated], "o-",
               label="fixed prompts and noise")
     axes.set(xlabel="reward queries", ylabel=f"{name} ({unit})" if unit else name)
-    axes.legend()
+    right = axes.twinx()
+    right.set(ylabel="as asked for, says the judge (%)", ylim=(0, 105), visible=False)
+    for column, marks, what in (("eval_named", "s:", "animal"), ("eval_counted", "^:", "number")):
+        points = [(row["reward_queries"], 100 * row[column]) for row in evaluated if row.get(column) is not None]
+        if points:  # a reward that rises while these fall is being gamed
+            right.plot(*zip(*points), marks, color="gray", markersize=4, label=f"{what} as asked for (right)")
+            right.set(visible=True)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))
 
 

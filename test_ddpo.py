@@ -617,18 +617,16 @@ def test_the_prompt_sets_are_listed_with_examples():
     assert all(f"{name}: " in told for name in prompts.PROMPT_SETS)
 
 
+LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+TINY_CLIP = dict(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **LAYERS), text_config=LAYERS)
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A folder with a random CLIP of 32 x 32 pixels, its image processor and the embedded model's tokenizer."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer", model_max_length=16)
-    layers = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
-    clip = CLIPModel(CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **layers),
-                                text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=77, **layers)))
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("models") / "clip"
-    for part in (clip, processor, tokenizer):
-        part.save_pretrained(folder)
+    benchmark.random_clip(folder, TINY_CLIP)
     return folder
 
 
@@ -1288,6 +1286,23 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
     told = capsys.readouterr().out.splitlines()
     assert float(told[4].split("|")[6]) < 5e-6 and [row for row in told if row.startswith("| fp32 |")]
     assert benchmark.main(["--images", "0"]) == 2 and "--images: must be at least 1" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypatch, capsys):
+    wide = {**LAYERS, "hidden_size": 64, "intermediate_size": 64}
+    monkeypatch.setattr(benchmark, "CLIP_L", TINY_CLIP)
+    monkeypatch.setattr(benchmark, "CLIP_H", TINY_CLIP)
+    monkeypatch.setattr(benchmark, "BLIP", (dict(image_size=32, patch_size=8, **wide), dict(encoder_hidden_size=64, vocab_size=900, **wide)))
+    monkeypatch.setattr(benchmark, "LLAVA", dict(TINY_CLIP, text_config=dict(vocab_size=200, **LAYERS)))
+    monkeypatch.setattr(benchmark, "DEBERTA", dict(benchmark.DEBERTA, vocab_size=900, **LAYERS))
+    asked = []
+    load = rewards.load_reward
+    monkeypatch.setattr(benchmark, "load_reward", lambda name, *device, **options: asked.append(name) or load(name, *device, **options))
+    names = list(benchmark.RANDOM_REWARDS)
+    assert benchmark.main(["--reward", *names, "--images", "3"]) == 0
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == names == asked and all(float(row[2]) > 0 for row in rows)
+    assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
