@@ -34,6 +34,7 @@ import benchmark
 import compare
 import ddpo
 import evaluate
+import judge
 import pretrain
 import prompts
 import rewards
@@ -44,7 +45,7 @@ import train
 import variance
 
 HERE = Path(__file__).resolve().parent
-EMOJI = HERE / "assets" / "emoji"
+EMOJI, EMOJI_VLM = HERE / "assets" / "emoji", HERE / "assets" / "emoji_vlm"
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                         set_alpha_to_one=False, clip_sample=False)
 
@@ -1049,6 +1050,11 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
         assert (rwr.beta, rwr.percentile, rwr.guided_training) == (0.2, 0.9, True)
     assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "common_animals"
     assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
+    for reward in ("alignment", "counting"):  # what the preset says for a reward stands above what it says for all
+        asked = settings.build_config({"reward": reward, "guidance_scale": 2.0})
+        assert (asked.reward_model, asked.prompts) == (str(EMOJI_VLM), "two_to_four_animals")
+        assert (asked.sampling_steps, asked.guidance_scale, asked.samples_per_epoch) == (5, 2.0, 64)
+    assert settings.build_config({"reward": "alignment", "preset": "paper", "precision": "fp32"}).reward_model == ""
     assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
 
 
@@ -1070,6 +1076,30 @@ def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, 
     assert evaluate.main(["runs/r", *ask, "--eta", "0", "--sampling-steps", "3", "--clip", str(tiny_clip)]) == 0
     told = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert 0 < float(told[-2]) < 2
+
+
+def test_a_rewards_options_are_those_asked_for_or_the_runs_or_the_presets():
+    flags = dict.fromkeys(settings.REWARD_OWNERS)
+    run = settings.build_config({"reward": "alignment", "bert_baseline": 0.5})
+    assert evaluate.with_reward(run, "alignment", SimpleNamespace(**flags)).bert_baseline == 0.5
+    other = evaluate.with_reward(settings.build_config({}), "alignment", SimpleNamespace(**flags))
+    assert (other.reward_model, other.wording, other.bert_model) == (str(EMOJI_VLM), "paper", str(EMOJI))
+    asked = evaluate.with_reward(run, "counting", SimpleNamespace(**{**flags, "reward_model": "x", "bert_baseline": 0.1}))
+    assert (asked.reward_model, asked.bert_baseline, asked.bert_model) == ("x", 0.0, "")  # counting reads no BERTScore
+    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
+    assert evaluate.with_reward(paper, "alignment", SimpleNamespace(**flags)).reward_model == ""
+
+
+def test_the_judge_marks_animal_and_number_and_knows_which_prompts_it_can_judge(monkeypatch):
+    monkeypatch.setattr(judge, "name_animals", lambda network, images: (["cat", "mouse", "owl"], [2, 3, 1]))
+    images = torch.rand(3, 3, 64, 64)
+    assert judge.right_animals(images, ["two cats", "two mice", "a bee"]) == ([True, True, False], [True, False, True])
+    assert judge.shares_right(images, ["two cats"] * 3) == {"eval_named": 1 / 3, "eval_counted": 1 / 3}
+    cannot = {"eval_named": None, "eval_counted": None}
+    assert judge.shares_right(images, ["five cats"] * 3) == judge.shares_right(images[:, :, :32], ["a cat"] * 3) == cannot
+    before, after = ([True, True, False], [True, False, False]), ([True, False, True], [True, True, True])
+    assert evaluate.judged([before, after]) == ["2 of 3", "1 (50%)", "1 -> 3", "1 -> 2"]
+    assert evaluate.judged([(None, None)] * 2) == ["-"] * 4
 
 
 def test_variety_and_gain_by_hand_made_cases(tiny_clip):
@@ -1292,16 +1322,14 @@ def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypat
     wide = {**LAYERS, "hidden_size": 64, "intermediate_size": 64}
     monkeypatch.setattr(benchmark, "CLIP_L", TINY_CLIP)
     monkeypatch.setattr(benchmark, "CLIP_H", TINY_CLIP)
-    monkeypatch.setattr(benchmark, "BLIP", (dict(image_size=32, patch_size=8, **wide), dict(encoder_hidden_size=64, vocab_size=900, **wide)))
+    monkeypatch.setattr(benchmark, "BLIP", (dict(image_size=32, patch_size=8, **wide),
+                                            dict(encoder_hidden_size=64, vocab_size=900, **wide)))
     monkeypatch.setattr(benchmark, "LLAVA", dict(TINY_CLIP, text_config=dict(vocab_size=200, **LAYERS)))
     monkeypatch.setattr(benchmark, "DEBERTA", dict(benchmark.DEBERTA, vocab_size=900, **LAYERS))
-    asked = []
-    load = rewards.load_reward
-    monkeypatch.setattr(benchmark, "load_reward", lambda name, *device, **options: asked.append(name) or load(name, *device, **options))
     names = list(benchmark.RANDOM_REWARDS)
     assert benchmark.main(["--reward", *names, "--images", "3"]) == 0
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1].strip() for row in rows] == names == asked and all(float(row[2]) > 0 for row in rows)
+    assert [row[1].strip() for row in rows] == names and all(float(row[2]) > 0 for row in rows)
     assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
 
 
