@@ -543,7 +543,7 @@ def parse(argv):
     add("--judge-steps", type=int, default=1_600, help="of 64 scenes")
     add("--denoiser-steps", type=int, default=10_000, help="of 64 scenes")
     add("--tower-steps", type=int, default=6_000, help="of 64 scenes")
-    add("--vlm-steps", type=int, default=3_000, help="of 64 scenes")
+    add("--vlm-steps", type=int, default=2_000, help="of 64 scenes")
     add("--sampling-steps", type=int, default=10, help="of the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=5.0, help="likewise")
     add("--check-images", type=int, default=4, help="samples of each animal and each number in the check")

@@ -852,6 +852,20 @@ def test_the_embedded_model_draws_with_plain_diffusers():
     assert sum(f.stat().st_size for f in EMOJI.rglob("*") if f.is_file()) < 12e6
 
 
+def test_the_embedded_vlm_says_what_the_embedded_model_drew():
+    config = settings.build_config({"reward": "alignment", "guidance_scale": 5.0, "sampling_steps": 10, "eval_prompts": 27})
+    chosen, images = train.draw_fixed(train.policy_of(config), prompts.load_prompts(config.prompts), config)
+    reward = train.reward_of(config)
+    values, answers = reward(images, chosen)
+    assert sum(answer == prompt.text for answer, prompt in zip(answers, chosen)) >= 24
+    others, same_answers = reward(images, chosen[1:] + chosen[:1])
+    assert values.mean() > 0.95 > others.mean() + 0.2 and same_answers == answers  # it does not see the prompt
+    marks, notes = train.reward_of(evaluate.with_reward(config, "counting", SimpleNamespace(
+        **dict.fromkeys(settings.REWARD_OWNERS))))(images, chosen)
+    assert marks.mean() > 0.9 and all(note.split(" / ")[0] in prompts.NUMBER_WORDS for note in notes)
+    assert sum(f.stat().st_size for f in EMOJI_VLM.rglob("*") if f.is_file()) < 8e6
+
+
 def test_the_check_uses_the_presets_steps_and_guidance():
     args = pretrain.parse([])
     config = settings.build_config({})
