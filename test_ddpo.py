@@ -1067,7 +1067,7 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     for reward in ("alignment", "counting"):  # what the preset says for a reward stands above what it says for all
         asked = settings.build_config({"reward": reward, "guidance_scale": 2.0})
         assert (asked.reward_model, asked.prompts) == (str(EMOJI_VLM), "two_to_four_animals")
-        assert (asked.sampling_steps, asked.guidance_scale, asked.samples_per_epoch) == (5, 2.0, 64)
+        assert (asked.sampling_steps, asked.guidance_scale, asked.samples_per_epoch) == (4, 2.0, 256)
     assert settings.build_config({"reward": "alignment", "preset": "paper", "precision": "fp32"}).reward_model == ""
     assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
 
