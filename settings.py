@@ -112,7 +112,7 @@ REWARD_OWNERS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "eval_every": 1, "checkpoint_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
-    "ddpo-sf": {"updates_per_epoch": 1, "learning_rate": 1e-4},
+    "ddpo-sf": {"samples_per_epoch": 64, "updates_per_epoch": 1, "learning_rate": 1e-4},
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
     "rwr-sparse": _EMOJI_RWR}}
 
