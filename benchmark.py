@@ -53,23 +53,21 @@ def random_stable_diffusion(folder):
     runs.write_atomically(folder, pipeline.save_pretrained)
 
 
+def layers(width, depth, heads, **others):
+    """A transformer's sizes, as transformers' configs call them."""
+    return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            **others}
+
+
 # The published rewards' sizes: of CLIP ViT-L/14 and ViT-H/14, of BLIP with ViT-L/16, of LLaVA 1.5 7B, of deberta-xlarge-mnli.
-CLIP_L = {"projection_dim": 768,
-          "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                            "image_size": 224, "patch_size": 14},
-          "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}}
-CLIP_H = {"projection_dim": 1024,
-          "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-                            "image_size": 224, "patch_size": 14},
-          "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}}
-BLIP = ({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224,
-         "patch_size": 16}, {"hidden_size": 768, "encoder_hidden_size": 1024, "vocab_size": 30524})
-LLAVA = {"vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                           "image_size": 336, "patch_size": 14},
-         "text_config": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                         "vocab_size": 32064}}
-DEBERTA = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 16,
-           "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+CLIP_L = {"projection_dim": 768, "vision_config": layers(1024, 24, 16, image_size=224, patch_size=14),
+          "text_config": layers(768, 12, 12)}
+CLIP_H = {"projection_dim": 1024, "vision_config": layers(1280, 32, 16, image_size=224, patch_size=14),
+          "text_config": layers(1024, 24, 16)}
+BLIP = layers(1024, 24, 16, image_size=224, patch_size=16), layers(768, 12, 12, encoder_hidden_size=1024, vocab_size=30524)
+LLAVA = {"vision_config": layers(1024, 24, 16, image_size=336, patch_size=14),
+         "text_config": {**layers(4096, 32, 32, vocab_size=32064), "intermediate_size": 11008}}
+DEBERTA = layers(1024, 48, 16, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
 
 
 def random_clip(folder, sizes):
@@ -83,16 +81,19 @@ def random_clip(folder, sizes):
 
 
 def random_aesthetic(folder):
+    """A random CLIP ViT-L/14 and a random head in that folder, as Aesthetic takes them. Returns load_reward's options."""
     head = scoring_head(CLIP_L["projection_dim"])
     torch.save({f"layers.{name}": weight for name, weight in head.state_dict().items()}, folder / "head.pth")
     return {**random_clip(folder, CLIP_L), "aesthetic_head": str(folder / "head.pth")}
 
 
 def random_pickscore(folder):
+    """Likewise a CLIP ViT-H/14."""
     return random_clip(folder, CLIP_H)
 
 
 def random_imagereward(folder):
+    """Likewise ImageReward's BLIP and head, under the names of the published file."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPTokenizer
     from transformers.models.blip.modeling_blip_text import BlipTextModel
     vision = BlipVisionModel(BlipVisionConfig(**BLIP[0]))
@@ -116,6 +117,7 @@ BLIP_NAMES = {"^embeddings.patch_embedding": "patch_embed.proj", "^embeddings.cl
 
 
 def random_counting(folder):
+    """Likewise a LLaVA 1.5 7B in half precision, 14 GB. Its answers are as long as may be: real ones cost less."""
     from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                               LlavaProcessor)
     vision, text = LLAVA["vision_config"], LLAVA["text_config"]
@@ -137,6 +139,7 @@ def random_counting(folder):
 
 
 def random_alignment(folder):
+    """Likewise, and BERTScore's encoder."""
     from transformers import CLIPTokenizer, DebertaConfig, DebertaModel
     encoder = folder / "encoder"
     DebertaModel(DebertaConfig(**DEBERTA)).save_pretrained(encoder)

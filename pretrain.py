@@ -5,8 +5,8 @@
     python pretrain.py --vlm      # likewise the vision-language model, on the same scenes; with --check its table
 
 Four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes, train the autoencoder, train the
-judge, train the U-Net together with the text encoder on the pool's latents; and apart from these, the vision-language
-model. Nothing of the project imports this file.
+judge, train the U-Net together with the text encoder on the pool's latents. The vision-language model has two of its own, on
+the same pool: its vision tower, then the whole. Nothing of the project imports this file.
 """
 import argparse
 import ctypes
@@ -496,7 +496,7 @@ def check(args):
 
 
 def check_vlm(args):
-    """Print the table of the VLM's card: how often what it says of fresh scenes, by rewards.VLM, is right, and which part of it."""
+    """Print the table of the VLM's card: how often its answers on fresh scenes are right, by rewards.VLM, and which part."""
     images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
     vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
     print("\n| asked, 2,048 fresh scenes of all animals | right | animal | number | worst animal |\n|---|---|---|---|---|")
@@ -509,7 +509,8 @@ def check_vlm(args):
         if k < len(Alignment.WORDINGS):  # the answer is a caption, of which either part may be right
             understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
             parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
-        print(f"| {question} | {right.mean():.1%} | {' | '.join(parts)} | {ANIMALS[worst]}, {right[animals == worst].mean():.0%} |")
+        cells = [question, f"{right.mean():.1%}", *parts, f"{ANIMALS[worst]}, {right[animals == worst].mean():.0%}"]
+        print("| " + " | ".join(cells) + " |")
 
 
 def contact_sheet(args, path, columns=15):
