@@ -133,12 +133,14 @@ def plan(study, label, seed, flags, queries):
 
 def plans(args, common):
     """The runs of the study asked for, seed by seed, so that a study cut short is one of fewer seeds."""
+    # Their queries divide into epochs of 64, the emoji preset's; for some rewards it has larger ones.
+    shared = {**common, "samples_per_epoch": 64}
     if args.sweep:
-        return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**common, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
+        return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
                 for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
-        return [plan(args.ablation, label, seed, {**common, **choice}, queries)
+        return [plan(args.ablation, label, seed, {**shared, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
     methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not args.algorithms:  # the control: what RWR's rounds do to the pictures without any reward
@@ -260,7 +262,7 @@ def machine():
 # ---- What came out ----
 
 def evaluated(line):
-    """A run's evaluations: queries, reward, shares of animals that the judge names and of numbers it counts (NaN: it cannot)."""
+    """A run's evaluations: queries, reward, shares of pictures with the animal and with the number asked for (NaN: unknown)."""
     rows = [row for row in line["rows"] if row["eval_reward_mean"] is not None]
     return tuple(np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
                  for name in ("reward_queries", "eval_reward_mean", "eval_named", "eval_counted"))

@@ -5,12 +5,12 @@
     python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does a policy trained with noise help the sampler without?
     python evaluate.py runs/NAME/model --prompts objects          # any model, by folder or hub name, against the preset's
 
-Prints a row for each model and reward: the reward's mean before, after and its gain, each with a 95 % interval over the images,
-and the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named before,
-and of these how many it still names; how often it found the number asked for, and both, before and after; and the variety of the
-pictures, which is what training on a reward destroys first: the mean distance between any two, in pixels (root mean square, of
-1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's picture, before above after, goes to before_after.png in its
-folder, or where --picture says.
+Prints a row for each model and reward: the reward's mean before, after and its gain, each with a 95 % interval over the
+images, and the share of images that improved; how many animals the independent judge (judge.py, the embedded model's) named
+before, and of these how many it still names; how often it found the number asked for, and both, before -> after; and the
+variety of the pictures, which is what training on a reward destroys first: the mean distance between any two, in pixels (root
+mean square, of 1) or, with --clip, 1 - cosine of that CLIP's embeddings. A run's picture, before above after, goes to
+before_after.png in its folder, or where --picture says.
 """
 import argparse
 import sys
@@ -50,7 +50,7 @@ def settings_of(target, args):
 
 
 def with_reward(config, reward, args):
-    """The same settings for a reward. Its options are those asked for, else the run's, where the reward is, else the preset's."""
+    """The same settings for a reward. Its options are those asked for, else the run's own reward's, else the preset's."""
     preset = next((name for name in PRESETS if PRESETS[name].get("model") == config.model), "paper")
     own = vars(config) if reward == config.reward else {**vars(Config()), **preset_reward(preset, reward)}
     options = {name: own[name] if getattr(args, name) is None or reward not in owners else getattr(args, name)

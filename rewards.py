@@ -71,7 +71,8 @@ class Aesthetic:
     """LAION's aesthetic predictor, about 1 to 10 (paper, section 5.2): an MLP on CLIP ViT-L/14's normalised image embedding.
 
     Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`; 1.7 GB of memory (fp32).
-    Time per image and its agreement with the published scores: not measured; the names and shapes are the published head's.
+    About 1 s an image on two cores (python benchmark.py --reward aesthetic --images 8). Its agreement with the published
+    scores: not measured; the names and shapes are the published head's.
     reward_model: another CLIP, by hub name or folder; aesthetic_head: the MLP's weights as a file, safetensors or torch's.
     """
 
@@ -92,7 +93,8 @@ class PickScore:
     """PickScore v1 (Kirstain et al. 2023): cosine between a CLIP-H's embeddings of image and prompt, fine-tuned on preferences.
 
     About 0.2; the published scores are 100 times that. Fetches 3.9 GB; 3.9 GB of memory (fp32).
-    Time per image: not measured. Its formula is the model card's; there is no package to compare with.
+    About 2 s an image on two cores (python benchmark.py --reward pickscore --images 8). Its formula is the model card's; there
+    is no package to compare with.
     reward_model: another CLIP with its processor and tokenizer, by hub name or folder.
     """
 
@@ -112,7 +114,7 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): as PickScore a cosine of CLIP-H's, about 0.28, in a checkpoint that has open_clip's names.
 
-    Fetches 3.9 GB; 3.9 GB of memory (fp32). Time per image: not measured. The network is checked against the package hpsv2.
+    Fetches 3.9 GB; 3.9 GB of memory (fp32). Time per image: as PickScore. The network is checked against the package hpsv2.
     reward_model: a folder with HPS_v2_compressed.pt and, as transformers saves them, the CLIP's config, processor, tokenizer.
     """
 
@@ -131,8 +133,9 @@ class ImageReward:
     """ImageReward v1.0 (Xu et al. 2023), for the comparison with DPOK: BLIP reads the prompt with an eye on the picture, and an
     MLP scores what comes of it; about 0 for the average picture, with a standard deviation of 1.
 
-    Fetches 1.8 GB; 1.8 GB of memory (fp32). Time per image: not measured. The network is checked against the package
-    image-reward. reward_model: a folder with ImageReward.pt and BERT's tokenizer.
+    Fetches 1.8 GB; 1.8 GB of memory (fp32). About 0.7 s an image on two cores (python benchmark.py --reward imagereward
+    --images 8). The network is checked against the package image-reward.
+    reward_model: a folder with ImageReward.pt and BERT's tokenizer.
     """
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, in the package image-reward
 
@@ -277,8 +280,9 @@ class BertRecall:
 
 class Alignment:
     """Prompt-image alignment without labels (paper, section 5.2): a VLM says what it sees, and BERTScore's recall says how much
-    of the prompt is in that. The answers are the notes. Time per image: not measured. Unrelated sentences score about 0.52 with
-    the default encoder, so the reward is flat at the bottom; bert_baseline takes that for 0.
+    of the prompt is in that. The answers are the notes. Time per image: 5 ms on one core with the embedded VLM (seconds_reward
+    of the log), with LLaVA not measured. Unrelated sentences score about 0.52 with the default encoder, so the reward is flat
+    at the bottom; bert_baseline takes that for 0.
 
     reward_model: the VLM, by hub name or folder; bert_model, bert_baseline: see BertRecall.
     wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
@@ -300,7 +304,7 @@ class Counting:
     """The share of a prompt's own questions (how many, which animal) that a VLM answers rightly (paper, appendix A): 0, 1/2, 1.
 
     An answer is right if one of its words is one of those that the prompt names as right. The answers are the notes. Time per
-    image: not measured; two questions each.
+    image, of two questions: 8 ms on one core with the embedded VLM (seconds_reward of the log), with LLaVA not measured.
     reward_model: the VLM, by hub name or folder.
     """
 

@@ -185,7 +185,7 @@ def first_rows(labelled, columns=COLUMNS):
 
 
 def draw_curve(folder, name, factor, unit):
-    """Reward against reward queries: each epoch's samples with their spread, the fixed evaluation, and the judge's word on it."""
+    """Reward against reward queries: each epoch's samples with their spread, the fixed evaluation, and what the judge finds."""
     from matplotlib.figure import Figure  # its object interface: no window, no global state
     rows = read_rows(folder)
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")

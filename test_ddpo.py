@@ -1263,11 +1263,12 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
         assert preset in tried
 
 
-def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries():
+@pytest.mark.parametrize("reward", ["compressibility", "alignment"])
+def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
         args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
                                   **options})
-        planned = compare.plans(args, {"reward": "compressibility"})
+        planned = compare.plans(args, {"reward": reward})
         assert len({planned_run.name for planned_run in planned}) == len(planned)
         assert len({planned_run.queries for planned_run in planned}) == 1
         for planned_run in planned:  # raises ValueError where train.py would
