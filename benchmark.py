@@ -70,12 +70,18 @@ LLAVA = {"vision_config": layers(1024, 24, 16, image_size=336, patch_size=14),
 DEBERTA = layers(1024, 48, 16, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
 
 
+def image_processor(vision):
+    """CLIP's, for pictures of the size that a vision tower of these sizes takes."""
+    from transformers import CLIPImageProcessorPil
+    side = vision["image_size"]
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 def random_clip(folder, sizes):
     """A CLIP with random weights in that folder, with an image processor and a tokenizer. Returns load_reward's options."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-    side = sizes["vision_config"]["image_size"]
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     CLIPModel(CLIPConfig(**sizes)).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
+    image_processor(sizes["vision_config"]).save_pretrained(folder)
     CLIPTokenizer.from_pretrained(EMOJI_TOKENIZER, model_max_length=77).save_pretrained(folder)
     return {"reward_model": str(folder)}
 
@@ -118,23 +124,16 @@ BLIP_NAMES = {"^embeddings.patch_embedding": "patch_embed.proj", "^embeddings.cl
 
 def random_counting(folder):
     """Likewise a LLaVA 1.5 7B in half precision, 14 GB. Its answers are as long as may be: real ones cost less."""
-    from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                              LlavaProcessor)
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
     vision, text = LLAVA["vision_config"], LLAVA["text_config"]
     tokenizer = LlavaProcessor.from_pretrained(PRESET_REWARDS["emoji"]["counting"]["reward_model"], backend="pil").tokenizer
     config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(
         **text, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), dtype=torch.float16)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)  # as published, and half the memory while it is made
-    try:
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(before)
-    side = vision["image_size"]
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    LlavaProcessor(pictures, tokenizer, patch_size=vision["patch_size"], vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1).save_pretrained(folder)
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    # As published, and half the memory while it is made.
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    LlavaProcessor(image_processor(vision), tokenizer, patch_size=vision["patch_size"],
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(folder)
     return {"reward_model": str(folder)}
 
 
@@ -243,6 +242,9 @@ def main(argv=None):
         if "fp16" in (args.precision or ()) and device == "cpu":
             raise ValueError("--precision fp16 needs a GPU")
         if args.reward:
+            unread = ("model", "precision", "sample_batch", "micro_batch", "peak_tflops")
+            if others := [name for name in unread if getattr(args, name)]:
+                raise ValueError(f"--{others[0].replace('_', '-')} is not of --reward, which draws and learns from nothing")
             print("| reward | s/image | peak GB |\n|---|---|---|")
             for name in args.reward:
                 print("| " + " | ".join(benchmark_reward(name, args.images, 512, device)) + " |", flush=True)

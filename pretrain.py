@@ -290,9 +290,6 @@ def classification_loss(animal_logits, number_logits, animals, numbers):
 
 def train_tower(images, animals, numbers, processor, args):
     """The VLM's vision tower, on the judge's task. (LLaVA's is CLIP's: it knew pictures before it learned to talk of them.)"""
-    tower = new_vlm(processor.tokenizer).model.vision_tower
-    width = 2 * tower.config.hidden_size
-
     def loss(networks, rng):
         chosen = np.sort(rng.integers(len(images), size=64))
         x = as_if_generated(to_float(images[chosen], args.device), rng)
@@ -301,8 +298,12 @@ def train_tower(images, animals, numbers, processor, args):
             seen = torch.cat([patches.amax(1), patches.mean(1)], 1)                         # (B, 2 E), pooled as in judge.py
             return classification_loss(networks["animal"](seen), networks["number"](seen), animals[chosen], numbers[chosen])
 
-    return fit("tower", lambda: {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(
-        width, MAX_NUMBER)}, loss, args.tower_steps, 1e-3, args)["tower"]
+    def make():
+        tower = new_vlm(processor.tokenizer).model.vision_tower
+        width = 2 * tower.config.hidden_size
+        return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(width, MAX_NUMBER)}
+
+    return fit("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
 
 
 def normalised(x, processor):

@@ -132,7 +132,8 @@ def build_config(flags):
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **preset_reward(preset, reward),
                        **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
                        **{key: value for key, value in flags.items() if key != "preset"}})
-    config.prompts = config.prompts or DEFAULT_PROMPTS.get(reward, "common_animals")
+    own_prompts = preset_reward(preset, reward).get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
+    config.prompts = config.prompts or own_prompts
     # What is a path is kept whole, so that a run can be resumed from any folder.
     path, colon, function = config.reward.rpartition(":")
     config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward

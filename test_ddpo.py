@@ -1063,6 +1063,7 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
         assert (rwr.samples_per_epoch, rwr.updates_per_epoch, rwr.batch_size) == (10_000, 400, 128)
         assert (rwr.beta, rwr.percentile, rwr.guided_training) == (0.2, 0.9, True)
     assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "common_animals"
+    assert settings.build_config({"prompts": ""}).prompts == "common_animals"
     assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
     for reward in ("alignment", "counting"):  # what the preset says for a reward stands above what it says for all
         asked = settings.build_config({"reward": reward, "guidance_scale": 2.0})
@@ -1346,6 +1347,8 @@ def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypat
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1].strip() for row in rows] == names and all(float(row[2]) > 0 for row in rows)
     assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
+    assert benchmark.main(["--reward", "aesthetic", "--precision", "fp32"]) == 2
+    assert "--precision is not of --reward" in capsys.readouterr().err
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
