@@ -11,6 +11,7 @@
 import json
 import os
 import shutil
+import textwrap
 
 import torch
 from PIL import Image, ImageDraw
@@ -179,7 +180,8 @@ def first_rows(labelled, columns=COLUMNS):
     pen = ImageDraw.Draw(rows)
     for k, ((label, _), strip) in enumerate(zip(labelled, strips)):
         rows.paste(strip, (margin, k * step))
-        pen.multiline_text((margin / 2, k * step + strip.height / 2), label.replace(", ", ",\n"), fill="black", anchor="mm",
+        words = "\n".join(textwrap.wrap(label, 15))  # as many letters as the margin is wide
+        pen.multiline_text((margin / 2, k * step + strip.height / 2), words, fill="black", anchor="mm",
                            align="center", font_size=10)
     return rows
 
