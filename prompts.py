@@ -1,34 +1,43 @@
-"""The prompt distributions of the paper (section 5 and appendix): what the policy is asked to draw.
+"""The prompt sets of the paper (section 5, appendix D.6): what the policy is asked to draw.
 
     python prompts.py                  # the sets, with examples
 
-A prompt set is a list of `Prompt`, sampled uniformly in training. To add one, write its list here and name it in
-`PROMPT_SETS`. The English of it (articles, plurals) stands here too, since captions of the embedded model need it.
+A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that returns the list, and
+name it in PROMPT_SETS. The English (articles, plurals) stands here too.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-ASSETS = Path(__file__).parent / "assets"
+# The paper's 45 common animals (section 6.1, appendix D.6), in the order of the authors' list.
+COMMON_ANIMALS = """
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
+    butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat
+    gorilla hedgehog kangaroo""".split()
+ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]  # section 5.3; the authors' code: "washing the dishes"
 
-_emoji = json.loads((ASSETS / "emoji_animals.json").read_text(encoding="utf-8"))
-COMMON_ANIMALS = list(_emoji["common_animals"])  # the paper's 45 (section 5.3)
-UNSEEN_ANIMALS = list(_emoji["unseen_animals"])  # 30 that the embedded model draws, and no training prompt names
-EMOJI = {**_emoji["common_animals"], **_emoji["unseen_animals"]}
-
-# For evaluation only, and our own lists: the paper has 38 animals and 50 objects too, which it does not name in full.
-MORE_UNSEEN_ANIMALS = UNSEEN_ANIMALS + ["moose", "walrus", "ostrich", "iguana", "pigeon", "lemur", "pelican", "jellyfish"]
-OBJECTS = ["apple", "armchair", "backpack", "balloon", "banana", "basket", "bench", "bicycle", "boat", "book", "bottle", "bowl",
-           "bridge", "bus", "cake", "camera", "candle", "car", "castle", "chair", "clock", "cup", "door", "drum", "fountain",
-           "guitar", "hammer", "hat", "house", "kettle", "key", "ladder", "lamp", "lighthouse", "mirror", "motorcycle",
-           "mushroom", "piano", "pizza", "robot", "shoe", "suitcase", "table", "teapot", "telephone", "tent", "train", "tree",
-           "umbrella", "violin"]
-ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
+# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects too, but does not name them all.
+UNSEEN_EMOJI_ANIMALS = """
+    elephant penguin octopus panda koala owl crab flamingo peacock parrot swan otter sloth skunk badger hippo rhino giraffe
+    leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug rooster""".split()
+UNSEEN_ANIMALS = UNSEEN_EMOJI_ANIMALS + "moose walrus ostrich iguana pigeon lemur pelican jellyfish".split()
+OBJECTS = """
+    apple armchair backpack balloon banana basket bench bicycle boat book bottle bowl bridge bus cake camera candle car castle
+    chair clock cup door drum fountain guitar hammer hat house kettle key ladder lamp lighthouse mirror motorcycle mushroom piano
+    pizza robot shoe suitcase table teapot telephone tent train tree umbrella violin""".split()
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-_IRREGULAR = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
-              **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose", "jellyfish")}}
+IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
+                     **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose", "jellyfish")}}
 
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked to draw. For a reward that asks about the image: (question, right answers) pairs."""
+    text: str
+    questions: tuple = ()  # of (str, tuple of str)
+
+
+# ---- English ----
 
 def with_article(noun):
     """'a cat', 'an ant'."""
@@ -37,8 +46,8 @@ def with_article(noun):
 
 def plural(noun):
     """'cats', 'mice', 'foxes', 'butterflies', 'monkeys'."""
-    if noun in _IRREGULAR:
-        return _IRREGULAR[noun]
+    if noun in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -46,102 +55,108 @@ def plural(noun):
     return noun + "s"
 
 
-def counted(noun, number):
+def with_number(noun, number):
     """'a cat', 'two cats', 'three mice'."""
     return with_article(noun) if number == 1 else f"{NUMBER_WORDS[number]} {plural(noun)}"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What the policy is asked to draw, and, for a reward that asks about the picture, (question, right answers) pairs."""
-    text: str
-    questions: tuple = ()  # of (str, tuple of str)
-
+# ---- The sets ----
 
 def common_animals():
-    """The paper's 45 common animals (aesthetic quality), as 'a cat'."""
+    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as both of the authors' repositories draw them."""
+    return [Prompt(animal) for animal in COMMON_ANIMALS]
+
+
+def emoji_animals():
+    """The same 45 with an article ("a cat"), as the embedded model was trained to read them."""
     return [Prompt(with_article(animal)) for animal in COMMON_ANIMALS]
 
 
 def imagenet_animals():
-    """The 398 animal classes of ImageNet-1000, indices 0 to 397 (compressibility): the bare names, as torchvision has them."""
-    return _lines(ASSETS / "imagenet_animals.txt")
+    """Compressibility: the labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, whole, as the authors draw them."""
+    return read_lines(Path(__file__).parent / "imagenet_animals.txt")
 
 
 def painted_animals():
-    """'A painting of a cat' and so on, the 45 of a third party's figures of DDPO (PRDP, arXiv 2402.08714, table 1)."""
+    """"A painting of a cat" and so on: the 45 prompts of another paper's figures of DDPO (PRDP, arXiv 2402.08714, table 1)."""
     return [Prompt(f"A painting of {with_article(animal)}") for animal in COMMON_ANIMALS]
 
 
 def animal_activities():
-    """The 45 animals in three activities each (prompt-image alignment), as 'an ant playing chess'."""
+    """Prompt-image alignment: the 45 animals in each of three activities, as in "an ant playing chess"."""
     return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS for activity in ACTIVITIES]
 
 
 def two_to_eight_animals():
-    """Two to eight of the 45 animals (counting, appendix A), as 'three mice', with the questions that a VLM is asked."""
-    return [_some(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
+    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with the questions for the VLM."""
+    return [counting_prompt(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
 
 
 def two_to_four_animals():
-    """Of these, what the embedded model can draw: two to four."""
-    return [_some(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
+    """Those of them that the embedded model can draw: two to four."""
+    return [counting_prompt(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
 
 
-def _some(animal, number):
-    return Prompt(counted(animal, number), number_and_animal(animal, number))
+def counting_prompt(animal, number):
+    """That number of an animal, with the two questions of the counting reward."""
+    return Prompt(with_number(animal, number), counting_questions(animal, number))
 
 
-def number_and_animal(animal, number):
-    """The two questions of the counting reward, with the words that are right answers."""
+def counting_questions(animal, number):
+    """The two questions of the counting reward, each with the words that are right answers.
+
+    The authors name the animal in the first ("How many cats are there in this image?"), and mark by substring. We mark by whole
+    words, since "fourteen" is not four.
+    """
     return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
             ("What animal is in this image?", (animal, plural(animal))))
 
 
 def dpok():
-    """The four prompts of the comparison with DPOK (appendix C), one model for all."""
+    """The four prompts of the comparison with DPOK (appendix C). One model is trained on all four."""
     return [Prompt("a green colored rabbit"), Prompt("four wolves in the park"), Prompt("a dog and a cat"),
             Prompt("a dog on the moon")]
 
 
 def unseen_animals():
-    """38 animals that no training prompt names (generalisation, for evaluation only)."""
-    return [Prompt(with_article(animal)) for animal in MORE_UNSEEN_ANIMALS]
-
-
-def unseen_emoji_animals():
-    """Of these, the 30 that the embedded model can draw."""
-    return [Prompt(with_article(animal)) for animal in UNSEEN_ANIMALS]
-
-
-def two_to_four_unseen_emoji_animals():
-    """Two to four of each of these 30 (generalisation of counting and alignment, for evaluation only)."""
-    return [_some(animal, number) for number in range(2, 5) for animal in UNSEEN_ANIMALS]
+    """Generalisation, for evaluation only: 38 animals that no training prompt names."""
+    return [Prompt(animal) for animal in UNSEEN_ANIMALS]
 
 
 def objects():
-    """50 common objects (generalisation, for evaluation only)."""
-    return [Prompt(with_article(thing)) for thing in OBJECTS]
+    """Generalisation, for evaluation only: 50 common objects."""
+    return [Prompt(thing) for thing in OBJECTS]
+
+
+def unseen_emoji_animals():
+    """Generalisation of the embedded model: 30 animals that it can draw and that no training prompt names, with an article."""
+    return [Prompt(with_article(animal)) for animal in UNSEEN_EMOJI_ANIMALS]
+
+
+def two_to_four_unseen_emoji_animals():
+    """Generalisation of alignment and counting: two to four of each of these 30."""
+    return [counting_prompt(animal, number) for number in range(2, 5) for animal in UNSEEN_EMOJI_ANIMALS]
 
 
 PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
-    common_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals, two_to_four_animals, dpok,
-    unseen_animals, unseen_emoji_animals, two_to_four_unseen_emoji_animals, objects)}
+    common_animals, emoji_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals,
+    two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals, two_to_four_unseen_emoji_animals)}
 
 
 def load_prompts(name):
-    """The prompts of a set in PROMPT_SETS, or of a text file with one prompt a line. Raises ValueError if neither."""
+    """The prompts of a set in PROMPT_SETS, or of a text file with one prompt a line. Raises ValueError if it is neither."""
     if name in PROMPT_SETS:
         return PROMPT_SETS[name]()
     if not Path(name).is_file():
         raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text file")
-    prompts = _lines(Path(name))
+    prompts = read_lines(Path(name))
     if not prompts:
         raise ValueError(f"the prompt file {name!r} is empty: write one prompt a line")
     return prompts
 
 
-def _lines(path):
+def read_lines(path):
+    """One Prompt for each line of a text file that is not blank. Raises ValueError if it is not UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -150,6 +165,6 @@ def _lines(path):
 
 
 if __name__ == "__main__":
-    for name, prompts in PROMPT_SETS.items():
-        texts = [prompt.text for prompt in prompts()]
-        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    {prompts.__doc__}")
+    for name, function in PROMPT_SETS.items():
+        texts = [prompt.text for prompt in function()]
+        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    {function.__doc__}")

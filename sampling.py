@@ -1,33 +1,30 @@
-"""The denoising chain as a Markov decision process (paper, section 4.1): load a policy, roll it out, score its actions.
+"""The denoising chain as a Markov decision process (paper, section 4.3): its schedule, its step, drawing chains, scoring them.
 
     MDP                    diffusion
     state s_t              (prompt c, timestep t, latent x_t)
-    action a_t             x_{t-1}, the next, less noisy latent: `x_prev`, as diffusion calls it, which RL calls next
+    action a_t             x_{t-1}, the next, less noisy latent. RL calls it next; we call it x_prev, as diffusion does.
     policy pi(a_t | s_t)   p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM with eta > 0
+    reward                 r(x_0, c) after the last step, 0 before
 
-Time runs as in diffusion: x_T is noise and x_0 the picture, so x_{t-1} comes after x_t. The policy is written once, in
-`p_mean_sigma`, guidance included: `rollout` draws from it and `score` scores with it, under the same autocast, the U-Net
-always in eval(). Else the ratio of the first update would not be 1, and the estimators of ddpo.py would be of another
-policy than the one that drew the pictures.
+Time runs as in diffusion: x_T is noise, x_0 is the image. The policy is written once, in `p_mean_sigma`, guidance included:
+`rollout` draws from it and `score` scores with it, under the same autocast and with the U-Net in eval mode. Otherwise the first
+update would have a ratio other than 1, and the estimators of ddpo.py would belong to another policy than the one that drew.
 
 B images, T denoising steps, N (image, step) pairs, latents of (C, H, W).
 """
 import copy
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import hub
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from models import autocast, encode_prompts, latent_shape, load_pipeline
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The T timesteps of a DDIM chain, in the order they are visited, and what the step at each of them needs."""
+    """The T timesteps of a DDIM chain, in the order in which they are visited, and what the step at each of them needs."""
     timesteps: torch.Tensor       # (T,) int64, decreasing
     alpha_bar: torch.Tensor       # (T,) fp32, of x_t
     alpha_bar_prev: torch.Tensor  # (T,) fp32, of x_{t-1}
@@ -37,9 +34,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B recorded chains. Kept in fp32: a latent rounded to half precision is not the action that was scored."""
-    latents: torch.Tensor    # (B, T + 1, C, H, W) fp32: x_T first, x_0 last; (B, 1, C, H, W), x_0 alone, without chain
-    log_probs: torch.Tensor  # (B, T) fp32 of the policy that drew them; (B, 0) without chain
+    """B recorded chains, in fp32: a latent that is rounded to half precision is not the action that was scored."""
+    latents: torch.Tensor    # (B, T + 1, C, H, W) fp32, from x_T to x_0; without the chain (B, 1, C, H, W), x_0 alone
+    log_probs: torch.Tensor  # (B, T) fp32, under the policy that drew them; without the chain (B, 0)
     timesteps: torch.Tensor  # (T,) int64
     prompts: tuple           # B texts
 
@@ -50,24 +47,20 @@ class Trajectory:
         assert states in (1, len(self.timesteps) + 1), f"{states} states, {len(self.timesteps)} timesteps"
         assert self.latents.dtype == self.log_probs.dtype == torch.float32, "a trajectory is kept in fp32"
 
-
-    @classmethod
-    def join(cls, parts):
-        """Chains of several rollouts over one schedule, as one trajectory."""
-        if len(parts) == 1:
-            return parts[0]
-        latents, log_probs = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "log_probs"))
-        return cls(latents, log_probs, parts[0].timesteps, sum((part.prompts for part in parts), ()))
+    @property
+    def x_0(self):
+        """The final latents (B, C, H, W), which models.decode turns into images."""
+        return self.latents[:, -1]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A text-to-image pipeline as a policy. Only the U-Net's weights train; VAE and text encoder are frozen."""
-    pipeline: object       # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer
+    """A text-to-image pipeline as a policy. Only the weights of the U-Net train."""
+    pipeline: object          # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer, scheduler
     schedule: Schedule
-    guidance_scale: float  # w = 1 is the conditional prediction alone
-    precision: str         # of the U-Net's autocast; the weights, the latents and the step's arithmetic stay fp32
-    reference: object = None  # the pretrained policy, a frozen copy, where a penalty on the KL to it is asked for
+    guidance_scale: float     # w; at 1 the conditional prediction alone
+    precision: str            # of the networks' autocast; weights, latents and the arithmetic of the step stay fp32
+    reference: object = None  # the pretrained policy, a frozen copy, for a penalty on the KL to it
 
     @property
     def unet(self):
@@ -78,13 +71,32 @@ class Policy:
         return self.unet.device
 
 
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True):
+    """A pipeline by hub name or folder (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
+
+    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory. scored: see ddim_schedule.
+    Raises ValueError, in one line, if the model is refused or if its schedule is.
+    """
+    pipeline = load_pipeline(model, device, precision)
+    schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
+    policy = Policy(pipeline, schedule, float(guidance_scale), precision)
+    if keep_reference:
+        frozen = copy.copy(pipeline)  # shares all but the U-Net
+        frozen.unet = copy.deepcopy(pipeline.unet)
+        policy = replace(policy, reference=replace(policy, pipeline=frozen))
+    policy.unet.requires_grad_(True)
+    return policy
+
+
+# ---- The step ----
+
 def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     """The chain of `steps` steps over the schedule of a diffusers DDIMScheduler.
 
-    x_{t-1} belongs to the next entry of `scheduler.timesteps`, and to `final_alpha_cumprod` after the last one. (diffusers'
-    own step takes t - 1000 // steps instead, which under "trailing" and "linspace" spacing is often another timestep.)
-    Raises ValueError where some step would not be a Gaussian with a density: see each message. Not scored, for drawing
-    alone, eta may be 0.
+    x_{t-1} belongs to the next entry of `scheduler.timesteps`, and to `final_alpha_cumprod` after the last one. (diffusers' own
+    step takes t - 1000 // steps, which is often another timestep under "trailing" and "linspace" spacing.)
+    scored: False for a chain that is only drawn; eta may then be 0.
+    Raises ValueError if a step is not a Gaussian with a density; each message says why.
     """
     config = scheduler.config
     if not (0 < eta <= 1 or not scored and eta == 0):
@@ -99,7 +111,7 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     timesteps = scheduler.timesteps.cpu().long()
     if timesteps.max() >= config.num_train_timesteps:
         raise ValueError(f"{steps} sampling steps: with this schedule's offset and spacing the first would be timestep "
-                         f"{timesteps.max()}, of which the model knows none above {config.num_train_timesteps - 1}; take fewer")
+                         f"{timesteps.max()}, but the model knows none above {config.num_train_timesteps - 1}; take fewer")
     alpha_bar = scheduler.alphas_cumprod[timesteps].float()
     alpha_bar_prev = torch.cat([alpha_bar[1:], scheduler.final_alpha_cumprod.float().reshape(1)])
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
@@ -107,9 +119,9 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     for t, s, a in zip(timesteps.tolist(), sigma.tolist(), alpha_bar.tolist()):
         if scored and not s > 0:
             raise ValueError(f"sigma is 0 at timestep {t}: the step is deterministic and has no log-probability. Stable "
-                             "Diffusion's schedule (steps_offset 1, set_alpha_to_one False) has none such")
+                             "Diffusion's schedule (steps_offset 1, set_alpha_to_one False) has no such step")
         if a == 0 and config.prediction_type == "epsilon":
-            raise ValueError(f"alpha_bar is 0 at timestep {t}: x_0 cannot be had from a predicted epsilon")
+            raise ValueError(f"alpha_bar is 0 at timestep {t}: a predicted epsilon does not determine x_0 there")
     tensors = (tensor.to(device) for tensor in (timesteps, alpha_bar, alpha_bar_prev, sigma))
     return Schedule(*tensors, config.prediction_type)
 
@@ -117,7 +129,7 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
 def ddim_mean_sigma(x_t, prediction, t, schedule):
     """Mean and standard deviation of x_{t-1} given x_t (Song et al. 2021, equation 12).
 
-    x_t and the U-Net's prediction (N, C, H, W) fp32; t (N,) timesteps of the schedule, which may all differ.
+    x_t and the U-Net's prediction: (N, C, H, W) fp32. t: (N,) timesteps of the schedule, which may all differ.
     Returns mean (N, C, H, W) and sigma (N, 1, 1, 1).
     """
     matches = schedule.timesteps == t[:, None]                               # (N, T)
@@ -143,9 +155,9 @@ def ddim_mean_sigma(x_t, prediction, t, schedule):
 def log_prob(x_prev, mean, sigma):
     """log p(x_{t-1} | x_t, c) of Normal(mean, sigma^2 I), per latent dimension: (N, C, H, W) -> (N,).
 
-    The mean over the D = C H W dimensions, not their sum, as in the authors' code: a ratio of densities is then the D-th
-    root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D = 16,384 in Stable Diffusion).
-    So the clip range is per dimension too: 1e-4 there lets the true density ratio move by a factor of 5.
+    This is the mean over the D = C H W dimensions, not their sum, as in the authors' code. So a ratio of densities is the D-th
+    root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D = 16,384 in Stable Diffusion). The
+    clip range is per dimension too: 1e-4 there lets the true density ratio move by a factor of 5.
     """
     density = -(x_prev - mean) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.mean((1, 2, 3))
@@ -156,25 +168,17 @@ def gaussian_kl(mean, mean_reference, sigma):
     return ((mean - mean_reference) ** 2 / (2 * sigma**2)).mean((1, 2, 3))
 
 
-def encode_prompts(policy, prompts):
-    """B texts -> the text encoder's last hidden states (B, L, E) and those of the empty prompt (1, L, E)."""
-    tokenizer, encoder = policy.pipeline.tokenizer, policy.pipeline.text_encoder
-    ids = tokenizer([*prompts, ""], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                    return_tensors="pt").input_ids.to(policy.device)
-    with torch.no_grad():
-        states = encoder(ids)[0]
-    return states[:-1], states[-1:]
-
+# ---- The policy ----
 
 def predict(policy, x_t, t, prompt_states):
     """The U-Net's prediction with classifier-free guidance (Ho and Salimans 2021): (N, C, H, W) fp32.
 
-    Guidance belongs to the policy, in learning as in sampling: an unguided update scores another policy than the one that
-    drew the pictures (and the paper saw performance fall after the first round without it).
+    Guidance is part of the policy, in learning as in sampling. An update without it would score another policy than the one
+    that drew the images. (For sparse RWR the paper saw performance fall after the first round without it, appendix E.1.)
     """
     conditional, unconditional = prompt_states                               # (N, L, E), (1, L, E)
     w = policy.guidance_scale
-    with torch.autocast(policy.device.type, PRECISIONS[policy.precision], enabled=policy.precision != "fp32"):
+    with autocast(policy.device, policy.precision):
         if w == 1:
             return policy.unet(x_t, t, conditional).sample.float()
         both = torch.cat([unconditional.expand_as(conditional), conditional])
@@ -183,63 +187,56 @@ def predict(policy, x_t, t, prompt_states):
 
 
 def p_mean_sigma(policy, x_t, t, prompt_states):
-    """The policy p_theta(x_{t-1} | x_t, c): mean (N, C, H, W) and sigma (N, 1, 1, 1), for N states of any timesteps."""
+    """The policy p_theta(x_{t-1} | x_t, c): mean (N, C, H, W) and sigma (N, 1, 1, 1), for N states at any timesteps."""
     return ddim_mean_sigma(x_t, predict(policy, x_t, t, prompt_states), t, policy.schedule)
 
 
-def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling"):
-    """Draw one image for each of B prompts. Returns the Trajectory and the images (B, 3, H, W), fp32 in [0, 1].
-
-    rng is a CPU generator, the only source of noise; batch_size is a knob of memory that leaves each image its own noise.
-    Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored.
-    Raises FloatingPointError if an image is not finite: as 8-bit pixels it would pass for a black one.
-    """
-    starts = range(0, len(prompts), batch_size)
-    # A generator for each image, so that its noise does not depend on how many are drawn at a time, and is drawn when it is
-    # needed: the noise of a whole chain at once would be as large as the chain.
-    rngs = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (len(prompts),), generator=rng).tolist()]
-    parts, images = [], []
-    with tqdm(desc=title, total=len(starts) * len(policy.schedule.timesteps), leave=False, disable=None) as bar:
-        for start in starts:
-            batch = slice(start, start + batch_size)
-            trajectory = _rollout_batch(policy, tuple(prompts[batch]), rngs[batch], keep_chain, bar)
-            parts.append(trajectory)
-            images.append(decode(policy, trajectory.latents[:, -1]))
-    return Trajectory.join(parts), torch.cat(images)
-
-
 @torch.no_grad()
-def _rollout_batch(policy, prompts, rngs, keep_chain, bar):
-    timesteps, unet = policy.schedule.timesteps, policy.unet
-    shape = unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling"):
+    """Draw one chain for each of B prompts. Returns the Trajectory; models.decode turns its x_0 into images.
 
+    rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of its own, whatever
+    it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored.
+    """
+    B, T = len(prompts), len(policy.schedule.timesteps)
+    # A generator for each image makes its noise independent of batch_size, and lets us draw the noise step by step: that of a
+    # whole chain is as large as the chain.
+    rngs = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (B,), generator=rng).tolist()]
+    latents = torch.empty((B, T + 1 if keep_chain else 1, *latent_shape(policy.pipeline)), device=policy.device)
+    log_probs = torch.empty((B, T if keep_chain else 0), device=policy.device)
+    with tqdm(desc=title, total=math.ceil(B / batch_size) * T, leave=False, disable=None) as bar:
+        for start in range(0, B, batch_size):
+            batch = slice(start, start + batch_size)
+            draw_chains(policy, prompts[batch], rngs[batch], latents[batch], log_probs[batch], bar)
+    return Trajectory(latents, log_probs, policy.schedule.timesteps, tuple(prompts))
+
+
+def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
+    """Draw N chains, one for each prompt and generator, and write them into latents (N, T + 1 or 1, ...) and log_probs (N, T or 0)."""
     def noise():
-        return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(policy.device)
+        return torch.stack([torch.randn(latents.shape[2:], generator=rng) for rng in rngs]).to(policy.device)
 
-    prompt_states = encode_prompts(policy, prompts)
-    x_t = noise()                                                            # x_T ~ Normal(0, I)
-    latents, log_probs = [x_t], []
-    for t in timesteps:
+    keep_chain = latents.shape[1] > 1
+    prompt_states = encode_prompts(policy.pipeline, prompts)
+    x_t = latents[:, 0] = noise()                                            # x_T ~ Normal(0, I)
+    for k, t in enumerate(policy.schedule.timesteps):
         mean, sigma = p_mean_sigma(policy, x_t, t.expand(len(prompts)), prompt_states)
         x_prev = mean + sigma * noise()
         if keep_chain:
-            log_probs.append(log_prob(x_prev, mean, sigma))
-            latents.append(x_prev)
+            latents[:, k + 1], log_probs[:, k] = x_prev, log_prob(x_prev, mean, sigma)
         x_t = x_prev
         bar.update()
-    if not keep_chain:
-        return Trajectory(x_t[:, None], x_t.new_empty(len(prompts), 0), timesteps, prompts)
-    return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, prompts)
+    latents[:, -1] = x_t
 
 
 def score(policy, trajectory, images, steps):
-    """N recorded actions under the current weights: log p_theta(x_{t-1} | x_t, c) (N,) and the KL to policy.reference (N,).
+    """N recorded actions under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the KL to policy.reference (N,).
 
-    images, steps (N,): the pairs, image i at step k (0 is the first, T -> T - 1). Both fp32, with gradient. The recorded
-    x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make what was done. Without a
-    reference the KL is 0, and costs nothing.
+    images, steps (N,) are the pairs: image i at step k, where 0 is the first step, T -> T - 1. Both results are fp32 and carry
+    a gradient. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make the action
+    that was taken. Without a reference the KL is 0 and costs nothing.
     """
-    prompt_states = encode_prompts(policy, [trajectory.prompts[i] for i in images.tolist()])
+    prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in images.tolist()])
     images, steps = images.to(policy.device), steps.to(policy.device)
     x_t, x_prev, t = trajectory.latents[images, steps], trajectory.latents[images, steps + 1], trajectory.timesteps[steps]
     mean, sigma = p_mean_sigma(policy, x_t, t, prompt_states)
@@ -248,60 +245,3 @@ def score(policy, trajectory, images, steps):
     with torch.no_grad():
         mean_reference, _ = p_mean_sigma(policy.reference, x_t, t, prompt_states)
     return log_prob(x_prev, mean, sigma), gaussian_kl(mean, mean_reference, sigma)
-
-
-@torch.no_grad()
-def decode(policy, x_0):
-    """Latents (B, C, H, W) -> images (B, 3, 8H, 8W in Stable Diffusion), fp32 in [0, 1]."""
-    vae = policy.pipeline.vae
-    with torch.autocast(policy.device.type, PRECISIONS[policy.precision], enabled=policy.precision != "fp32"):
-        # A few at a time: at 512 x 512 pixels the decoder's activations are what takes most memory of all.
-        images = torch.cat([vae.decode(part / vae.config.scaling_factor).sample.float() for part in x_0.split(8)])
-    if not images.isfinite().all():
-        raise FloatingPointError("an image is not finite: try --precision fp32, or a smaller --learning-rate")
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True):
-    """A pipeline of Stable Diffusion's architecture, by folder or hub name, as a policy with an eta > 0 DDIM chain.
-
-    With keep_reference, policy.reference is a frozen copy of it as it is now: one more U-Net in memory. Not scored, it may
-    have eta 0, and can only be drawn from.
-    Raises ValueError, in one line, if the model is not to be had, is of another architecture or has no usable schedule.
-    """
-    import diffusers
-    hub.quiet()
-    _refuse_incomplete_folder(Path(model))
-    # Weights that train are fp32, whatever they were saved in; autocast does the rest.
-    pipeline = hub.from_pretrained(diffusers.StableDiffusionPipeline, model, "model", dtype=torch.float32,
-                                   safety_checker=None, requires_safety_checker=False)
-    unet, vae, encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
-    if (unet.in_channels, unet.cross_attention_dim) != (vae.latent_channels, encoder.hidden_size) or unet.addition_embed_type:
-        raise ValueError(f"model {str(model)!r} is no text-to-image model of Stable Diffusion 1 or 2's architecture: its U-Net "
-                         "asks for more than a latent and a text")
-    # Stable Diffusion ships another sampler; its betas and offsets are the model's, the step is ours.
-    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    pipeline.scheduler = scheduler
-    pipeline.to(device)
-    if pipeline.unet.device.type == "cpu" and precision == "bf16":
-        # torch's fused attention has no fast bf16 on a CPU: with it bf16 is hardly faster than fp32, without 1.6 times.
-        pipeline.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        network.eval().requires_grad_(False)
-    policy = Policy(pipeline, ddim_schedule(scheduler, steps, eta, device, scored), float(guidance_scale), precision)
-    if keep_reference:
-        frozen = copy.copy(pipeline)  # shares all but the U-Net
-        frozen.unet = copy.deepcopy(pipeline.unet)
-        policy = replace(policy, reference=replace(policy, pipeline=frozen))
-    pipeline.unet.requires_grad_(True)
-    return policy
-
-
-def _refuse_incomplete_folder(folder):
-    if not folder.is_dir():
-        return
-    parts = ["model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    missing = [part for part in parts if not (folder / part).exists()]
-    if missing:
-        raise ValueError(f"model {str(folder)!r} is a folder, but no Stable Diffusion pipeline: it has no "
-                         + ", ".join(missing))

@@ -1,7 +1,7 @@
 """Every setting of a run: its default, the presets, the flags, and what is refused.
 
-A flag stands above the preset (there: what it says for an algorithm above what it says for a reward, above what it says for
-all), the preset above what the algorithm asks for, and that above Config, the paper's numbers.
+A flag stands above the preset, the preset above what the algorithm asks for, and that above the defaults of Config. Within a
+preset, what it says for an algorithm stands above what it says for a reward, and that above what it says for all.
 """
 import argparse
 import math
@@ -12,9 +12,11 @@ import torch
 
 import runs
 from ddpo import BASELINES
+from models import PRECISIONS
 from prompts import PROMPT_SETS
-from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS, Alignment
-from sampling import PRECISIONS
+from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS, Alignment, short_name
+
+ROOT = Path(__file__).resolve().parent
 
 
 def setting(default, text):
@@ -23,26 +25,34 @@ def setting(default, text):
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the paper's (appendix D)."""
+    """Every setting of a run.
+
+    The defaults are the paper's (appendix D.1, D.2, D.5), with these exceptions. Of the authors' code: eta, stats_buffer,
+    stats_min_count, advantage_clip, wording. Ours: epochs (the paper's 50,000 queries, divided), precision (the authors' JAX code
+    runs in fp32, their PyTorch port in fp16), all that is memory or speed alone, and all that says how often to evaluate and save.
+    """
+    preset: str = setting("emoji", "emoji, the embedded model, or paper, Stable Diffusion v1.4 with the paper's settings")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
+    watch: tuple = setting((), "a reward that is evaluated on the fixed prompts and never trained on, as for --reward; may be "
+                               "given more than once, and then stands for all that the preset watches")
     prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
-    reward_model: str = setting("", "of a learned reward: folder or hub name of another network than the published one")
-    aesthetic_head: str = setting("", "of aesthetic: the MLP's weights as a file, safetensors or torch's")
-    wording: str = setting("code", "of alignment: question and reference sentence as in the authors' code, or as in the paper")
-    bert_model: str = setting("", "of alignment: folder or hub name of BERTScore's encoder instead of deberta-xlarge-mnli")
-    bert_baseline: float = setting(0.0, "of alignment: what unrelated sentences score, taken as 0 (deberta-xlarge-mnli: 0.517)")
+    reward_model: str = setting("", "learned rewards: folder or hub name of another network than the published one")
+    aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch")
+    wording: str = setting("code", "alignment: question and reference sentence as in the authors' code, or as in the paper")
+    bert_model: str = setting("", "alignment: folder or hub name of BERTScore's encoder instead of deberta-xlarge-mnli")
+    bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score, taken as 0 (deberta-xlarge-mnli: 0.517)")
     name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
-    seed: int = setting(0, "of the training: prompts, noise, order")
-    epochs: int = setting(196, "rounds of sampling and learning")
-    samples_per_epoch: int = setting(256, "images drawn, and reward queries spent, an epoch")
-    updates_per_epoch: int = setting(4, "optimizer steps an epoch; in DDPO each on its own share of the samples")
+    seed: int = setting(0, "seed of the training: prompts, noise, order")
+    epochs: int = setting(196, "how often to sample and then learn; an epoch of RWR is what the paper calls a round")
+    samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
+    updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the samples")
     batch_size: int = setting(128, "RWR: images of an update")
     sampling_steps: int = setting(50, "denoising steps T")
     eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
     guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
-    guided_training: bool = setting(True, "RWR: guidance in the loss too; without, only the sampling is guided")
+    guided_training: bool = setting(True, "RWR: guidance in the loss too; without it only the sampling is guided")
     learning_rate: float = setting(1e-5, "of AdamW")
     adam_beta1: float = setting(0.9, "of AdamW")
     adam_beta2: float = setting(0.999, "of AdamW")
@@ -51,64 +61,56 @@ class Config:
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     clip_range: float = setting(1e-4, "trust region of DDPO-IS: the ratio, per latent dimension, stays in 1 +- this")
     advantage_clip: float = setting(10.0, "DDPO: advantages are clipped to +- this")
-    stats_buffer: int = setting(32, "DDPO: last rewards of a prompt that its mean and deviation are taken over")
-    stats_min_count: int = setting(16, "DDPO: with fewer rewards than this, a prompt uses the batch's mean and deviation")
-    skip_last_steps: int = setting(0, "DDPO: last steps of the chain that are not learned from (see the README's departures)")
+    stats_buffer: int = setting(32, "DDPO: the mean and deviation of a prompt are over this many of its last rewards")
+    stats_min_count: int = setting(16, "DDPO: with fewer rewards than this a prompt takes the batch's mean and deviation")
+    skip_last_steps: int = setting(0, "DDPO: number of last steps that are not learned from (ddpo.py says why)")
     baseline: str = setting("prompt", "DDPO: what a reward is compared with: prompt, batch, or none (the bare reward)")
-    kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension (DPOK)")
-    beta: float = setting(0.2, "RWR (rwr): inverse temperature, by which rewards are multiplied")
-    percentile: float = setting(0.9, "RWR (rwr-sparse): of a prompt's rewards, in [0, 1); what lies below is dropped")
-    precision: str = setting("fp16", "autocast of the U-Net: fp32, fp16 (GPU only) or bf16; weights train in fp32")
+    kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension")
+    beta: float = setting(0.2, "rwr: inverse temperature, by which rewards are multiplied")
+    percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
+    precision: str = setting("fp16", "autocast of the networks: fp32, fp16 (GPU only) or bf16; the weights stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
-    micro_batch: int = setting(4, "(image, step) pairs (RWR: images) that an update takes in at a time: memory and speed only")
+    micro_batch: int = setting(4, "(image, step) pairs, RWR: images, that go through the U-Net at a time in learning: memory and "
+                                  "speed only")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
     eval_prompts: int = setting(64, "number of those prompts, spread evenly over the prompt set")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
     device: str = setting("auto", "auto, cpu or cuda")
 
 
-# What an algorithm asks for (appendix D.2).
+# ---- What algorithms and presets ask for ----
+
+# RWR's numbers are appendix D.2's. Five epochs of 10,000 samples spend as many queries as DDPO; the authors' code has ten.
 _RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eval_every": 1, "checkpoint_every": 1}
 ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR}
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+EMOJI = ROOT / "emoji"
 PRESETS = {
     "emoji": {
-        "model": str(ASSETS / "emoji"),
+        "model": str(EMOJI / "model"),
+        "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
+        # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
         "precision": "fp32", "epochs": 24, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
         "learning_rate": 2e-4,
-        # Tuned: the latent is 8 times smaller than Stable Diffusion's, and 1e-4 per dimension another trust region.
-        "clip_range": 2e-3,
-        # Of 10 steps the last but one moves far at a tiny sigma: 7/8 of the gradient's variance, and little left to decide.
+        "clip_range": 2e-3,  # 1e-4 per dimension is another trust region in a latent an eighth of Stable Diffusion's
         "skip_last_steps": 2,
-        # About one image per prompt and epoch: a prompt's own statistics come late, and stale.
-        "stats_buffer": 16, "stats_min_count": 8,
+        "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes about once an epoch: its own statistics come late
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
 
-# What a preset says for one reward, above what it says for all; "" for any other reward. The prompts are those that the
-# preset's model can draw. With the preset's 10 guided steps it draws nearly always what it is asked for, so that a VLM has
-# nothing to teach it; with 4 unguided ones it fails half the time. Failures are few and say little: hence the larger batches.
-_EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(ASSETS / "emoji_vlm"), "guidance_scale": 1.0,
+# What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
+# In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
+# steps it fails half the time. Failures are few and tell little, so the batches are larger.
+_EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
               "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 1e-4,
               "eval_every": 2, "checkpoint_every": 2, "eval_prompts": 135}
 PRESET_REWARDS = {"emoji": {
-    # Its own text encoder has read captions alone, so what is compared is the bare prompt, as in the paper's wording.
-    "alignment": {**_EMOJI_VLM, "wording": "paper", "bert_model": str(ASSETS / "emoji")},
+    # The encoder is the model's own and has read captions alone. So the bare prompt is compared, as in the paper's wording.
+    "alignment": {**_EMOJI_VLM, "wording": "paper", "bert_model": str(EMOJI / "model")},
     "counting": _EMOJI_VLM,
-    "": {"prompts": "common_animals"}}}
+    "": {"prompts": "emoji_animals"}}}
 
-# Settings that only some algorithms read: given with another, they are a mistake. (RWR has no chain to take a KL or a ratio
-# over; and a DDPO update without guidance would score another policy than the one that sampled.)
-DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
-OWNERS = {"clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
-          "stats_buffer": DDPO, "stats_min_count": DDPO,
-          "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
-
-REWARD_OWNERS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",), "wording": ("alignment",),
-                 "bert_model": ("alignment",), "bert_baseline": ("alignment",)}
-
-# What a preset says for one algorithm, above what it says for all: chosen from compare.py --sweep (results/README.md).
+# What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md).
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "eval_every": 1, "checkpoint_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
@@ -116,29 +118,36 @@ PRESET_ALGORITHMS = {"emoji": {
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
     "rwr-sparse": _EMOJI_RWR}}
 
+# Settings that only some algorithms read. Given with another, they are a mistake. (RWR has no chain, and so no KL and no ratio.
+# A DDPO update without guidance would score another policy than the one that sampled.)
+DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
+ALGORITHM_SETTINGS = {
+    "clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
+    "stats_buffer": DDPO, "stats_min_count": DDPO,
+    "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
 
-def short_name(reward):
-    """'compressibility', or the function's name of 'path/to/file.py:function'."""
-    return reward.rpartition(":")[2]
+# Settings that only some rewards read: the options of rewards.load_reward.
+REWARD_SETTINGS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",), "wording": ("alignment",),
+                   "bert_model": ("alignment",), "bert_baseline": ("alignment",)}
 
+
+# ---- Making a Config ----
 
 def build_config(flags):
-    """Config with, in this order, what the algorithm, the preset and the flags ask for. Raises ValueError: see check."""
-    preset, algorithm = flags.get("preset", "emoji"), flags.get("algorithm", Config.algorithm)
-    reward = flags.get("reward", Config.reward)
+    """The Config of a dict of flags. Raises ValueError: see check."""
+    preset, algorithm, reward = (flags.get(name, getattr(Config, name)) for name in ("preset", "algorithm", "reward"))
     for name in flags:
-        if algorithm not in OWNERS.get(name, ALGORITHMS):
-            raise ValueError(f"--{name.replace('_', '-')} is not of {algorithm}, but of {', '.join(OWNERS[name])}")
-    config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **preset_reward(preset, reward),
-                       **PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {}),
-                       **{key: value for key, value in flags.items() if key != "preset"}})
-    own_prompts = preset_reward(preset, reward).get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
-    config.prompts = config.prompts or own_prompts
-    # What is a path is kept whole, so that a run can be resumed from any folder.
-    path, colon, function = config.reward.rpartition(":")
-    config.reward = f"{Path(path).resolve()}:{function}" if colon else config.reward
+        if algorithm not in ALGORITHM_SETTINGS.get(name, ALGORITHMS):
+            raise ValueError(f"--{name.replace('_', '-')} is read by {', '.join(ALGORITHM_SETTINGS[name])}, not by {algorithm}")
+    of_reward, of_algorithm = preset_reward(preset, reward), PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {})
+    config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
+    config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
+    # Paths are kept whole, so that a run can be resumed from any folder.
+    config.reward, config.watch = absolute_reward(config.reward), [absolute_reward(name) for name in config.watch]
+    if "watch" not in flags:  # the preset's choice, which may hold the reward that is trained
+        config.watch = [name for name in config.watch if name != config.reward]
     config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
-    for name in ("model", "reward_model", "bert_model"):  # a hub name is left as it is
+    for name in ("model", "reward_model", "bert_model"):  # a hub name stays as it is
         if getattr(config, name) and Path(getattr(config, name)).is_dir():
             setattr(config, name, str(Path(getattr(config, name)).resolve()))
     config.aesthetic_head = str(Path(config.aesthetic_head).resolve()) if config.aesthetic_head else ""
@@ -148,14 +157,35 @@ def build_config(flags):
     return config
 
 
+def absolute_reward(name):
+    """A reward's name, in which the path of a user's file is absolute."""
+    path, colon, function = name.rpartition(":")
+    return f"{Path(path).resolve()}:{function}" if colon else name
+
+
 def preset_reward(preset, reward):
-    """What the preset says for that reward, above what it says for all."""
-    own = PRESET_REWARDS.get(preset, {})
-    return own.get(reward, own.get("", {}))
+    """What the preset says for that reward."""
+    choices = PRESET_REWARDS.get(preset, {})
+    return choices.get(reward, choices.get("", {}))
+
+
+def reward_options(config, name):
+    """The options of rewards.load_reward for a reward that is trained, watched or evaluated.
+
+    The trained reward takes the settings of the run. Another takes what the user gave, unless that is for the trained reward, else
+    what the preset says for it, else the defaults.
+    """
+    options = {}
+    for option, readers in REWARD_SETTINGS.items():
+        if name in readers:
+            given, default = getattr(config, option), getattr(Config, option)
+            is_given = name == config.reward or given != default and config.reward not in readers
+            options[option] = given if is_given else preset_reward(config.preset, name).get(option, default)
+    return options
 
 
 def load_config(folder):
-    """The settings of a run under runs/. Raises ValueError if there is none, or it is of another version."""
+    """The settings of a run under runs/. Raises ValueError if there are none, or if they are of another version."""
     try:
         return Config(**runs.load_settings(folder))
     except TypeError as error:
@@ -165,22 +195,28 @@ def load_config(folder):
 def shared_settings(config):
     """The settings that make a result what it is and that its algorithm reads, as they may be published.
 
-    So without the run's name and seed, knobs of speed, and this machine's folders.
+    So without the run's name and seed, without knobs of speed, and with paths relative to the project.
     """
-    here = str(Path(__file__).resolve().parent)
-    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
-    return {name: value.replace(here + "/", "") if isinstance(value, str) else value for name, value in asdict(config).items()
-            if name not in left_out and config.algorithm in OWNERS.get(name, ALGORITHMS)}
+    def published(value):
+        return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
+    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
+    return {name: [published(one) for one in value] if name == "watch" else published(value)
+            for name, value in asdict(config).items()
+            if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
+
+
+# ---- What is refused ----
 
 def check(config):
-    """Refuse settings that cannot run. Raises ValueError, in one line, with what to do."""
+    """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
+    may_be_zero = ("weight_decay", "seed", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile", "skip_last_steps",
+                   "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
-        may_be_zero = item.name in ("weight_decay", "seed", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile",
-                                    "skip_last_steps", "bert_baseline")
-        if item.type in (int, float) and not (math.isfinite(value) and (value > 0 or may_be_zero and value == 0)):
-            raise ValueError(f"{flag} {value}: must be a {'non-negative' if may_be_zero else 'positive'} number")
+        zero = item.name in may_be_zero
+        if item.type in (int, float) and not (math.isfinite(value) and (value > 0 or zero and value == 0)):
+            raise ValueError(f"{flag} {value}: must be a {'non-negative' if zero else 'positive'} number")
     if config.seed >= 2**32:
         raise ValueError(f"--seed {config.seed}: must be below {2**32}")
     if max(config.adam_beta1, config.adam_beta2) >= 1:
@@ -195,37 +231,58 @@ def check(config):
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
-    for name, owners in REWARD_OWNERS.items():
-        if getattr(config, name) != getattr(Config, name) and config.reward not in owners:
-            raise ValueError(f"--{name.replace('_', '-')} is not of {short_name(config.reward)}, but of {', '.join(owners)}")
-    if config.bert_baseline >= 1:
-        raise ValueError(f"--bert-baseline {config.bert_baseline:g}: must be below 1")
+    for name in config.watch:
+        if name == config.reward:
+            raise ValueError(f"--watch {short_name(name)}: it is the reward that is trained")
+        if [short_name(other) for other in config.watch].count(short_name(name)) > 1:
+            raise ValueError(f"--watch {short_name(name)}: two watched rewards have this name, and would be one in the log")
+    check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
+                  [config.reward, *config.watch])
     if config.percentile >= 1:
         raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
     if config.stats_min_count > config.stats_buffer:
         raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
                          "rewards can hold")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is to be seen; use --device cpu")
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
     if config.precision == "fp16" and config.device == "cpu":
         raise ValueError("--precision fp16 needs a GPU; use --precision fp32 (or bf16) on a CPU")
     if Path(config.name).name != config.name or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
 
 
+def check_options(options, rewards):
+    """Raise ValueError if one of these options is read by none of these rewards."""
+    for name in options:
+        if not set(REWARD_SETTINGS[name]) & set(rewards):
+            raise ValueError(f"--{name.replace('_', '-')} is read by {', '.join(REWARD_SETTINGS[name])}, not by "
+                             f"{', '.join(map(short_name, rewards))}")
+
+
+def check_questions(prompts, rewards, enough):
+    """Raise ValueError if counting is among those rewards, and not `enough` (all or any) of the prompts bring questions along."""
+    if "counting" in rewards and not enough(prompt.questions for prompt in prompts):
+        sets = [name for name, prompt_set in PROMPT_SETS.items() if all(prompt.questions for prompt in prompt_set())]
+        raise ValueError(f"counting asks questions that its prompts bring along: choose --prompts {' or '.join(sets)}")
+
+
+# ---- The command line ----
+
 def parse(argv, description):
-    """Flags, as a dict of those given. Raises ValueError on one that is unknown or ill-formed."""
+    """The flags that were given, as a dict. Raises ValueError if one is unknown or malformed."""
     names = {"names": ", ".join(REWARDS), "sets": ", ".join(PROMPT_SETS), "algorithms": ", ".join(ALGORITHMS)}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = _refuse  # one line, not the usage of thirty flags
-    parser.add_argument("--preset", choices=PRESETS, help="emoji, the embedded model (default), or paper")
+    parser.error = _refuse  # one line, not the usage of forty flags
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
-    choices = {"algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS, "baseline": BASELINES,
-               "device": ("auto", "cpu", "cuda")}
+    choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
+               "baseline": BASELINES, "device": ("auto", "cpu", "cuda")}
     for item in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
-            "type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}
+        kind = {"type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}
+        if item.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        if item.type is tuple:
+            kind = {"action": "append", "metavar": "NAME"}
         parser.add_argument("--" + item.name.replace("_", "-"), **kind,
                             help=item.metadata["help"] % names + _default_text(item.name, item.default))
     return vars(parser.parse_args(argv))
@@ -237,12 +294,16 @@ def _refuse(message):
 
 def _default_text(name, default):
     """' (default: 196; rwr: 5; emoji: 24; emoji, rwr: 4)'."""
-    sources = [("default", {name: default or {"prompts": "the reward's"}.get(name, default)})]
-    sources += [(algorithm, own) for algorithm, own in ALGORITHMS.items()]
-    for preset, own in PRESETS.items():
-        sources += [(preset, own)]
-        sources += [(f"{preset}, {one}" if one else preset, of_one) for of_each in (PRESET_REWARDS, PRESET_ALGORITHMS)
-                    for one, of_one in of_each.get(preset, {}).items()]
-    said = [f"{who}: {Path(own[name]).name if isinstance(own[name], str) and who != 'default' else own[name]}"
-            for who, own in sources if name in own and own[name] != ""]
-    return f" ({'; '.join(said)})" if said else ""
+    sources = [("default", {name: default or {"prompts": "the reward's"}.get(name, default)}), *ALGORITHMS.items()]
+    for preset, choices in PRESETS.items():
+        sources.append((preset, choices))
+        for table in (PRESET_REWARDS, PRESET_ALGORITHMS):
+            sources += [(f"{preset}, {one}" if one else preset, own) for one, own in table.get(preset, {}).items()]
+    texts = [f"{source}: {_default_value(choices[name])}" for source, choices in sources if choices.get(name, "") not in ("", ())]
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _default_value(value):
+    if isinstance(value, tuple):
+        return " and ".join(map(_default_value, value))
+    return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value

@@ -1,0 +1,586 @@
+"""How the embedded models were made, from an emoji font alone: the text-to-image model emoji/model, its judge, its VLM.
+
+    python emoji/pretrain.py            # remakes model and judge from nothing; if it is stopped, the same command goes on
+    python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
+    python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table
+
+There are four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the autoencoder; train the
+judge; train the U-Net together with the text encoder on the pool's latents. The vision-language model has two stages on the same
+pool: its vision tower, then the whole. Only tests import this file.
+"""
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
+from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
+from models import to_pil
+from prompts import NUMBER_WORDS, counting_questions, with_number
+from rewards import VLM, Alignment, dialogue
+
+TOKENS = 16             # context of the text encoder
+LATENT_CHANNELS = 8
+POOL_SEED, FRESH_SEED = 0, 1
+FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",      # Debian, Ubuntu
+         "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
+         "/usr/share/fonts/noto/NotoColorEmoji.ttf"]               # Arch
+
+
+# ---- Scenes: one to four of an animal, on a background that holds most of the JPEG's bytes ----
+
+@cache
+def glyph(animal, font):
+    """The animal's emoji as an RGBA image, cropped. Noto Color Emoji has bitmaps of 109 px only."""
+    image = Image.new("RGBA", (160, 160))
+    ImageDraw.Draw(image).text((12, 12), EMOJI[animal], font=ImageFont.truetype(font, 109), embedded_color=True)
+    return image.crop(image.getbbox())
+
+
+def draw_background(rng):
+    """One of six kinds, (64, 64, 3) float in [0, 255]. All are light, so that black animals stay visible."""
+    a, b = rng.uniform(110, 255, (2, 3))
+    b = a + (b - a) * 0.7
+    y, x = np.mgrid[:SIZE, :SIZE]
+    kind = rng.choice(["plain", "horizon", "gradient", "noise", "stripes", "checks"], p=[.14, .1, .1, .26, .2, .2])
+    if kind == "plain":
+        share = np.zeros((SIZE, SIZE))
+    elif kind == "horizon":
+        share = (y > rng.integers(20, 52)).astype(float)
+    elif kind == "gradient":
+        angle = rng.uniform(0, 2 * np.pi)
+        share = (np.cos(angle) * (x - 31.5) + np.sin(angle) * (y - 31.5)) / 90 + 0.5
+    elif kind == "noise":
+        cell = rng.choice([4, 8])
+        colours = (a + b) / 2 + rng.uniform(15, 45) * rng.uniform(-1, 1, (SIZE // cell, SIZE // cell, 3))
+        return np.clip(colours.repeat(cell, 0).repeat(cell, 1), 0, 255)
+    elif kind == "stripes":
+        across = [x, y, x + y, x - y][rng.integers(4)]
+        share = (across // rng.integers(5, 10) % 2).astype(float)
+    else:
+        cell = rng.integers(6, 12)
+        share = ((x // cell + y // cell) % 2).astype(float)
+    return a + share[..., None] * (b - a)
+
+
+def draw_scene(seed, index, font):
+    """Scene `index` of the endless series `seed`: image (64, 64, 3) uint8, animal (the judge's class), number."""
+    rng = np.random.default_rng([seed, index])
+    animal = int(rng.integers(len(ANIMALS)))
+    number = int(rng.choice([1, 2, 3, 4], p=[.64, .12, .12, .12]))
+    image = Image.fromarray(draw_background(rng).astype(np.uint8))
+    # Two to four stand in different quadrants, so that everyone counts the same.
+    quadrants = rng.permutation([(16, 16), (48, 16), (16, 48), (48, 48)])[:number]
+    for centre in quadrants:
+        size = rng.uniform(36, 58) if number == 1 else rng.uniform(25, 32)
+        slack = (SIZE - size) / 2 if number == 1 else (36 - size) / 2
+        centre = (SIZE / 2 if number == 1 else centre) + rng.uniform(-slack, slack, 2)
+        drawing = glyph(ANIMALS[animal], font)
+        if rng.random() < 0.5:
+            drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        scale = size / max(drawing.size)
+        drawing = drawing.resize([round(side * scale) for side in drawing.size], Image.Resampling.LANCZOS)
+        drawing = drawing.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+        image.paste(drawing, tuple(int(c - side / 2) for c, side in zip(centre, drawing.size)), drawing)
+    return np.asarray(image), animal, number
+
+
+def _draw(task):
+    return draw_scene(*task)
+
+
+def draw_scenes(seed, count, font):
+    """`count` scenes, drawn on all cores: images (count, 64, 64, 3) uint8, animals and numbers (count,) int64."""
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    labels = np.empty((count, 2), np.int64)
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        scenes = pool.imap(_draw, ((seed, i, font) for i in range(count)), chunksize=64)
+        for i, (image, *label) in enumerate(tqdm(scenes, "drawing scenes", count)):
+            images[i], labels[i] = image, label
+    return images, labels[:, 0], labels[:, 1]
+
+
+def to_float(images, device):
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float in [0, 1]."""
+    return torch.as_tensor(images).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def caption(animal, number, bare=False):
+    """'a cat', or 'cat' if bare; 'two cats'."""
+    return ANIMALS[animal] if bare and number == 1 else with_number(ANIMALS[animal], number)
+
+
+# ---- The architectures: Stable Diffusion's and LLaVA's own, made small ----
+
+def new_autoencoder():
+    """64 x 64 x 3 to latents of 16 x 16 x 8."""
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
+        sample_size=SIZE, mid_block_add_attention=False)
+
+
+def new_unet():
+    """Three levels, with cross-attention on the inner two."""
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
+        block_out_channels=(32, 64, 128), norm_num_groups=8, cross_attention_dim=64,
+        attention_head_dim=4,  # diffusers reads it as the number of heads
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+
+
+def new_text_encoder(tokenizer):
+    """CLIP's, two layers of 64."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def new_tokenizer():
+    """CLIP's byte-level BPE: all bytes, and merges learned from the captions. Each of their words becomes one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    start, end, suffix = "<|startoftext|>", "<|endoftext|>", "</w>"
+    learner = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix=suffix))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    captions = [caption(a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)]
+    learner.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=4000, end_of_word_suffix=suffix, show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [start, end, *letters, *(letter + suffix for letter in letters), *(a + b for a, b in merges)]
+    vocabulary = {token: k for k, token in enumerate(dict.fromkeys(vocabulary))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, bos_token=start, eos_token=end, pad_token=end, unk_token=end,
+                         model_max_length=TOKENS)
+
+
+def new_vlm_processor():
+    """LLaVA's processor, with a tokenizer of whole words: those of the questions and answers."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    texts = ["USER: ASSISTANT:", *(text for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
+                                   for pair in questions(a, n) for text in pair)]
+    splitter, special = pre_tokenizers.Whitespace(), ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())})
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate([*special, *words])}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], model_max_length=128)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                          num_additional_image_tokens=1)
+
+
+def new_vlm(tokenizer):
+    """LLaVA's: a CLIP vision tower of five layers, a Llama of three."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    layers = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+    return LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=SIZE, patch_size=8, num_hidden_layers=5, **layers),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=128,
+                                pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+                                eos_token_id=tokenizer.eos_token_id, **layers),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1, attn_implementation="eager"))
+
+
+# ---- Training ----
+
+def fit(name, make, loss, steps, learning_rate, args):
+    """Train the networks of make() on `loss(networks, rng) -> scalar`. Returns those with the EMA weights, in eval mode.
+
+    Step k draws everything from a generator that is seeded with k. So a run that goes on from its checkpoint is the run that was
+    never stopped. The learning rate warms up linearly, stays, and decays linearly to zero over the last 30 %.
+    """
+    path = args.work / f"{name}.pt"
+    torch.manual_seed(POOL_SEED)
+    modules = nn.ModuleDict(make()).to(args.device).train()
+    ema = AveragedModel(modules, multi_avg_fn=_average, use_buffers=True)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / 200, 1.0, max(steps - k, 0) / (0.3 * steps)))
+    first = 0
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        first = state["step"]
+        modules.load_state_dict(state["modules"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.last_epoch = first - 1  # the rate depends on the step alone, so the number of steps may change on the way
+        schedule.step()
+    bar = tqdm(range(first, steps), f"{name:11}", initial=first, total=steps)
+    smooth = None
+    for step in bar:
+        value = loss(modules, np.random.default_rng([POOL_SEED, step]))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(modules)
+        smooth = value.item() if smooth is None else 0.99 * smooth + 0.01 * value.item()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{smooth:.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            torch.save({"step": step + 1, "modules": modules.state_dict(), "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict()}, path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)  # a kill leaves the old checkpoint or the new one
+    return ema.module.eval()
+
+
+def _average(averages, currents, updates):
+    # The decay warms up. At a constant 0.999 the random first weights would still count for 20 % after 1,600 steps.
+    decay = min(0.999, (1 + updates) / (10 + updates))
+    for average, current in zip(averages, currents):
+        average.lerp_(current, 1 - float(decay)) if average.is_floating_point() else average.copy_(current)
+
+
+def train_autoencoder(images, args):
+    """The autoencoder, on squared error and a small KL."""
+    def loss(networks, rng):
+        x = to_float(images[np.sort(rng.integers(len(images), size=16))], args.device) * 2 - 1
+        # bf16 is 1.5 times faster here on a processor with AVX512-BF16, and exact enough for pixels.
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = networks["vae"].encode(x).latent_dist
+            noise = torch.as_tensor(rng.standard_normal(posterior.mean.shape, np.float32), device=args.device)
+            reconstruction = networks["vae"].decode(posterior.mean + posterior.std * noise).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.mse_loss(reconstruction.float(), x) + 5e-4 * kl.float()
+
+    return fit("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
+
+
+def as_if_generated(x, rng):
+    """Images (B, 3, 64, 64), some made a little soft, some a little noisy, as generated images are. A judge should not mind."""
+    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    mix = torch.as_tensor(rng.random((len(x), 1, 1, 1), np.float32) ** 2, device=x.device)
+    grain = torch.as_tensor(rng.standard_normal(x.shape, np.float32), device=x.device)
+    return x + mix * (soft - x) + 0.05 * mix.flip(0) * grain
+
+
+def train_judge(images, animals, numbers, args):
+    """The judge, on the scenes' animals and numbers."""
+    def loss(networks, rng):
+        chosen = np.sort(rng.integers(len(images), size=64))
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
+        return classification_loss(*networks["judge"](x), animals[chosen], numbers[chosen])
+
+    return fit("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+
+
+def classification_loss(animal_logits, number_logits, animals, numbers):
+    """Cross-entropy of logits (B, 75) and (B, 4) against the scenes' animals and numbers (B,), summed."""
+    device = animal_logits.device
+    return (F.cross_entropy(animal_logits, torch.as_tensor(animals, device=device))
+            + F.cross_entropy(number_logits, torch.as_tensor(numbers - 1, device=device)))
+
+
+def train_tower(images, animals, numbers, processor, args):
+    """The VLM's vision tower, on the judge's task. (LLaVA's tower is CLIP's, which was trained on images before, too.)"""
+    def loss(networks, rng):
+        chosen = np.sort(rng.integers(len(images), size=64))
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
+        with torch.autocast(args.device, torch.bfloat16):
+            patches = networks["tower"](normalised(x, processor)).last_hidden_state[:, 1:]  # without the class token, as LLaVA
+            pooled = torch.cat([patches.amax(1), patches.mean(1)], 1)                       # (B, 2 E), as in judge.py
+            return classification_loss(networks["animal"](pooled), networks["number"](pooled), animals[chosen],
+                                       numbers[chosen])
+
+    def make():
+        tower = new_vlm(processor.tokenizer).model.vision_tower
+        width = 2 * tower.config.hidden_size
+        return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(width, MAX_NUMBER)}
+
+    return fit("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
+
+
+def normalised(x, processor):
+    """Images (B, 3, 64, 64) in [0, 1], normalised as the VLM's processor does it."""
+    scale = processor.image_processor
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (scale.image_mean, scale.image_std))
+    return (x - mean) / std
+
+
+def train_vlm(images, animals, numbers, args):
+    """The VLM: each scene is asked one of four questions, and the loss is the next-token loss of the answer alone."""
+    processor = new_vlm_processor()
+    tokenizer, tower = processor.tokenizer, train_tower(images, animals, numbers, processor, args)
+    dialogues = {(a, n, k): tokens_and_labels(processor, *pair) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
+                 for k, pair in enumerate(questions(a, n))}
+    kinds = len(questions(0, 1))
+
+    def loss(networks, rng):
+        chosen = np.sort(rng.integers(len(images), size=64))
+        x = as_if_generated(to_float(images[chosen], args.device), rng)
+        asked = [dialogues[a, n, k] for a, n, k in zip(animals[chosen], numbers[chosen], rng.integers(kinds, size=64))]
+        length = max(len(ids) for ids, _ in asked)
+        ids, labels = (torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=args.device)
+                       for rows, fill in zip(zip(*asked), (tokenizer.pad_token_id, -100)))
+        with torch.autocast(args.device, torch.bfloat16):
+            return networks["vlm"](input_ids=ids, pixel_values=normalised(x, processor), labels=labels,
+                                   attention_mask=(ids != tokenizer.pad_token_id).long()).loss
+
+    def make():
+        network = new_vlm(tokenizer)
+        network.model.vision_tower.load_state_dict(tower.state_dict())
+        return {"vlm": network}
+
+    network = fit("vlm", make, loss, args.vlm_steps, 1e-3, args)["vlm"]
+    network.to("cpu", torch.float16).save_pretrained(args.vlm_output)
+    processor.save_pretrained(args.vlm_output)
+
+
+def questions(animal, number):
+    """What may be asked about a scene, and the right answers."""
+    how_many, which = (question for question, _ in counting_questions(ANIMALS[animal], number))
+    whole = caption(animal, number)
+    return [(question, whole) for question, _ in Alignment.WORDINGS.values()] + [
+        (how_many, NUMBER_WORDS[number]), (which, ANIMALS[animal])]
+
+
+def tokens_and_labels(processor, question, answer):
+    """Token ids of a question about an image and its answer. And the labels: the ids of the answer and its end, else -100."""
+    tokenizer = processor.tokenizer
+    asked = dialogue(processor, question).replace("<image>", "<image>" * (SIZE // processor.patch_size) ** 2)
+    asked, said = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, answer))
+    said.append(tokenizer.eos_token_id)
+    return asked + said, [-100] * len(asked) + said
+
+
+@torch.no_grad()
+def encode_pool(vae, images, args):
+    """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor. They are encoded once and kept."""
+    path = args.work / "latents.pt"
+    if not path.exists():
+        batches = tqdm(torch.arange(len(images)).split(64), "encoding   ")
+        latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu() for b in batches]
+        torch.save(torch.cat(latents), path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+    latents = torch.load(path, weights_only=True)
+    factor = 1 / latents.std().item()
+    return latents * factor, factor
+
+
+def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
+    """U-Net and text encoder jointly, on the epsilon loss. 10 % of the captions are dropped, for guidance."""
+    from diffusers.models.attention_processor import AttnProcessor
+    kinds = [(a, n, bare) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1) for bare in (False, True)]
+    row = {kind: k for k, kind in enumerate(kinds)}
+    ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
+                    return_tensors="pt").input_ids.to(args.device)
+    alpha_bar = scheduler.alphas_cumprod.to(args.device)
+
+    def loss(networks, rng):
+        chosen = rng.integers(len(latents), size=64)
+        bare, dropped = rng.random((2, 64)) < [[0.3], [0.1]]
+        rows = [-1 if d else row[a, n, bool(b)]
+                for a, n, b, d in zip(animals[chosen], numbers[chosen], bare, dropped)]
+        x_0 = latents[torch.as_tensor(chosen)].to(args.device)                                   # (B, 8, 16, 16)
+        t = torch.as_tensor(rng.integers(1000, size=64), device=args.device)                     # (B,)
+        noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
+        x_t = scheduler.add_noise(x_0, noise, t)
+        states = networks["text_encoder"](ids[rows])[0]
+        with torch.autocast(args.device, torch.bfloat16):  # 1.6 times faster, see train_autoencoder
+            eps = networks["unet"](x_t, t, states).sample.float()
+        # Min-SNR weights (Hang et al. 2023, gamma = 5): most of the plain loss is about noise that nobody sees.
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        return (snr.clamp(max=5) / snr * (eps - noise).square().mean((1, 2, 3))).mean()
+
+    def make():
+        networks = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+        if args.device == "cpu":  # the fused attention is slow there in bfloat16, and these sequences are short
+            networks["unet"].set_attn_processor(AttnProcessor())
+        return networks
+
+    return fit("denoiser", make, loss, args.denoiser_steps, 1e-3, args)
+
+
+def scheduler():
+    """Stable Diffusion's schedule."""
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                         set_alpha_to_one=False, clip_sample=False)
+
+
+def remake(args):
+    """All four stages, each skipped if its checkpoint says that it is done. Then model and judge are saved."""
+    from diffusers import StableDiffusionPipeline
+    args.work.mkdir(parents=True, exist_ok=True)
+    images, animals, numbers = load_pool(args)
+    vae = train_autoencoder(images, args)
+    judge = train_judge(images, animals, numbers, args)
+    latents, scaling_factor = encode_pool(vae, images, args)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    tokenizer = new_tokenizer()
+    networks = train_denoiser(latents, animals, numbers, tokenizer, scheduler(), args)
+    pipeline = StableDiffusionPipeline(vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
+                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.to("cpu", torch.float16).save_pretrained(args.output)
+    # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do not mix.
+    pipeline.text_encoder.float().save_pretrained(args.output / "text_encoder")
+    save_file({name: weight.half().contiguous() if weight.is_floating_point() else weight
+               for name, weight in judge.cpu().state_dict().items()}, args.output.parent / WEIGHTS.name)
+
+
+def load_pool(args):
+    """The pool of scenes: images, animals, numbers. It is drawn once and kept under `work`."""
+    path = args.work / "scenes.npz"
+    if not path.exists():
+        images, animals, numbers = draw_scenes(POOL_SEED, args.scenes, args.font)
+        with open(path.with_suffix(".new"), "wb") as file:
+            np.savez(file, images=images, animals=animals, numbers=numbers)
+        os.replace(path.with_suffix(".new"), path)
+    pool = np.load(path)
+    if len(pool["numbers"]) != args.scenes:
+        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: delete it to draw anew")
+    return pool["images"], pool["animals"], pool["numbers"]
+
+
+# ---- What came out ----
+
+def load_pipeline(args):
+    """The model in --output, by plain diffusers."""
+    from diffusers import StableDiffusionPipeline
+    pipeline = StableDiffusionPipeline.from_pretrained(args.output).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def sample(pipeline, prompts, args):
+    """Images (B, 3, 64, 64) in [0, 1] of B prompts, by plain diffusers: DDIM, eta = 1, seed 0."""
+    rng = torch.Generator().manual_seed(0)
+    batches = tqdm(range(0, len(prompts), 64), "sampling   ")
+    return torch.cat([torch.as_tensor(pipeline(
+        prompts[i:i + 64], num_inference_steps=args.sampling_steps, guidance_scale=args.guidance_scale, eta=1.0,
+        generator=rng, output_type="np").images).permute(0, 3, 1, 2) for i in batches])
+
+
+def check(args):
+    """Print the table of the model card: autoencoder, judge, and the share of samples that show what they should."""
+    pipeline = load_pipeline(args)
+    judge = load_judge(args.output.parent / WEIGHTS.name, args.device)
+
+    def right(images, animals, numbers):
+        seen = [pair for part in images.split(256) for pair in name_animals(judge, part)]
+        is_right = np.array([[animal == ANIMALS[a], number == n] for (animal, number), a, n in zip(seen, animals, numbers)])
+        return [f"{share:.1%}" for share in is_right.mean(0)]
+
+    images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
+    images = to_float(images, args.device)
+    with torch.no_grad():
+        error = torch.cat([(pipeline.vae(part * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 - part).square().mean((1, 2, 3))
+                           for part in images.split(64)])
+    rows = [("autoencoder PSNR, fresh scenes", f"{-10 * error.mean().log10():.1f} dB", ""),
+            ("judge right, fresh scenes: animal, number", *right(images, animals, numbers))]
+    for number in range(1, MAX_NUMBER + 1):
+        animals = np.arange(len(ANIMALS)).repeat(args.check_images)
+        drawn = sample(pipeline, [caption(a, number) for a in animals], args)
+        rows.append((f'samples of "{caption(0, number)}" and so on: animal, number',
+                     *right(drawn, animals, np.full(len(animals), number))))
+    print(f"\n{args.sampling_steps} steps, guidance {args.guidance_scale:g}, eta 1, {args.check_images} images of each "
+          f"of {len(ANIMALS)} animals and each number\n\n| measured | | |\n|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def check_vlm(args):
+    """Print the table of the VLM's card: how often its answers on fresh scenes are right, asked by rewards.VLM."""
+    images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
+    vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
+    print("\n| asked, 2,048 fresh scenes of all animals | right | animal | number | worst animal |\n|---|---|---|---|---|")
+    meant = {caption(a, n): (a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)}
+    for k, (question, _) in enumerate(questions(0, 1)):
+        answers = vlm.answer(images, [question] * len(images))
+        right = np.array([answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)])
+        worst = min(range(len(ANIMALS)), key=lambda a: right[animals == a].mean())
+        parts = ["-", "-"]
+        if k < len(Alignment.WORDINGS):  # the answer is a caption: each part may be right by itself
+            understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
+            parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
+        cells = [question, f"{right.mean():.1%}", *parts, f"{ANIMALS[worst]}, {right[animals == worst].mean():.0%}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+def contact_sheet(args, path, columns=15):
+    """An image of every animal, then rows of two, three and four, with captions."""
+    pipeline = load_pipeline(args)
+    prompts = [caption(a, 1) for a in range(len(ANIMALS))]
+    prompts += [caption((7 * n + 5 * k) % len(ANIMALS), n) for n in (2, 3, 4) for k in range(columns)]
+    tile, label = 96, 14
+    sheet = Image.new("RGB", (columns * (tile + 4), -(-len(prompts) // columns) * (tile + label + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (prompt, image) in enumerate(zip(prompts, sample(pipeline, prompts, args))):
+        x, y = k % columns * (tile + 4), k // columns * (tile + label + 4)
+        sheet.paste(to_pil(image).resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x + tile / 2, y + tile + 1), prompt, fill="black", anchor="ma")
+    sheet.save(path)
+
+
+def parse(argv):
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--check", action="store_true", help="measure the models in --output, train nothing")
+    add("--vlm", action="store_true", help="the vision-language model instead of the others")
+    add("--output", type=Path, default=HERE / "model", help="folder of the text-to-image model")
+    add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
+    add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
+    add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--scenes", type=int, default=50_000, help="size of the pool of training scenes")
+    add("--autoencoder-steps", type=int, default=5_000, help="each on 16 scenes")
+    add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
+    add("--denoiser-steps", type=int, default=10_000, help="each on 64 scenes")
+    add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
+    add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
+    add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
+    add("--guidance-scale", type=float, default=5.0, help="for the check and the contact sheet: the emoji preset's")
+    add("--check-images", type=int, default=4, help="the check's samples of each animal and each number")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse(argv)
+    if not os.path.exists(args.font):
+        sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
+                 "apt install fonts-noto-color-emoji) or give its file with --font")
+    if sys.platform == "linux" and args.device == "cpu":
+        # glibc gives the memory of large tensors back to the kernel at each free, and page faults cost a third of the time. So:
+        # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
+    if args.vlm:
+        if not args.check:
+            args.work.mkdir(parents=True, exist_ok=True)
+            train_vlm(*load_pool(args), args)
+        check_vlm(args)
+        return
+    if not args.check:
+        remake(args)
+        contact_sheet(args, args.output.parent / "contact_sheet.png")
+    check(args)
+
+
+if __name__ == "__main__":
+    main()

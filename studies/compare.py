@@ -1,0 +1,363 @@
+"""Figure 4 of the paper on the embedded model: the four algorithms at the same number of reward queries, by one command.
+
+    python studies/compare.py --reward compressibility --seeds 5       # the comparison
+    python studies/compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
+    python studies/compare.py --drift                                  # both JPEG rewards together: less what they do alike
+    python studies/compare.py --ablation clip-range                    # one question; --help names them all
+
+Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. A finished run has one
+line in studies/results/REWARD/STUDY.jsonl. It is not run again, for this or another study of the reward, unless a setting that
+it reads has changed. A run that was stopped is resumed. From the lines come STUDY.md, the table, and STUDY.png, the figure. As
+long as the first seed's folders under runs/ are there, they also give STUDY_images.png.
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
+import runs
+from models import PRECISIONS
+from rewards import REWARDS, RewardError, own_function, short_name
+from settings import ALGORITHMS, ROOT, Config, build_config, shared_settings
+from studies.report import report, without_drift
+from studies.variance import measure_variance
+from train import RUNS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+QUERIES = 1536  # the emoji preset's 24 epochs
+SWEEP_QUERIES, SWEEP_SEED = 832, 100  # the comparison takes seeds from 0
+
+
+# ---- The studies ----
+
+def rwr_rounds(number, queries, images=32):
+    """RWR's settings for that many epochs (the paper's rounds). In all it learns from five passes over the samples, as there."""
+    samples = queries // number
+    return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
+            "updates_per_epoch": round(5 * samples / images)}
+
+
+# The same number of settings for each algorithm, over the learning rate and what only it has.
+SWEEP = {
+    "ddpo-is": [dict(learning_rate=2e-4, updates_per_epoch=8), dict(learning_rate=2e-4, updates_per_epoch=4),
+                dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2), dict(learning_rate=4e-4, updates_per_epoch=8)],
+    "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
+                dict(learning_rate=2e-4, samples_per_epoch=16), dict(learning_rate=1e-4, samples_per_epoch=64)],
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(rounds, SWEEP_QUERIES))
+            for lr, beta, rounds in ((1e-4, 5.0, 2), (3e-5, 5.0, 2), (1e-4, 20.0, 2), (3e-5, 20.0, 4))],
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(rounds, SWEEP_QUERIES))
+                   for lr, percentile, rounds in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (1e-4, 0.75, 2), (3e-5, 0.9, 4))]}
+
+# One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them.
+ABLATIONS = {
+    # RWR changes the images without any reward, too. Percentile 0 and beta 0 show how.
+    "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_rounds(5, 640)}
+                       for control, flags in (("", {}), (", no reward", {"percentile": 0.0}))
+                       for name, guided in (("guided", {}), ("unguided", {"guided_training": False}))}),
+    # The penalty only matters if the images are in danger: twice the preset's learning rate, and a wider trust region.
+    "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
+                 for weight in (0.0, 0.1, 1.0, 10.0)}),
+    "interleaving": (800, {
+        f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_rounds(number, 800)}
+        for control, numbers, flags in (("", (1, 2, 5, 10, 20), {}), (", no reward", (1, 5, 20), {"beta": 0.0}))
+        for number in numbers}),
+    "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {"learning_rate": 2e-4}, **{
+        f"DDPO-SF, an update of {images} images": {"algorithm": "ddpo-sf", "learning_rate": 2e-4, "samples_per_epoch": images}
+        for images in (64, 8)}}),
+    "clip-range": (640, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
+    "baseline": (640, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of results/REWARD/STUDY.jsonl to be. `flags` are train.py's, but for name and seed, in the order they are shown."""
+    study: str
+    label: str
+    seed: int
+    flags: dict
+
+    @property
+    def name(self):
+        """The name of its folder under runs/, which differs between runs of different settings."""
+        words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
+        # Of the settings that are not the default: a new setting, at its default, leaves the name as it is.
+        own = {name: value for name, value in shared_settings(self.config).items() if value != getattr(Config, name)}
+        mark = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
+        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{mark}"
+
+    @property
+    def arguments(self):
+        """train.py's command line."""
+        words = []
+        for name, value in {**self.flags, "seed": self.seed}.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                for one in value if isinstance(value, list) else [value]:
+                    words += [f"--{flag}", f"{one}"]
+        return words
+
+    @property
+    def config(self):
+        return build_config({**self.flags, "seed": self.seed})
+
+    @property
+    def queries(self):
+        return self.config.epochs * self.config.samples_per_epoch
+
+    @property
+    def key(self):
+        """All that makes its numbers what they are, whatever study it was made for. Its line is found by this."""
+        return self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
+
+
+def plan(study, label, seed, flags, queries):
+    """A run of that many reward queries. It is evaluated about eight times, or after each of fewer epochs."""
+    samples = build_config(flags).samples_per_epoch
+    if queries < samples or queries % samples:
+        raise ValueError(f"--queries {queries} does not divide into epochs of {samples}, as {label} has them")
+    epochs = queries // samples
+    every = -(-epochs // 8)
+    return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every, "checkpoint_every": every})
+
+
+def plans(args, common):
+    """The runs of the study that is asked for, seed by seed: so a study that is cut short has fewer seeds."""
+    # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
+    shared = {**common, "samples_per_epoch": 64}
+    if args.sweep:
+        return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
+                for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
+    if args.ablation:
+        queries, choices = ABLATIONS[args.ablation]
+        return [plan(args.ablation, label, seed, {**shared, **choice}, queries)
+                for seed in range(args.seeds) for label, choice in choices.items()]
+    methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
+    if not args.algorithms:  # the control: what RWR does to the images without any reward
+        methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
+    name = "main" if args.queries == QUERIES else f"main-{args.queries}"
+    return [plan(name, label, seed, {**common, **flags}, args.queries)
+            for seed in range(args.seeds) for label, flags in methods.items()]
+
+
+# ---- Running what is missing ----
+
+def complete(planned, log):
+    """Train what no study of the reward has yet, and give each run a line in the log. Returns run.key -> line.
+
+    A run that fails is reported and left out. Raises ValueError at the end if there were such runs.
+    """
+    own, others, failed = finished_runs(log), {}, []
+    for other in sorted(log.parent.glob("*.jsonl")):
+        others.update(finished_runs(other))
+    for run in planned:
+        if run.key in others and run.key not in own:
+            own[run.key] = {**others[run.key], "label": run.label}
+            runs.append_line(log, own[run.key])
+    missing = [run for run in planned if run.key not in own]
+    total = sum(run.queries for run in planned)
+    with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
+        for run in missing:
+            done = bar.n
+            bar.set_description(run.name)
+            try:
+                own[run.key] = finish(run, lambda queries: show(bar, done + queries))
+                runs.append_line(log, own[run.key])
+            except ValueError as error:
+                tqdm.write(f"compare.py: {error}", file=sys.stderr)
+                failed.append(run.name)
+            show(bar, done + run.queries)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")
+    return own
+
+
+def show(bar, queries):
+    """Set a progress bar to a number of queries."""
+    bar.n = queries
+    bar.refresh()
+
+
+def finished_runs(log):
+    """run.key -> line, of one study's JSON lines."""
+    lines = {}
+    for line in runs.read_lines(log):
+        try:  # a setting that came later has its default
+            settings = shared_settings(Config(**line["settings"]))
+        except (KeyError, TypeError):  # no run, or of a version that had other settings
+            continue
+        if "rows" in line:
+            lines[line["seed"], json.dumps(settings, sort_keys=True)] = line
+    return lines
+
+
+def finish(run, show):
+    """Train it: from the start, from where it was stopped, or not at all if it is done. Returns its line for the results."""
+    folder, made = RUNS / run.name, commit()
+    arguments = [*run.arguments, "--name", run.name]
+    if (folder / "checkpoint" / "state.pt").exists():
+        arguments, made = ["--resume", str(folder)], f"{made} (begun earlier)"
+    elif folder.exists():  # stopped before there was anything to resume
+        shutil.rmtree(folder)
+    if not (folder / "model").exists():
+        train_in_a_process(arguments, folder, show)
+    rows = runs.read_rows(folder)
+    seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
+    kept = ("epoch", "reward_queries", "eval_reward_mean", "watched", "reward_mean", "approx_kl", "grad_norm", "loss")
+    return {"label": run.label, "seed": run.seed, "folder": run.name,
+            "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made, "machine": machine(),
+            "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
+            "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config)}
+
+
+def train_in_a_process(arguments, folder, show):
+    """python train.py with those arguments; its reward queries are shown while it runs. Raises ValueError if it fails."""
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would block it when full
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.DEVNULL,
+                                   stderr=errors, env={**os.environ, "TQDM_DISABLE": "1"})
+        try:
+            while process.poll() is None:
+                rows = runs.read_rows(folder)
+                show(rows[-1]["reward_queries"] if rows else 0)
+                time.sleep(1)
+        except BaseException:
+            if process.poll() is None:
+                process.terminate()  # it saves; after a Ctrl-C it is already saving, and a second signal does no harm
+                process.wait()
+            raise
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise ValueError(f"{folder} stopped: {said[-1]}")
+
+
+def commit():
+    """The commit of the code, with -dirty if code or the embedded model is not as committed."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "-s", "--", "*.py", "emoji")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    except OSError:  # no git here
+        return "unknown"
+
+
+def machine():
+    """What a run's minutes were measured on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = torch.get_num_threads()
+    return (f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, {platform.machine()}, "
+            f"torch {torch.__version__}{gpu}")
+
+
+# ---- What is printed: a study, the drift, the variance ----
+
+def study(args, common, command):
+    """Run what is missing of a study, and report. Returns the table."""
+    planned = plans(args, common)
+    path = RESULTS / short_name(args.reward) / planned[0].study
+    lines = complete(planned, path.with_name(path.name + ".jsonl"))
+    return report([lines[run.key] for run in planned], args.reward, RUNS, path, command)
+
+
+def drift(args, common, command):
+    """Write results/drift.md, from what the comparisons on compressibility and incompressibility have. Returns its table."""
+    found = []
+    for reward in ("compressibility", "incompressibility"):
+        lines = finished_runs(RESULTS / reward / "main.jsonl")
+        found.append([lines[run.key] for run in plans(args, {**common, "reward": reward}) if run.key in lines])
+    text = without_drift(*found)
+    runs.write_text(RESULTS / "drift.md", (
+        f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean of a seed's gains "
+        "on the two, in percent of the start. If a size falls under both rewards alike, that cancels. What is left is what the "
+        f"reward itself did. Intervals are 95 % over the seeds.\n\n{text}\n"))
+    return text
+
+
+def variance(args, common, command):
+    """Measure the gradient's variance along the direction of the comparison's first run. Returns the table."""
+    folder = RESULTS / short_name(args.reward)
+    run = plan("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)
+    trained = RUNS / complete([run], folder / "main.jsonl")[run.key]["folder"]
+    if not (trained / "model").exists():
+        raise ValueError(f"the direction is that of {trained}, whose model/ is gone: make it again with "
+                         f"{shlex.join(['python', 'train.py', *run.arguments, '--name', trained.name])}")
+    return measure_variance(folder, command, trained, {"commit": commit(), "machine": machine()}, **common)
+
+
+# ---- The command line ----
+
+def parse(argv):
+    """The arguments. Raises ValueError where they do not go together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
+    parser.add_argument("--watch", action="append", metavar="NAME", help="as train.py's (default: the preset's)")
+    parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
+    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison; they must divide into the epochs "
+                        f"of all algorithms (default: {QUERIES})")
+    parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
+                        help=f"of the comparison or the sweep: some of {', '.join(ALGORITHMS)} (default: all)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the preset's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
+    which.add_argument("--drift", action="store_true", help="the comparisons on both JPEG rewards, less what they do alike")
+    which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
+    args = parser.parse_args(argv)
+    if args.queries is not None and (args.sweep or args.ablation):
+        raise ValueError("--queries is for the comparison: a sweep and each ablation have their own")
+    if args.algorithms and args.ablation:
+        raise ValueError("--algorithms is for the comparison and the sweep: an ablation has its own")
+    if args.drift and args.reward != "compressibility":
+        raise ValueError("--drift takes compressibility and incompressibility together: leave --reward out")
+    if args.seeds is not None and (args.sweep or args.ablation == "variance"):
+        raise ValueError("--seeds is for the comparison and the other ablations: a sweep and the variance have their own")
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: must be at least 1")
+    for name in (args.reward, *(args.watch or ())):
+        if name not in REWARDS:
+            own_function(name)  # a name that does not exist is refused before anything is written
+    args.seeds = args.seeds or (3 if args.ablation else 5)
+    args.queries = QUERIES if args.queries is None else args.queries
+    return args
+
+
+def main(argv=None):
+    """The command line. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is passed on to the run under way, like Ctrl-C
+    try:
+        args = parse(argv)
+        common = {name: getattr(args, name) for name in ("reward", "watch", "prompts", "device", "precision")
+                  if getattr(args, name)}
+        work = drift if args.drift else variance if args.ablation == "variance" else study
+        print(work(args, common, shlex.join(["python", "studies/compare.py", *argv])))
+    except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncompare.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
