@@ -1,0 +1,174 @@
+"""What the tests of several rooms share: tiny random models, a file of small rewards, train.py in this process."""
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
+
+import runs
+import sampling
+import train
+from studies import random_networks
+
+ROOT = Path(__file__).resolve().parent
+EMOJI, EMOJI_VLM = ROOT / "emoji" / "model", ROOT / "emoji" / "vlm"
+STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                        set_alpha_to_one=False, clip_sample=False)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- Tiny random models of the published architectures ----
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a pipeline of Stable Diffusion's architecture and its sampler, PNDM: 8 x 8 latents."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length, projection_dim=16))
+    scheduler = PNDMScheduler(skip_prk_steps=True, **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_policy(tiny_model):
+    return sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0)
+
+
+LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+TINY_CLIP = dict(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **LAYERS), text_config=LAYERS)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with a CLIP of 32 x 32 pixels, its image processor and the embedded model's tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    random_networks.clip(folder, TINY_CLIP)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory):
+    """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few words."""
+    torch.manual_seed(0)
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *"user : assistant ? . how many animals are in this image what animal "
+             "is a an one two three four cat cats dog dogs happening answer concisely going on".split()]
+    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>", additional_special_tokens=["<image>"])
+    layers = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    network = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **layers), image_token_index=4,
+        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
+                                eos_token_id=3, **layers)))
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path_factory.mktemp("models") / "vlm"
+    LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    network.save_pretrained(folder)
+    return folder
+
+
+# ---- Learning, by the functions ----
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def learner(policy, learning_rate=1e-3, **changes):
+    """What ddpo_update and rwr_update take beside a trajectory and advantages or weights."""
+    config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
+                                "kl_weight": 0.0, "skip_last_steps": 0, "batch_size": 8, "guided_training": True, **changes})
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
+    return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
+
+
+def weights(policy):
+    return {name: weight.detach().clone() for name, weight in policy.unet.state_dict().items()}
+
+
+# ---- Training, by the command ----
+
+REWARDS = """
+import random
+def redness(images, prompts):
+    values = (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
+    return values, [prompt.upper() for prompt in prompts]
+def shuffled(images, prompts):
+    values = redness(images, prompts)[0].tolist()
+    random.shuffle(values)
+    return values
+def is_cat(images, prompts): return [1.0 if prompt == "a cat" else float("nan") for prompt in prompts]
+is_cat.unit = "%"
+def unknown(images, prompts): return [float("nan")] * len(prompts)
+def brightness(images, prompts): return images.mean((1, 2, 3))
+brightness.unit = "lux"
+def nan(images, prompts): return images.mean((1, 2, 3)) * float("nan")
+def inf(images, prompts): return images.mean((1, 2, 3)) * float("inf")
+def wrong_shape(images, prompts): return images
+def words(images, prompts): return prompts
+def broken(images, prompts): raise KeyError("weights")
+def fails_later(images, prompts):
+    if len(images) == 4: raise RuntimeError("the judge went home")
+    return images.mean((1, 2, 3))
+queries = 0
+def fills_the_disk(images, prompts):
+    global queries
+    queries += len(images)
+    if queries > 3 + 4 + 3:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return images.mean((1, 2, 3))
+def interrupts(images, prompts):
+    if len(images) == 4: raise KeyboardInterrupt
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def own_reward(tmp_path):
+    """The name of a function of REWARDS, as for --reward."""
+    (tmp_path / "own.py").write_text(REWARDS)
+    return "own.py:{}".format
+
+
+def run(*flags, code=0):
+    """train.py in this process. Returns the run's log."""
+    try:
+        returned = train.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        returned = stop.code
+    assert returned == code
+    folders = sorted(Path("runs").glob("*"), key=lambda folder: folder.stat().st_mtime)
+    return runs.read_rows(folders[-1]) if folders else []
+
+
+def tiny_flags(tiny_model, **changes):
+    """train.py's flags for a run of two epochs on a tiny model. A list gives a flag more than once."""
+    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "updates-per-epoch": 2, "sampling-steps": 3,
+             "eval-prompts": 3, "eval-every": 1, "checkpoint-every": 1, "name": "r", **changes}
+    return [part for name, value in flags.items() for one in (value if isinstance(value, list) else [value])
+            for part in (f"--{name}", str(one))]

@@ -1,0 +1,203 @@
+"""compare.py, report.py, variance.py, benchmark.py."""
+IMPORTS
+
+
+# ---- The comparison ----
+
+
+def line(label, seed, queries, rewards, named=None):
+    return {"label": label, "seed": seed, "folder": "nothing", "command": "python train.py",
+            "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2, "rows": [
+                {"reward_queries": q, "eval_reward_mean": r, "eval_named": n}
+                for q, r, n in zip(queries, rewards, named or [1.0] * len(queries))]}
+
+
+def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
+    assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5), rel=1e-3)
+    assert compare.interval([5])[0] == 5 and np.isnan(compare.interval([5])[1])
+    one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
+    # The first 100 queries were spent on the start's policy, whatever came of them.
+    assert compare.area(one) == pytest.approx((-2 * 100 - 200) / 300)
+    assert compare.queries_to(one, 0.25) == 100 and compare.queries_to(one, 0.0) == 0
+    assert np.isnan(compare.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1))  # no share of a start of 0
+    assert np.isnan(compare.queries_to(one, 0.9))
+    skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "eval_named": None}]}
+    assert compare.area(skipped) == compare.area(one)
+    between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None}, *one["rows"][1:]]}
+    assert compare.area(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
+    assert compare.queries_to(between, 0.25) == 50
+
+
+def test_rwr_is_also_measured_against_the_same_rounds_without_a_reward():
+    def runs_of(label, algorithm, *ends):
+        return [{**line(label, seed, [0, 9], [-2.0, end]), "settings": {"algorithm": algorithm}} for seed, end in enumerate(ends)]
+
+    groups = compare.by_label([*runs_of("rwr", "rwr", -1.0, -1.2), *runs_of("ddpo-is", "ddpo-is", -1.0),
+                               *runs_of("no reward", "rwr", -1.6, -1.6)])
+    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
+    assert not compare.beyond_no_reward("ddpo-is", groups["ddpo-is"], groups)
+    assert not compare.beyond_no_reward("no reward", groups["no reward"], groups)
+    groups["rwr, no reward"] = runs_of("rwr, no reward", "rwr", -1.8)
+    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
+
+
+def test_a_drift_that_both_rewards_share_cancels():
+    """The size falls by 40 % for both; what the reward does beside is 10 % each way."""
+    small, large = ([line("rwr", seed, [0, 9], [start, end]) for seed in (0, 1)] for start, end in ((-2.0, -1.0), (2.0, 1.4)))
+    rows = compare.without_drift([*small, line("no reward", 0, [0, 9], [-2.0, -1.2])], large).splitlines()
+    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 |"]  # of the other there is but one
+
+
+def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
+    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    finish = compare.finish
+    _, done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
+    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
+    runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
+    runs.append_line(folder / "other.jsonl", {**two, "label": "as another study calls it"})
+    with open(folder / "tiny.jsonl", "a") as file:
+        file.write('{"label": "cut sho')  # by a kill
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "| two | 1 | 2.00 | 0.50 | 75.0 | - |" in told and "| one | 1 |" in told
+    assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
+    assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
+    assert capsys.readouterr().out == told
+    monkeypatch.setattr(compare, "finish", finish)
+    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(tiny_model, tmp_path, monkeypatch, capsys):
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
+    monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
+        **tiny, "baseline": "none"}}))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    _, half, begun = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    assert train.main([*half.arguments, "--name", half.name]) == 0
+    whole = runs.read_rows(train.RUNS / half.name)
+    shutil.rmtree(train.RUNS / half.name)
+    assert train.main([*half.arguments, "--name", half.name, "--epochs", "1"]) == 0  # as if stopped after one epoch
+    shutil.rmtree(train.RUNS / half.name / "model")
+    settings_file = train.RUNS / half.name / "config.json"
+    settings_file.write_text(settings_file.read_text().replace('"epochs": 1', '"epochs": 2'))
+    runs.create_run(train.RUNS, begun.name, "", {})  # killed before its first checkpoint
+
+    def in_this_process(arguments, folder, show):  # three more processes would take their time
+        if train.main(arguments):
+            raise ValueError(f"{folder} stopped")
+
+    monkeypatch.setattr(compare, "_train", in_this_process)
+    assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 runs failed" in told and "not finite" in told
+    lines = runs.read_lines(tmp_path / "results" / "compressibility" / "tiny.jsonl")
+    assert [line["label"] for line in lines] == ["half", "begun"]
+    assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
+
+
+def test_each_preset_is_among_the_settings_of_the_sweep():
+    own = {"ddpo-is": ("clip_range", "updates_per_epoch"), "ddpo-sf": ("samples_per_epoch",), "rwr": ("beta",),
+           "rwr-sparse": ("percentile",)}
+    for algorithm, names in own.items():
+        names = ("learning_rate", *names)
+        preset, *tried = [tuple(getattr(settings.build_config({"algorithm": algorithm, **flags}), name) for name in names)
+                          for flags in ({}, *compare.SWEEP[algorithm])]
+        assert preset in tried
+
+
+@pytest.mark.parametrize("reward", ["compressibility", "alignment"])
+def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
+    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
+        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
+                                  **options})
+        planned = compare.plans(args, {"reward": reward})
+        assert len({planned_run.name for planned_run in planned}) == len(planned)
+        assert len({planned_run.queries for planned_run in planned}) == 1
+        for planned_run in planned:  # raises ValueError where train.py would
+            settings.build_config(settings.parse(planned_run.arguments, ""))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
+    (["--sweep", "--queries", "64"], "--queries is of the comparison"), (["--reward", "beauty"], "no reward 'beauty'")])
+def test_compare_answers_a_mistake_in_one_line_and_makes_nothing(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    assert compare.main(flags) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and message in told[0] and not (tmp_path / "results").exists()
+
+
+# ---- The variance ----
+
+
+def test_signal_to_noise_is_that_of_a_known_gaussian():
+    noise = np.random.default_rng(0).standard_normal(2000)
+    snr, error = variance.jackknife(0.2 + 2 * noise, batch=64)
+    assert snr == pytest.approx(0.1 * 8, abs=3 * error) and error == pytest.approx((64 / 2000) ** 0.5, rel=0.05)
+
+
+def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(tiny_model, tiny_policy):
+    trained, noise = sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0), rng()
+    with torch.no_grad():
+        for weight in trained.unet.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=noise)
+    u = variance.direction(tiny_policy, trained)
+    assert sum(part.square().sum() for part in u).item() == pytest.approx(1, rel=1e-4)
+    trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
+    advantages, extras = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    ddpo.accumulate([pairs], lambda part: ddpo.surrogate(
+        tiny_policy, trajectory, advantages, part, ddpo.score_function_loss, extras["config"]),
+        extras["scaler"], SimpleNamespace(update=lambda n: None))
+    along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.unet.parameters(), u)).item()
+    projected = variance.projected_scores(tiny_policy, trajectory, torch.arange(4), u)
+    assert -(advantages.numpy() @ projected) / 3 == pytest.approx(along, rel=1e-3)
+
+
+def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny_policy, tmp_path, monkeypatch):
+    with torch.no_grad():
+        tiny_policy.unet.conv_out.weight.add_(0.1)
+    tiny_policy.pipeline.save_pretrained(tmp_path / "run" / "model")
+
+    def measure(*steps):
+        return variance.measure_variance(tmp_path, "the command", tmp_path / "run", {"commit": "c"}, steps, images=4, pool=2,
+                                         model=str(tiny_model))
+
+    three = measure(3).splitlines()[-1]
+    assert three.startswith("| 3 | ") and three.count("±") == 6
+    assert measure(3, 4).splitlines()[-2] == three and len(runs.read_lines(tmp_path / "variance.jsonl")) == 2
+    monkeypatch.setattr(variance, "measure_steps", lambda *args: pytest.fail("nothing is missing"))
+    assert measure(3, 4).splitlines()[-2] == three and (tmp_path / "variance.png").exists()
+
+
+# ---- The benchmark ----
+
+
+def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
+    for algorithm in ("ddpo-is", "rwr"):
+        assert benchmark.main(["--model", str(tiny_model), "--images", "3", "--algorithm", algorithm]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert float(told[4].split("|")[6]) < 5e-6 and [row for row in told if row.startswith("| fp32 |")]
+    assert benchmark.main(["--images", "0"]) == 2 and "--images: must be at least 1" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypatch, capsys):
+    wide = {**LAYERS, "hidden_size": 64, "intermediate_size": 64}
+    monkeypatch.setattr(benchmark, "CLIP_L", TINY_CLIP)
+    monkeypatch.setattr(benchmark, "CLIP_H", TINY_CLIP)
+    monkeypatch.setattr(benchmark, "BLIP", (dict(image_size=32, patch_size=8, **wide),
+                                            dict(encoder_hidden_size=64, vocab_size=900, **wide)))
+    monkeypatch.setattr(benchmark, "LLAVA", dict(TINY_CLIP, text_config=dict(vocab_size=200, **LAYERS)))
+    monkeypatch.setattr(benchmark, "DEBERTA", dict(benchmark.DEBERTA, vocab_size=900, **LAYERS))
+    names = list(benchmark.RANDOM_REWARDS)
+    assert benchmark.main(["--reward", *names, "--images", "3"]) == 0
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == names and all(float(row[2]) > 0 for row in rows)
+    assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
+    assert benchmark.main(["--reward", "aesthetic", "--precision", "fp32"]) == 2
+    assert "--precision is not of --reward" in capsys.readouterr().err

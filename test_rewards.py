@@ -1,0 +1,186 @@
+"""The learned rewards: each is what its authors' package or formula gives, through the real loading code, on tiny networks."""
+IMPORTS
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tmp_path_factory):
+    """The aesthetic head's weights under the published file's names, for embeddings of 24 numbers."""
+    torch.manual_seed(1)
+    sizes = {0: (1024, 24), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    head = {f"layers.{k}.weight": torch.randn(shape) / shape[1]**0.5 for k, shape in sizes.items()}
+    head |= {f"layers.{k}.bias": torch.randn(shape[0]) for k, shape in sizes.items()}
+    path = tmp_path_factory.mktemp("models") / "head.pth"
+    torch.save(head, path)
+    save_file(head, path.with_suffix(".safetensors"))
+    return path
+
+
+def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding(tiny_clip, tiny_head):
+    reward = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head))
+    values, _ = reward(IMAGES, [prompts.Prompt("a cat")] * 3)
+    clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    pixels = processor([models.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        x = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+        x, head = x / x.norm(dim=1, keepdim=True), torch.load(tiny_head)
+        for k in (0, 2, 4, 6, 7):
+            x = x @ head[f"layers.{k}.weight"].T + head[f"layers.{k}.bias"]
+    torch.testing.assert_close(values, x.squeeze(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(values, reward(IMAGES, [prompts.Prompt("a dog")] * 3)[0])  # no dropout, and no look at the prompt
+    same = rewards.load_reward("aesthetic", reward_model=str(tiny_clip),
+                               aesthetic_head=str(tiny_head.with_suffix(".safetensors")))
+    assert torch.equal(values, same(IMAGES, [prompts.Prompt("a cat")] * 3)[0])
+
+
+def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
+    processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    pictures = [models.to_pil(image) for image in IMAGES]
+    bytes_ = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures]
+    seen = [models.clip_pixels(processor, images) for images in (pictures, bytes_, IMAGES)]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert seen[0].std() > 0.3  # scaled down once, not twice
+
+
+def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
+    texts = [prompts.Prompt(text) for text in ("a cat", "two dogs", "an ant")]
+    reward = rewards.load_reward("pickscore", reward_model=str(tiny_clip))
+    values, _ = reward(IMAGES, texts)
+    clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    tokens = CLIPTokenizer.from_pretrained(tiny_clip)([prompt.text for prompt in texts], padding="max_length", max_length=77,
+                                                      return_tensors="pt")
+    pixels = processor([models.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        theirs = clip(**tokens, pixel_values=pixels).logits_per_image.diag() / clip.logit_scale.exp()
+    torch.testing.assert_close(values, theirs, rtol=1e-4, atol=1e-6)
+    new = CLIPModel.get_image_features  # older versions of transformers return the tensor itself
+    monkeypatch.setattr(CLIPModel, "get_image_features", lambda self, pixels: new(self, pixels).pooler_output)
+    assert torch.equal(reward(IMAGES, texts)[0], values)
+
+
+def test_imagereward_is_that_of_the_package_image_reward(tiny_vlm, tmp_path):
+    weights = load_file(ROOT / "oracles" / "imagereward.safetensors")
+    pixels, tokens, mask = (weights.pop(name) for name in ("pixels", "tokens", "mask"))
+    AutoTokenizer.from_pretrained(tiny_vlm).save_pretrained(tmp_path)
+    torch.save({name: weight.float() for name, weight in weights.items()}, tmp_path / "ImageReward.pt")
+    reward = rewards.ImageReward("cpu", str(tmp_path))
+    with torch.no_grad():
+        ours = reward.score(pixels, tokens, mask)
+    theirs = json.loads((ROOT / "oracles" / "imagereward.json").read_text())["scores"]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and max(theirs) - min(theirs) > 0.05
+    texts = [prompts.Prompt(text) for text in ("two cats", "a dog", "a cat")]
+    values, _ = rewards.load_reward("imagereward", reward_model=str(tmp_path))(IMAGES, texts)
+    alone, _ = rewards.load_reward("imagereward", reward_model=str(tmp_path))(IMAGES[1:2], texts[1:2])
+    assert values[1].item() == pytest.approx(alone.item(), abs=1e-5) and len(set(values.tolist())) == 3
+    del weights["blip.visual_encoder.norm.bias"]
+    torch.save(weights, tmp_path / "ImageReward.pt")
+    with pytest.raises(ValueError, match="do not fit.*post_layernorm.bias"):
+        rewards.load_reward("imagereward", reward_model=str(tmp_path))
+
+
+def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
+    weights = load_file(ROOT / "oracles" / "hpsv2.safetensors")
+    pixels, tokens = weights.pop("pixels"), weights.pop("tokens")
+    weights = {name: weight.float() for name, weight in weights.items()}
+    layers = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=24)
+    layers["hidden_act"] = "gelu"
+    CLIPConfig(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **layers), text_config=dict(
+        vocab_size=60, max_position_embeddings=16, eos_token_id=59, **layers)).save_pretrained(tmp_path)
+    for part in (CLIPImageProcessorPil.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)):
+        part.save_pretrained(tmp_path)
+    torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "HPS_v2_compressed.pt")
+    clip = rewards.HPSv2("cpu", str(tmp_path)).clip
+    with torch.no_grad():
+        images, texts = map(models.clip_embedding, (clip.get_image_features(pixels), clip.get_text_features(tokens)))
+    theirs = json.loads((ROOT / "oracles" / "hpsv2.json").read_text())["scores"]
+    assert torch.cosine_similarity(images, texts).tolist() == pytest.approx(theirs, abs=1e-5)
+    assert max(theirs) - min(theirs) > 0.1
+
+
+def test_networks_saved_in_half_precision_are_used_in_full(tiny_clip, tmp_path):
+    CLIPModel.from_pretrained(tiny_clip).half().save_pretrained(tmp_path / "clip")
+    CLIPImageProcessorPil.from_pretrained(tiny_clip).save_pretrained(tmp_path / "clip")
+    assert models.load_clip(str(tmp_path / "clip"), "cpu", "CLIP")[1].dtype == torch.float32
+    CLIPTextModel.from_pretrained(EMOJI / "text_encoder").half().save_pretrained(tmp_path / "bert")
+    CLIPTokenizer.from_pretrained(EMOJI / "tokenizer").save_pretrained(tmp_path / "bert")
+    assert rewards.BertRecall("cpu", str(tmp_path / "bert")).encoder.dtype == torch.float32
+
+
+def test_a_vlm_is_asked_in_its_own_form(tiny_vlm, tmp_path):
+    llava = rewards.VLM("cpu", str(tiny_vlm))
+    with_template = AutoProcessor.from_pretrained(tiny_vlm, backend="pil")
+    with_template.chat_template = (
+        "{% for message in messages %}USER: {% for part in message.content %}{% if part.type == 'image' %}<image>\n"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
+    assert rewards.dialogue(with_template, "how many?") == rewards.dialogue(llava.processor, "how many?")
+    shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    with_template.chat_template = "<s>" + with_template.chat_template  # a template may write the beginning itself
+    with_template.save_pretrained(tmp_path / "vlm")
+    other = rewards.VLM("cpu", str(tmp_path / "vlm"))
+    assert rewards.dialogue(other.processor, "how many?").startswith("<s>USER: <image>")
+    assert len(other.answer(IMAGES[:1], ["how many?"])) == 1
+
+
+def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
+    vlm = rewards.VLM("cpu", str(tiny_vlm))
+    questions = ["what is happening in this image?", "how many animals?", "what animal is in this image? answer concisely."]
+    together = vlm.answer(IMAGES, questions)
+    alone = [vlm.answer(IMAGES[k:k + 1], [question])[0] for k, question in enumerate(questions)]
+    assert together == alone and all(together)
+    assert vlm.answer(IMAGES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
+    text = rewards.dialogue(vlm.processor, "what?")
+    tokens = vlm.processor(images=[models.to_pil(IMAGES[0])], text=[text], return_tensors="pt")
+    assert (tokens.input_ids == 4).sum() == 16  # one for each 8 x 8 patch
+
+
+def test_bertscore_recall_knows_three_cats_from_two_cats_and_from_three_dogs():
+    recall = rewards.BertRecall("cpu", str(EMOJI))
+    answers = ["three cats", "two cats", "three dogs", "four owls", ""]
+    same, *others, empty = recall(answers, ["three cats"] * 5).tolist()
+    assert same == pytest.approx(1, abs=1e-5) and max(others) < 0.95 and empty == 0
+    assert recall(["an ant", *answers], ["two ants", *["three cats"] * 5])[1:].tolist() == pytest.approx([same, *others, empty])
+    rescaled = rewards.BertRecall("cpu", str(EMOJI), baseline=0.5)(answers[:2], ["three cats"] * 2)
+    assert rescaled.tolist() == pytest.approx([1, 2 * (others[0] - 0.5)], abs=1e-5)
+
+
+def test_bertscore_recall_is_that_of_the_package_bert_score():
+    cases = json.loads((ROOT / "oracles" / "bert_score_recall.json").read_text())["cases"]
+    answers, references, theirs = zip(*cases)
+    ours = rewards.BertRecall("cpu", str(EMOJI))(list(answers), list(references))
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and len(cases) == 21
+
+
+def test_alignment_is_the_recall_of_what_the_vlm_says(tiny_vlm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, questions: asked.extend(questions) or ["two cats"] * 3)
+    texts = [prompts.Prompt(text) for text in ("two cats", "a dog", "two cats")]
+    for wording, reference in (("paper", "{}"), ("code", "The image contains {}")):
+        reward = rewards.load_reward("alignment", reward_model=str(tiny_vlm), bert_model=str(EMOJI), wording=wording)
+        values, notes = reward(IMAGES, texts)
+        recall = rewards.BertRecall("cpu", str(EMOJI))
+        torch.testing.assert_close(values, recall(["two cats"] * 3, [reference.format(prompt.text) for prompt in texts]))
+        assert notes == ["two cats"] * 3 and values[0] == values[2] != values[1]
+    assert set(asked) == {"What is happening in this image?", "Answer concisely: what is going on in this image?"}
+
+
+def test_counting_marks_each_answer_right_or_wrong_by_the_prompts_own_words(tiny_vlm, monkeypatch):
+    answers = {"How many animals are in this image?": ["Three.", "2", "There are fourteen"],
+               "What animal is in this image?": ["a cat", "dogs", "A mouse"]}
+    monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, asked: [answers[question].pop(0) for question in asked])
+    sets = {prompt.text: prompt for prompt in prompts.load_prompts("two_to_four_animals")}
+    values, notes = rewards.load_reward("counting", reward_model=str(tiny_vlm))(
+        IMAGES, [sets[text] for text in ("three cats", "two cats", "four mice")])
+    assert values.tolist() == [1, 0.5, 0.5] and notes == ["Three. / a cat", "2 / dogs", "There are fourteen / A mouse"]
+
+
+@pytest.mark.parametrize("name", rewards.LEARNED)
+def test_a_learned_reward_that_cannot_be_had_is_told_before_anything_is_made(name, tmp_path, capsys):
+    assert train.main(["--reward", name, "--reward-model", str(tmp_path), "--prompts", "two_to_four_animals"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reward model" in told and "its files cannot be loaded" in told and not Path("runs").exists()
+
+
+def test_a_run_trains_on_a_learned_reward(tiny_model, tiny_clip, tiny_head, capsys):
+    assert train.main(["--reward", "aesthetic", "--reward-model", str(tiny_clip), "--aesthetic-head", str(tiny_head), "--model",
+                       str(tiny_model), "--epochs", "1", "--samples-per-epoch", "4", "--updates-per-epoch", "2",
+                       "--sampling-steps", "4", "--eval-prompts", "9"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("aesthetic: ")
