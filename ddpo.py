@@ -18,7 +18,7 @@ Where we depart from these two lines. The authors' code does 1 to 3 as well.
     queries, all else equal (one seed: studies/results/README.md).
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
 """
-from collections import deque
+from collections import Counter
 
 import numpy as np
 import torch
@@ -71,14 +71,16 @@ def ratio_info(log_probs, old_log_probs, clip_range):
 class PromptStatistics:
     """Rewards -> advantages, by running mean and standard deviation per prompt (D.3; buffer and min_count: the authors' code).
 
-    Each prompt keeps its last `buffer` rewards. A prompt with fewer than `min_count` of them takes the statistics of the whole
-    batch. With more prompts than images an epoch, most prompts do so for many epochs (`own_statistics` in the log).
+    Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep 32 in any case. With
+    one prompt and 256 images the advantages would then share a shift, so their one-prompt config takes the batch's statistics.)
+    A prompt with fewer than `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch,
+    most prompts do so for many epochs (`own_statistics` in the log).
     For ablations the baseline may be "batch", the batch's statistics for all, or "none", the bare rewards.
     """
 
     def __init__(self, buffer, min_count, clip, baseline="prompt"):
         self.buffer, self.min_count, self.clip, self.baseline = buffer, min_count, clip, baseline
-        self.rewards = {}  # prompt -> deque of its last rewards
+        self.rewards = {}  # prompt -> its last rewards, the newest last
 
     def advantages(self, prompts, rewards):
         """B prompts and B rewards -> advantages (B,) fp32, and the share of images with statistics of their own prompt.
@@ -89,7 +91,9 @@ class PromptStatistics:
         if self.baseline == "none":
             return torch.tensor(rewards, dtype=torch.float32), 0.0  # not clipped: the clip is in standard deviations
         for prompt, reward in zip(prompts, rewards):
-            self.rewards.setdefault(prompt, deque(maxlen=self.buffer)).append(float(reward))
+            self.rewards.setdefault(prompt, []).append(float(reward))
+        for prompt, count in Counter(prompts).items():
+            del self.rewards[prompt][:-max(count, self.buffer)]
         own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
         groups = [np.array(self.rewards[prompt]) if o else rewards for prompt, o in zip(prompts, own)]
         advantages = [whiten(reward, group) for reward, group in zip(rewards, groups)]
@@ -99,14 +103,18 @@ class PromptStatistics:
         return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
 
     def load_state_dict(self, state):
-        self.rewards = {prompt: deque(rewards, maxlen=self.buffer) for prompt, rewards in state.items()}
+        self.rewards = {prompt: list(rewards) for prompt, rewards in state.items()}
 
 
 def whiten(reward, group):
-    """How many standard deviations of its group a reward lies above the group's mean; 0 if the group's rewards are equal."""
-    # A floor under the deviation, as usual, would blow rounding errors of near-equal rewards up to advantages.
-    spread = group.std()
-    return 0.0 if spread <= 1e-6 * np.abs(group).max() else (reward - group.mean()) / spread
+    """How many standard deviations of its group (n,) float64 a reward lies above the group's mean.
+
+    It is 0 if the group's rewards are equal up to the rounding of float32, in which most networks compute. The usual floor of
+    1e-6 under the deviation would turn that rounding into advantages, and would shrink those of rewards that truly differ by
+    little.
+    """
+    deviation = group.std()
+    return 0.0 if deviation <= 2e-7 * np.abs(group).max() else (reward - group.mean()) / deviation
 
 
 # ---- One epoch of learning ----

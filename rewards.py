@@ -31,7 +31,7 @@ from preference_rewards import HPSv2, ImageReward, PickScore
 BERT_MODEL = "BERTScore's encoder (--bert-model)"
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 LLAVA, DEBERTA = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
-MAX_ANSWER = 40  # tokens
+MAX_ANSWER = 64  # tokens, as in the authors' code
 
 
 class RewardError(Exception):
@@ -53,8 +53,9 @@ def incompressibility(images, prompts):
 def jpeg_kilobytes(image):
     """Size of one image (3, H, W) in [0, 1] as a JPEG, headers included.
 
-    Each part of the recipe changes the number: round (not truncate) to 8 bits; Pillow's encoder at quality 95, its default
-    4:2:0 chroma subsampling, default Huffman tables (no optimize), baseline (not progressive).
+    Each part of the recipe changes the number: round to 8 bits; Pillow's encoder at quality 95, its default 4:2:0 chroma
+    subsampling, default Huffman tables (no optimize), baseline (not progressive). The authors' PyTorch port does the same. Their
+    JAX code truncates to 8 bits. (oracles/authors_oracle.json has both sizes of five images.)
     """
     file = io.BytesIO()
     to_pil(image).save(file, "JPEG", quality=95)
@@ -88,7 +89,7 @@ class Aesthetic:
 # ---- A vision-language model as the judge: alignment (section 5.3) and counting (appendix A) ----
 
 class VLM:
-    """A vision-language model that answers questions about images.
+    """A vision-language model that answers questions about images. (The authors send theirs a JPEG of quality 80. We do not.)
 
     LLaVA, or any other decoder-only image-text-to-text model of transformers that has a chat template (some need torchvision,
     and say so). It decodes greedily, so the same image gets the same answer. Half precision on a GPU.
@@ -245,7 +246,10 @@ class Reward:
     nan_allowed: bool = False  # of a reward that is only watched
 
     def __call__(self, images, prompts):
-        """Values (B,) float32 on the CPU and a list of B notes. Raises RewardError if the function fails or breaks the contract."""
+        """Values (B,) float64 on the CPU, and B notes. Raises RewardError if the function fails or breaks the contract.
+
+        In float64 rewards of a large offset keep their differences until they are whitened.
+        """
         try:
             result = self.function(images, prompts)
         except Exception as error:
@@ -253,7 +257,8 @@ class Reward:
         has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple))
         values, notes = result if has_notes else (result, [""] * len(images))
         try:
-            values = torch.as_tensor(values).detach().to("cpu", torch.float32)
+            values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+            values = torch.as_tensor(values, dtype=torch.float64)
         except Exception as error:
             raise RewardError(f"the reward {self.name} returned {type(values).__name__}, not numbers") from error
         if values.shape != (len(images),):

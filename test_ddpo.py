@@ -16,6 +16,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,117 @@ from conftest import EMOJI, EMOJI_VLM, REWARDS, ROOT, STABLE_DIFFUSION, learner,
 
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
+
+AUTHORS = json.loads((ROOT / "oracles" / "authors_oracle.json").read_text())  # its "source" fields say which code it is
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def predicting_policy(cond, uncond, schedule, guidance_scale, **pipeline):
+    """A policy whose U-Net predicts just this (N, C, H, W)."""
+    def unet(x_t, t, states):
+        return SimpleNamespace(sample=torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond) else cond)
+
+    unet.device = torch.device("cpu")
+    return sampling.Policy(SimpleNamespace(unet=unet, **pipeline), schedule, guidance_scale, "fp32")
+
+
+STATES = torch.zeros(6, 1, 1), torch.zeros(1, 1, 1)  # of prompts, which that U-Net does not read
+
+
+def test_the_authors_step_and_log_prob():
+    oracle = AUTHORS["step"]
+    for steps, timesteps in oracle["timesteps"].items():
+        schedule = sampling.ddim_schedule(DDIMScheduler(**oracle["scheduler"], clip_sample=False), int(steps), oracle["eta"])
+        assert schedule.timesteps.tolist() == timesteps
+        for case in oracle["cases"]:
+            given, theirs = case["inputs"], case["outputs"]
+            if given["steps"] == int(steps):
+                x_t, eps, noise = (tensor(given[name]) for name in ("x_t", "eps", "noise"))
+                mean, sigma = sampling.ddim_mean_sigma(x_t, eps, torch.full((len(x_t),), given["timestep"]), schedule)
+                torch.testing.assert_close(mean, tensor(theirs["mean"]), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(sigma.flatten(), torch.full((len(x_t),), theirs["sigma"]), rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(mean + sigma * noise, tensor(theirs["x_prev"]), rtol=1e-5, atol=1e-5)
+                log_prob = sampling.log_prob(tensor(theirs["x_prev"]), tensor(theirs["mean"]), sigma)
+                torch.testing.assert_close(log_prob, tensor(theirs["log_prob"]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_authors_clipped_loss_and_its_gradient():
+    for case in AUTHORS["clipped_loss"]["pairs"].values():
+        given, theirs = case["inputs"], case["outputs"]
+        log_probs = tensor(given["log_probs"]).requires_grad_()
+        loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]).clamp(-10, 10),
+                                       given["clip_range"])
+        loss.backward()
+        assert loss.item() == pytest.approx(theirs["loss"], rel=1e-5)
+        assert info["clip_fraction_low"] + info["clip_fraction_high"] == pytest.approx(theirs["clipfrac"])
+        torch.testing.assert_close(log_probs.grad, tensor(theirs["grad_log_probs"]), rtol=1e-5, atol=1e-8)
+
+
+def test_the_authors_guided_loss_and_its_gradient_by_both_predictions():
+    given, theirs = (AUTHORS["clipped_loss"]["guided"][part] for part in ("inputs", "outputs"))
+    schedule = sampling.ddim_schedule(DDIMScheduler(**given["scheduler"], clip_sample=False), given["steps"], given["eta"])
+    cond, uncond = (tensor(given[name]).requires_grad_() for name in ("cond", "uncond"))
+    policy = predicting_policy(cond, uncond, schedule, given["guidance_scale"])
+    mean, sigma = sampling.p_mean_sigma(policy, tensor(given["x_t"]), torch.tensor(given["timesteps"]), STATES)
+    log_probs = sampling.log_prob(tensor(given["x_prev"]), mean, sigma)
+    loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]), given["clip_range"])
+    loss.backward()
+    torch.testing.assert_close(log_probs, tensor(theirs["log_probs"]), rtol=1e-5, atol=1e-5)
+    assert loss.item() == pytest.approx(theirs["loss"], rel=1e-4)
+    assert info["clip_fraction_low"] + info["clip_fraction_high"] == pytest.approx(theirs["clipfrac"])
+    for prediction, name in ((cond, "grad_cond"), (uncond, "grad_uncond")):
+        scale = tensor(theirs[name]).abs().max().item()
+        torch.testing.assert_close(prediction.grad, tensor(theirs[name]), rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("buffer", [32, 16])
+def test_the_authors_advantages(buffer):
+    given = AUTHORS["advantages"]["inputs"]
+    statistics = ddpo.PromptStatistics(buffer, given["min_count"], clip=10)
+    for prompts, values, theirs in zip(given["prompts"], given["rewards"], AUTHORS["advantages"]["outputs"][f"buffer_{buffer}"]):
+        np.testing.assert_allclose(statistics.advantages(prompts, values)[0], theirs, atol=1e-6)
+
+
+def test_the_authors_rwr_weights_and_kept_samples():
+    weights, sparse = AUTHORS["rwr"]["weights"], AUTHORS["rwr"]["sparse"]
+    given = weights["inputs"]
+    np.testing.assert_allclose(baselines_rwr.rwr_weights(given["prompts"], given["rewards"], given["beta"]),
+                               weights["outputs"]["weights"], rtol=1e-6)
+    for values, kept in zip(sparse["inputs"]["rewards"], sparse["outputs"]["kept"]):
+        ours = baselines_rwr.sparse_weights(["a"] * len(values), values, sparse["inputs"]["percentile"])
+        assert ours.nonzero().flatten().tolist() == kept
+
+
+@pytest.mark.parametrize("kind", ["guided", "plain"])
+def test_the_authors_rwr_loss_and_its_gradient(kind, monkeypatch):
+    given, theirs = AUTHORS["rwr"]["loss"]["inputs"], AUTHORS["rwr"]["loss"]["outputs"]
+    scheduler = DDIMScheduler(**given["scheduler"])
+    schedule = sampling.ddim_schedule(DDIMScheduler(**STABLE_DIFFUSION), 10, 1.0)
+    cond, uncond = (tensor(given[name]).requires_grad_() for name in ("cond", "uncond"))
+    policy = predicting_policy(cond, uncond, schedule, given["guidance_scale"] if kind == "guided" else 1.0, scheduler=scheduler)
+    monkeypatch.setattr(baselines_rwr, "encode_prompts", lambda pipeline, prompts: STATES)
+    x_0, noise, t = tensor(given["x_0"]), tensor(given["noise"]), torch.tensor(given["t"])
+    torch.testing.assert_close(scheduler.add_noise(x_0, noise, t), tensor(theirs["x_t"]), rtol=1e-5, atol=1e-6)
+    trajectory = sampling.Trajectory(x_0[:, None], torch.empty(len(x_0), 0), schedule.timesteps, ("a cat",) * len(x_0))
+    loss, _ = baselines_rwr.regression(policy, trajectory, tensor(given["weights"]), torch.arange(len(x_0)), noise, t)
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs[kind]["loss"], rel=1e-5)
+    torch.testing.assert_close(cond.grad, tensor(theirs[kind]["grad_cond"]), rtol=1e-4, atol=1e-7)
+    if kind == "guided":
+        torch.testing.assert_close(uncond.grad, tensor(theirs[kind]["grad_uncond"]), rtol=1e-4, atol=1e-7)
+
+
+def test_the_authors_jpeg_sizes():
+    c, y, x = np.mgrid[:3, :72, :100]
+    theirs = AUTHORS["jpeg"]["outputs"]
+    for k, formula in enumerate(AUTHORS["jpeg"]["inputs"]["formulas"]):
+        image = torch.from_numpy(eval(formula, {"c": c, "y": y, "x": x}).astype(np.float32) / 1023)
+        assert np.asarray(models.to_pil(image)).sum(dtype=int) == theirs["sum_rounded"][k]
+        assert 1000 * rewards.jpeg_kilobytes(image) == pytest.approx(theirs["bytes_rounded"][k])
+
 
 SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"), dict(beta_schedule="squaredcos_cap_v2"),
              dict(timestep_spacing="trailing"), dict(timestep_spacing="trailing", beta_schedule="linear")]
@@ -118,13 +230,12 @@ def test_guided_prediction_equals_the_plain_formula(tiny_policy):
 
 def test_at_ratio_one_both_estimators_have_the_same_gradient():
     old, advantages = torch.randn((2, 64), generator=rng())
-    gradients = []
-    for loss in (ddpo.score_function_loss, ddpo.clipped_loss):
+    for loss, value in ((ddpo.score_function_loss, -(advantages * old).mean()), (ddpo.clipped_loss, -advantages.mean())):
         log_probs = old.clone().requires_grad_()
-        loss(log_probs, old, advantages, 0.1)[0].backward()
-        gradients.append(log_probs.grad)
-    torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(gradients[0], -advantages / 64)
+        ours, _ = loss(log_probs, old, advantages, 0.1)
+        ours.backward()
+        torch.testing.assert_close(ours, value)
+        torch.testing.assert_close(log_probs.grad, -advantages / 64)
 
 
 @pytest.mark.parametrize("advantage, ratio, moves", [
@@ -133,6 +244,7 @@ def test_clip_stops_the_gradient_only_where_the_move_already_went_far_enough(adv
     log_probs = torch.tensor([ratio]).log().requires_grad_()
     loss, info = ddpo.clipped_loss(log_probs, torch.zeros(1), torch.tensor([float(advantage)]), 0.1)
     loss.backward()
+    assert loss.item() == pytest.approx(-min(advantage * ratio, advantage * min(max(ratio, 0.9), 1.1)))
     assert log_probs.grad.item() == pytest.approx(-advantage * ratio if moves else 0.0, abs=1e-6)
     assert (info["clip_fraction_low"], info["clip_fraction_high"]) == (ratio < 0.9, ratio > 1.1)
 
@@ -180,6 +292,39 @@ def test_equal_rewards_give_zero_and_outliers_are_clipped():
     assert statistics.advantages("ab", torch.full((2,), 0.1))[0].tolist() == [0, 0]
     assert statistics.advantages("ab" * 20, torch.full((40,), 0.1))[0].tolist() == [0] * 40
     assert ddpo.PromptStatistics(32, 16, 2).advantages("abcdefghij", [0] * 9 + [9])[0].max() == 2
+
+
+@pytest.mark.parametrize("offset", [0.1, 1e6])
+def test_only_the_rounding_of_float32_counts_as_equal(offset):
+    """Rewards that a float32 network rounds one step up or down are equal; a deviation of half a millionth is not."""
+    one_step = np.nextafter(np.float32(offset), np.float32(np.inf)) - np.float64(np.float32(offset))
+    rounded = np.float64(np.float32(offset)) + one_step * np.array([0, 1, 0, 1])
+    apart = offset * (1 + 5e-7 * np.array([-1, 1, -1, 1]))
+    assert ddpo.PromptStatistics(32, 16, 10).advantages("abcd", rounded)[0].tolist() == [0] * 4
+    assert ddpo.PromptStatistics(32, 16, 10).advantages("abcd", apart)[0].tolist() == pytest.approx([-1, 1, -1, 1])
+
+
+def test_advantages_do_not_depend_on_the_unit_of_the_reward():
+    values = np.array([1.0, 2.0, 3.0, 5.0])
+    large, small = (ddpo.PromptStatistics(32, 16, 10).advantages("abcd", scale * values)[0] for scale in (1.0, 1e-6))
+    torch.testing.assert_close(large, small)  # with a floor of 1e-6 under the deviation, the second would be 0.6 of the first
+
+
+@pytest.mark.parametrize("values", [[1e6, 1e6 + 0.5], np.array([1e6, 1e6 + 0.5]), torch.tensor([1e6, 1e6 + 0.5]).double()], ids=type)
+def test_a_large_offset_loses_no_differences_on_the_way_from_reward_to_advantage(values, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "offset", lambda images, prompts: values)
+    kept, _ = rewards.load_reward("offset")(torch.rand(2, 3, 8, 8), [prompts.Prompt("a")] * 2)
+    assert kept.dtype == torch.float64 and (kept[1] - kept[0]).item() == 0.5
+    assert ddpo.PromptStatistics(32, 16, 10).advantages("ab", kept)[0].tolist() == [-1, 1]
+
+
+def test_a_prompts_statistics_hold_all_its_rewards_of_the_epoch():
+    """With one prompt and a buffer of 3, the last three alone would shift all advantages."""
+    statistics, values = ddpo.PromptStatistics(buffer=3, min_count=3, clip=10), np.arange(8.0)
+    for _ in range(2):  # rewards of the epoch before do not count any more
+        np.testing.assert_allclose(statistics.advantages(["a"] * 8, values)[0], (values - 3.5) / values.std(), rtol=1e-6)
+    few, own = statistics.advantages(["a"], [9.0])  # fewer than the buffer: the last three, as always
+    assert few.item() == pytest.approx((9 - 22 / 3) / np.std([6, 7, 9])) and own == 1
 
 
 def test_statistics_survive_a_checkpoint():
@@ -395,15 +540,26 @@ def test_micro_batch_does_not_change_an_update(tiny_model, loss):
         assert info["approx_kl"] == pytest.approx(results[0][1]["approx_kl"], rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
-def test_of_few_steps_the_last_but_one_carries_most_of_the_gradients_variance(steps, share):
-    """By the closed form: with c = d mean / d eps, a step's score for eps is c / sigma times unit noise: variance (c / sigma)^2."""
+def slope_over_sigma(steps):
+    """c / sigma of each step (T,), where c = d mean / d eps."""
     schedule = sampling.ddim_schedule(DDIMScheduler(**STABLE_DIFFUSION), steps, 1.0)
     zero, one = torch.zeros(2, steps, 1, 1, 1) + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
     (mean_zero, sigma), (mean_one, _) = (
         sampling.ddim_mean_sigma(zero, eps, schedule.timesteps, schedule) for eps in (zero, one))
-    variance_of_step = (((mean_one - mean_zero) / sigma) ** 2).flatten()
+    return ((mean_one - mean_zero) / sigma).flatten()
+
+
+@pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
+def test_of_few_steps_the_last_but_one_carries_most_of_the_gradients_variance(steps, share):
+    """By the closed form: a step's score for eps is c / sigma times unit noise, so its variance is (c / sigma)^2."""
+    variance_of_step = slope_over_sigma(steps) ** 2
     assert variance_of_step[-2] / variance_of_step.sum() == pytest.approx(share, abs=0.01)
+
+
+def test_the_kl_and_the_squared_difference_of_dpoks_code_weigh_steps_differently():
+    """By the closed form: the KL of a difference d in eps is (c / sigma)^2 / 2 times d^2. DPOK's code takes d^2."""
+    kl = slope_over_sigma(50) ** 2 / 2
+    assert (kl.median().item(), kl[-2].item()) == pytest.approx((0.088, 5.36), rel=0.01)
 
 
 def test_skipped_steps_do_not_count_in_an_update(tiny_model):
@@ -532,7 +688,7 @@ def test_a_noisy_image_is_a_larger_jpeg_than_a_flat_one_and_a_batch_is_its_rows(
     images[0] = 0.5
     reward = rewards.load_reward("compressibility")
     values, notes = reward(images, [prompts.Prompt("x")] * 8)
-    assert values.dtype == torch.float32 and values.shape == (8,) and notes == [""] * 8
+    assert values.dtype == torch.float64 and values.shape == (8,) and notes == [""] * 8
     assert values[0] > values[1:].max()
     for k in range(8):
         assert reward(images[k:k + 1], [prompts.Prompt("x")])[0].item() == values[k].item()
@@ -554,25 +710,44 @@ def test_articles_and_plurals():
     assert prompts.with_number("mouse", 3) == "three mice" and prompts.with_number("ant", 1) == "an ant"
 
 
+def texts_of(name):
+    return [prompt.text for prompt in prompts.load_prompts(name)]
+
+
+def checksum(texts):
+    return hashlib.sha1("\n".join(texts).encode()).hexdigest()[:8]
+
+
 def test_prompt_sets_are_the_papers():
-    common = [prompt.text for prompt in prompts.load_prompts("common_animals")]
-    assert len(common) == len(set(common)) == 45 and {"a cat", "an ant", "a kangaroo"} <= set(common)
-    imagenet = [prompt.text for prompt in prompts.load_prompts("imagenet_animals")]
-    assert len(imagenet) == 398 and (imagenet[0], imagenet[-1]) == ("tench", "puffer")
-    activities = [prompt.text for prompt in prompts.load_prompts("animal_activities")]
-    assert len(activities) == 135 and {"a cat riding a bike", "an ant playing chess"} <= set(activities)
-    assert [len(prompts.load_prompts(f"two_to_{number}_animals")) for number in ("eight", "four")] == [7 * 45, 3 * 45]
-    assert [prompt.text for prompt in prompts.load_prompts("dpok")][1] == "four wolves in the park"
-    assert {"A painting of an ant"} < {prompt.text for prompt in prompts.load_prompts("painted_animals")}
+    # The 45 are assets/common_animals.txt of the authors' JAX code, line by line; the labels the first 398 lines of
+    # imagenet_classes.txt of their PyTorch port.
+    assert (len(texts_of("common_animals")), checksum(texts_of("common_animals"))) == (45, "347b5a44")
+    assert (len(texts_of("imagenet_animals")), checksum(texts_of("imagenet_animals"))) == (398, "9eab5418")
+    assert texts_of("imagenet_animals")[0] == "tench, Tinca tinca"
+    assert texts_of("emoji_animals") == [prompts.with_article(animal) for animal in texts_of("common_animals")]
+    assert texts_of("painted_animals") == [f"A painting of {text}" for text in texts_of("emoji_animals")]
+    assert texts_of("animal_activities") == [f"{text} {activity}" for text in texts_of("emoji_animals") for activity in (
+        "riding a bike", "playing chess", "washing dishes")]  # section 5.3
+    assert texts_of("dpok") == ["a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"]
+    for name, last in (("two_to_eight_animals", 8), ("two_to_four_animals", 4)):
+        assert texts_of(name) == [prompts.with_number(animal, number) for number in range(2, last + 1)
+                                  for animal in texts_of("common_animals")]
+
+
+def test_unseen_prompts_are_not_in_training():
     for name, size in (("unseen_animals", 38), ("unseen_emoji_animals", 30), ("objects", 50)):
-        unseen = [prompt.text for prompt in prompts.load_prompts(name)]
-        assert len(unseen) == len(set(unseen)) == size and not set(unseen) & set(common)
+        assert len(set(texts_of(name))) == size and not set(texts_of(name)) & {
+            *texts_of("common_animals"), *texts_of("emoji_animals")}
+    # Our own lists; results were measured on them.
+    assert [checksum(texts_of(name)) for name in ("unseen_animals", "unseen_emoji_animals", "objects")] == [
+        "13ef429f", "9c7b304c", "6c2e27ff"]
 
 
 def test_counting_prompts_bring_their_questions_and_every_right_answer():
     mice = {prompt.text: prompt.questions for prompt in prompts.load_prompts("two_to_four_animals")}["three mice"]
     assert [answers for _, answers in mice] == [("three", "3"), ("mouse", "mice")]
-    assert all("?" in question for question, _ in mice) and prompts.load_prompts("common_animals")[0].questions == ()
+    assert [question for question, _ in mice] == ["How many animals are in this image?", "What animal is in this image?"]
+    assert prompts.load_prompts("common_animals")[0].questions == ()
 
 
 def test_the_prompt_sets_are_listed_with_examples():
@@ -659,6 +834,41 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
 
 
+def test_the_paper_preset_is_the_papers_tables():
+    """Appendix D.1, D.2 and D.5; buffer, minimum count and advantage clip as in the authors' code."""
+    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
+    assert paper.model == "CompVis/stable-diffusion-v1-4" and paper.eta == 1 and paper.skip_last_steps == 0
+    assert (paper.adam_beta1, paper.adam_beta2, paper.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert paper.epochs * paper.samples_per_epoch == pytest.approx(50_000, rel=0.01) and paper.kl_weight == 0
+    for reward, prompt_set in (("aesthetic", "common_animals"), ("alignment", "animal_activities"), ("imagereward", "dpok"),
+                               ("counting", "two_to_eight_animals"), ("incompressibility", "imagenet_animals")):
+        assert settings.build_config({"preset": "paper", "precision": "fp32", "reward": reward}).prompts == prompt_set
+
+
+def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):
+    def options(name, **flags):
+        return settings.reward_options(settings.build_config({"precision": "fp32", **flags}), name)
+
+    # The trained reward's are the run's, another's the preset's.
+    assert options("alignment", reward="alignment", bert_baseline=0.5)["bert_baseline"] == 0.5
+    preset = {"reward_model": str(EMOJI_VLM), "wording": "paper", "bert_model": str(EMOJI), "bert_baseline": 0.0}
+    assert options("alignment", watch=["alignment"]) == options("alignment") == preset
+    assert options("alignment", preset="paper") == {"reward_model": "", "wording": "code", "bert_model": "", "bert_baseline": 0.0}
+    # A flag is for the trained reward if that reads it, else for the watched ones.
+    assert options("pickscore", watch=["pickscore"], reward_model="x") == {"reward_model": "x"}
+    assert options("pickscore", reward="aesthetic", watch=["pickscore"], reward_model="x") == {"reward_model": ""}
+    assert options(own_reward("redness"), watch=[own_reward("redness")]) == {}
+
+
+def test_watch_stands_for_all_that_the_preset_watches(own_reward):
+    judge = str(ROOT / "emoji" / "judge.py")
+    assert settings.build_config({}).watch == [f"{judge}:animal", f"{judge}:number"]
+    assert settings.build_config({"reward": f"{judge}:animal"}).watch == [f"{judge}:number"]  # what is trained is not watched
+    watched = settings.build_config(settings.parse(["--watch", "own.py:redness", "--watch", "pickscore"], "")).watch
+    assert watched == [str(Path("own.py").resolve()) + ":redness", "pickscore"]
+    assert settings.build_config({"preset": "paper", "precision": "fp32"}).watch == []
+
+
 def test_a_run_logs_every_epoch_and_leaves_its_images(tiny_model, own_reward, capsys):
     rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), epochs=3, **{"eval-every": 2}))
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
@@ -672,9 +882,11 @@ def test_a_run_logs_every_epoch_and_leaves_its_images(tiny_model, own_reward, ca
     assert [(text, note) for text, _, note in rows[0]["eval_notes"]] == [
         ("a cat", "A CAT"), ("a raccoon", "A RACCOON"), ("a turtle", "A TURTLE")]
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
-    assert {"config.json", "log.jsonl", "progress.png", "curve.png", "checkpoint/state.pt", "model/model_index.json",
+    assert {"config.json", "log.jsonl", "progress.png", "progress.gif", "curve.png", "checkpoint/state.pt", "model/model_index.json",
             "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png"} <= left
     assert not [name for name in left if "new-" in name]
+    with Image.open("runs/r/progress.gif") as gif:
+        assert gif.n_frames > 3  # between three evaluations the images fade
     assert capsys.readouterr().out.splitlines()[-1].startswith("redness: ")
 
 
@@ -693,6 +905,40 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
         pipeline, "a cat", first_noise(rng(train.EVAL_SEED), images=3, states=4)), atol=1e-4)
     values, _ = rewards.load_reward("compressibility")(images, fixed)
     assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
+
+
+def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_does_not_count(
+        tiny_model, own_reward, capsys, monkeypatch):
+    watch = [own_reward(name) for name in ("is_cat", "unknown", "brightness")]
+    curves, draw_curve = [], runs.draw_curve
+    monkeypatch.setattr(runs, "draw_curve", lambda *args: curves.append(args) or draw_curve(*args))
+    rows = run(*tiny_flags(tiny_model, watch=watch, **{"eval-every": 2}))  # on "a cat", "a raccoon" and "a turtle"
+    first, between, last = (row["watched"] for row in rows)
+    assert between is None and list(first) == ["is_cat", "unknown", "brightness"]
+    assert first["is_cat"] == last["is_cat"] == 1 and first["unknown"] is None
+    brightness = [f"{watched['brightness']:.2f} lux" for watched in (first, last)]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        f"; watched: is_cat 100 % -> 100 %, unknown - -> -, brightness {' -> '.join(brightness)}")
+    assert curves[-1][3] == {"is_cat": (100, "%"), "unknown": (1, ""), "brightness": (1, "lux")}
+    plain = run(*tiny_flags(tiny_model, name="plain", **{"eval-every": 2}))
+    assert [{**row, "watched": None} for row in without_seconds(plain)] == [
+        {**row, "watched": None} for row in without_seconds(rows)]  # watching changes nothing
+
+
+def test_the_curve_has_an_axis_for_shares_and_one_for_each_other_watched_reward(monkeypatch):
+    from matplotlib.figure import Figure
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: figures.append(self) or path.write_bytes(b""))
+    for epoch, mean in ((0, None), (1, -2.0)):
+        runs.append_row(Path("r"), {
+            "reward_queries": 4 * epoch, "reward_mean": mean, "reward_std": 0.5, "eval_reward_mean": -2.5 + epoch,
+            "watched": {"animal": 1.0, "number": 0.5, "pickscore": 0.2, "unknown": None}})
+    runs.draw_curve(Path("r"), "compressibility", (-1, "kB"), {
+        "animal": (100, "%"), "number": (100, "%"), "pickscore": (1, ""), "unknown": (1, "")})
+    left, *right = figures[0].axes
+    assert left.get_ylabel() == "compressibility (kB)" and [list(line.get_ydata()) for line in left.lines] == [[2.0], [2.5, 1.5]]
+    assert [axes.get_ylabel() for axes in right] == ["watched (%)", "pickscore"]
+    assert [[list(line.get_ydata()) for line in axes.lines] for axes in right] == [[[100, 100], [50, 50]], [[0.2, 0.2]]]
 
 
 def without_seconds(rows):
@@ -741,8 +987,14 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
 
 @pytest.mark.parametrize("flags, message", [
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
-    (["--reward-model", "x"], "--reward-model is not of compressibility, but of aesthetic, pickscore, hpsv2"),
-    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is not of pickscore, but of aesthetic"),
+    (["--reward-model", "x"], "--reward-model is read by aesthetic, pickscore, hpsv2, imagereward, alignment, counting, not by"),
+    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is read by aesthetic, not by pickscore"),
+    (["--reward", "alignment", "--bert-baseline", "1"], "--bert-baseline 1: must be below 1"),
+    (["--watch", "beauty"], "no reward 'beauty'"),
+    (["--watch", "own.py:nothing"], "has no function 'nothing'"),
+    (["--watch", "compressibility"], "--watch compressibility: it is the reward that is trained"),
+    (["--watch", "own.py:words", "--watch", "own.py:words"], "--watch words: two watched rewards have this name"),
+    (["--watch", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
     (["--reward", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
     (["--reward", "nothing.py:f"], "no reward file"),
     (["--reward", "own.py:nothing"], "has no function 'nothing'"),
@@ -751,7 +1003,7 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, imagenet_animals, painted_animals"),
+    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, emoji_animals, imagenet_animals"),
     (["--prompts", "empty.txt"], "is empty"),
     (["--prompts", "binary.txt"], "is not UTF-8"),
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
@@ -759,12 +1011,12 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
-    (["--no-guided-training"], "--guided-training is not of ddpo-is, but of rwr, rwr-sparse"),
-    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is not of rwr, but of ddpo-is, ddpo-sf"),
+    (["--no-guided-training"], "--guided-training is read by rwr, rwr-sparse, not by ddpo-is"),
+    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is read by ddpo-is, ddpo-sf, not by rwr"),
     (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
     (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),
     (["--skip-last-steps", "10"], "--skip-last-steps 10 leaves none of --sampling-steps 10"),
-    (["--sampling-steps", "1000"], "of which the model knows none above 999; take fewer"),
+    (["--sampling-steps", "1000"], "the model knows none above 999; take fewer"),
     (["--baseline", "value"], "invalid choice: 'value'"),
     (["--epochs", "0"], "--epochs 0: must be a positive number"),
     (["--learning-rate", "-1"], "--learning-rate -1.0: must be a positive number"),
@@ -776,7 +1028,7 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--name", "a/b"], "must be a plain name"),
     (["--name", "taken"], "exists: choose another --name, or continue it with --resume"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
-    (["--device", "cuda"], "no GPU is to be seen"),
+    (["--device", "cuda"], "torch sees no GPU"),
     (["--resume", "runs/nothing"], "is no run"),
     (["--resume", "runs/taken"], "has no checkpoint yet")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
@@ -799,7 +1051,8 @@ def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny
 
 
 @pytest.mark.parametrize("function, message", [
-    ("nan", "returned nan for image 0"), ("wrong_shape", "returned shape (3, 3, 16, 16) for 3 images; (3,) was expected"),
+    ("nan", "returned nan for image 0 ('a cat')"), ("inf", "returned inf for image 0"),
+    ("wrong_shape", "returned shape (3, 3, 16, 16) for 3 images; (3,) was expected"),
     ("words", "returned list, not numbers"), ("broken", "failed: KeyError: 'weights'"),
     ("fails_later", "failed: RuntimeError: the judge went home")])
 def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, message, tiny_model, own_reward, capsys):
@@ -807,6 +1060,11 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, messa
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told and "the state after 0 epochs is saved" in told
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 0
+
+
+def test_a_watched_reward_that_breaks_stops_the_run_too(tiny_model, own_reward, capsys):
+    run(*tiny_flags(tiny_model, watch=own_reward("broken")), code=2)
+    assert "the reward broken failed: KeyError: 'weights'; the state after 0 epochs is saved" in capsys.readouterr().err
 
 
 def test_ctrl_c_inside_a_reward_saves_too(tiny_model, own_reward, capsys):

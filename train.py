@@ -216,7 +216,7 @@ class Experiment:
     def __init__(self, config, policy, prompts=(), reward=None, watched=(), folder=None):
         self.config, self.policy, self.prompts, self.folder = config, policy, prompts, folder
         self.reward, self.watched = reward, watched
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(  # in fp32; the authors' JAX code keeps the first moment in bf16
             policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
         # By default the scale grows after 2,000 good steps, which is more than a run has.
