@@ -28,6 +28,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))
+
+
 # ---- Tiny random models of the published architectures ----
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,62 @@
 """evaluate.py: before and after, on any prompts and rewards."""
-IMPORTS
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import models
+import prompts
+import rewards
+import runs
+import settings
+import train
+from conftest import tiny_flags
 
 
-def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_policy, tiny_clip, capsys):
-    assert train.main(tiny_flags(tiny_model, name="r", epochs=1)) == 0
+def table(told):
+    """The rows of a table in Markdown, less its head."""
+    return [row.strip("| ").split(" | ") for row in told.splitlines()[2:]]
+
+
+def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_clip, own_reward, capsys):
+    assert train.main(tiny_flags(tiny_model, name="r", epochs=1, watch=[own_reward("is_cat"), own_reward("brightness")])) == 0
     capsys.readouterr()
-    ask = ["--prompts", "unseen_emoji_animals", "--images", "6"]
+    ask = ["--prompts", "emoji_animals", "--images", "6"]
     assert evaluate.main(["runs/r", *ask, "--reward", "compressibility", "--reward", "incompressibility"]) == 0
-    header, _, small, large = [row.split(" | ") for row in capsys.readouterr().out.splitlines()]
-    assert small[1:4] == ["compressibility", "unseen_emoji_animals", "6"] and small[4:6] == large[4:6]
+    small, large, cat, brightness = table(capsys.readouterr().out)  # the watched rewards come after those that were asked for
+    assert small[1:4] == ["compressibility", "emoji_animals", "6"] and small[4:6] == large[4:6]
     assert "±" in small[6] and int(small[7][:-1]) + int(large[7][:-1]) <= 101 and Path("runs/r/before_after.png").exists()
+    assert cat[1] == "is_cat" and cat[4:8] == ["100 %", "100 %", "0 %", "0%"]  # of the one image that it can judge
+    assert brightness[1] == "brightness" and brightness[4].endswith(" lux") and "%)" in brightness[6]
     shutil.copytree(tiny_model, "same")  # no run, a model: against the preset's, here the same
     config = settings.build_config({"model": str(tiny_model), "sampling_steps": 4, "eval_prompts": 6})
     images = [train.draw_fixed(train.policy_of(config, model), prompts.load_prompts("objects"), config)[1]
               for model in (None, "same")]
     assert torch.equal(*images)
     assert evaluate.main(["runs/r", *ask, "--eta", "0", "--sampling-steps", "3", "--clip", str(tiny_clip)]) == 0
-    told = capsys.readouterr().out.splitlines()[-1].split(" | ")
-    assert 0 < float(told[-2]) < 2
+    assert 0 < float(table(capsys.readouterr().out)[-1][-2]) < 2
 
 
-def test_a_rewards_options_are_those_asked_for_or_the_runs_or_the_presets():
-    flags = dict.fromkeys(settings.REWARD_OWNERS)
+def test_a_reward_that_can_judge_no_image_is_shown_as_a_dash(own_reward, capsys):
+    values = torch.full((3,), float("nan"))
+    assert evaluate.reward_cells(values, values, (100, "%")) == ["-"] * 4
+    some = torch.tensor([1.0, float("nan"), 0.0])
+    assert evaluate.reward_cells(some, torch.tensor([1.0, 1.0, float("nan")]), (100, "%")) == ["100 %", "100 %", "0 %", "0%"]
+
+
+def test_a_rewards_options_are_those_asked_for_or_the_runs_or_the_presets(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_reward", lambda name, device, nan_allowed, **options: (nan_allowed, options))
     run = settings.build_config({"reward": "alignment", "bert_baseline": 0.5})
-    assert evaluate.with_reward(run, "alignment", SimpleNamespace(**flags)).bert_baseline == 0.5
-    other = evaluate.with_reward(settings.build_config({}), "alignment", SimpleNamespace(**flags))
-    assert (other.reward_model, other.wording, other.bert_model) == (str(EMOJI_VLM), "paper", str(EMOJI))
-    asked = evaluate.with_reward(run, "counting", SimpleNamespace(**{**flags, "reward_model": "x", "bert_baseline": 0.1}))
-    assert (asked.reward_model, asked.bert_baseline, asked.bert_model) == ("x", 0.0, "")  # counting reads no BERTScore
-    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
-    assert evaluate.with_reward(paper, "alignment", SimpleNamespace(**flags)).reward_model == ""
+    given = dict.fromkeys(settings.REWARD_SETTINGS)
+    loaded, asked = {}, type("args", (), {**given, "bert_baseline": 0.1})
+    for args, baseline in ((type("args", (), given), 0.5), (asked, 0.1)):
+        nan_allowed, options = evaluate.reward_for(run, "alignment", args, loaded)
+        assert nan_allowed and options["bert_baseline"] == baseline
+    assert "bert_baseline" not in evaluate.reward_for(run, "counting", asked, loaded)[1]
+    assert len(loaded) == 3 and evaluate.reward_for(run, "counting", asked, loaded) is loaded[list(loaded)[2]]  # loaded once
 
 
 def test_variety_and_gain_by_hand_made_cases(tiny_clip):
@@ -38,17 +65,22 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     clip = models.load_clip(str(tiny_clip), "cpu", "CLIP")
     x, y, _ = (models.image_embeddings(clip[1], models.clip_pixels(clip[0], images)))
     assert evaluate.variety(images, clip) == pytest.approx(2 / 3 * (1 - torch.cosine_similarity(x, y, dim=0).item()), abs=1e-5)
-    before, after = torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0])
-    assert evaluate.with_interval("compressibility", before) == "2.50 ± 0.98 kB"  # 1.96 sqrt(1/2) / sqrt(2)
-    assert evaluate.gain("compressibility", before, after) == "-1.00 ± 0 kB (+40%)"  # smaller, which is what is rewarded
-    assert evaluate.gain("counting", torch.zeros(4), torch.tensor([0.0, 1.0, 0.0, 1.0])) == "0.5 ± 0.57"
-    assert evaluate.with_interval("aesthetic", torch.tensor([5.0])) == "5"
+    kilobytes = rewards.UNITS["compressibility"]
+    before, after, gain, improved = evaluate.reward_cells(torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0]), kilobytes)
+    assert (before, after) == ("2.50 ± 0.98 kB", "1.50 ± 0.98 kB")  # 1.96 sqrt(1/2) / sqrt(2)
+    assert (gain, improved) == ("-1.00 ± 0 kB (+40%)", "100%")  # smaller, which is what is rewarded
+    shares = torch.zeros(4), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert evaluate.reward_cells(*shares, (100, "%"))[1:] == ["50 ± 57 %", "50 ± 57 %", "50%"]
+    assert evaluate.reward_cells(*shares, (1, ""))[1:] == ["0.5 ± 0.57", "0.5 ± 0.57", "50%"]
+    assert evaluate.with_interval(torch.tensor([5.0]), (1, "")) == "5"
 
 
 @pytest.mark.parametrize("flags, message", [
     (["runs/nothing"], "it is neither a folder here nor reachable"), (["runs/r", "--images", "0"], "--images 0: must be"),
     (["runs/r", "--prompts", "nothing"], "no prompts 'nothing'"), (["runs/r", "--reward", "beauty"], "no reward 'beauty'"),
-    (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet")])
+    (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet"),
+    (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility, animal, number"),
+    (["runs/r", "runs/r", "--output", "x.png"], "--output is for one model")])
 def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
     runs.create_run(train.RUNS, "r", "", asdict(settings.build_config({"model": str(tiny_model)})))
     if len(flags) > 1:

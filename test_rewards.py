@@ -1,5 +1,23 @@
 """The learned rewards: each is what its authors' package or formula gives, through the real loading code, on tiny networks."""
-IMPORTS
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel,
+                          CLIPTokenizer, DebertaConfig, DebertaModel)
+
+import models
+import preference_rewards
+import prompts
+import rewards
+import train
+from conftest import EMOJI, IMAGES, ROOT
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +43,7 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
         x, head = x / x.norm(dim=1, keepdim=True), torch.load(tiny_head)
         for k in (0, 2, 4, 6, 7):
             x = x @ head[f"layers.{k}.weight"].T + head[f"layers.{k}.bias"]
-    torch.testing.assert_close(values, x.squeeze(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values.float(), x.squeeze(1), rtol=1e-4, atol=1e-4)
     assert torch.equal(values, reward(IMAGES, [prompts.Prompt("a dog")] * 3)[0])  # no dropout, and no look at the prompt
     same = rewards.load_reward("aesthetic", reward_model=str(tiny_clip),
                                aesthetic_head=str(tiny_head.with_suffix(".safetensors")))
@@ -34,9 +52,9 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
 
 def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
     processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
-    pictures = [models.to_pil(image) for image in IMAGES]
-    bytes_ = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures]
-    seen = [models.clip_pixels(processor, images) for images in (pictures, bytes_, IMAGES)]
+    pil_images = [models.to_pil(image) for image in IMAGES]
+    uint8_images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pil_images]
+    seen = [models.clip_pixels(processor, images) for images in (pil_images, uint8_images, IMAGES)]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert seen[0].std() > 0.3  # scaled down once, not twice
 
@@ -51,7 +69,7 @@ def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
     pixels = processor([models.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
     with torch.no_grad():
         theirs = clip(**tokens, pixel_values=pixels).logits_per_image.diag() / clip.logit_scale.exp()
-    torch.testing.assert_close(values, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values.float(), theirs, rtol=1e-4, atol=1e-6)
     new = CLIPModel.get_image_features  # older versions of transformers return the tensor itself
     monkeypatch.setattr(CLIPModel, "get_image_features", lambda self, pixels: new(self, pixels).pooler_output)
     assert torch.equal(reward(IMAGES, texts)[0], values)
@@ -62,7 +80,7 @@ def test_imagereward_is_that_of_the_package_image_reward(tiny_vlm, tmp_path):
     pixels, tokens, mask = (weights.pop(name) for name in ("pixels", "tokens", "mask"))
     AutoTokenizer.from_pretrained(tiny_vlm).save_pretrained(tmp_path)
     torch.save({name: weight.float() for name, weight in weights.items()}, tmp_path / "ImageReward.pt")
-    reward = rewards.ImageReward("cpu", str(tmp_path))
+    reward = preference_rewards.ImageReward("cpu", str(tmp_path))
     with torch.no_grad():
         ours = reward.score(pixels, tokens, mask)
     theirs = json.loads((ROOT / "oracles" / "imagereward.json").read_text())["scores"]
@@ -88,7 +106,7 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
     for part in (CLIPImageProcessorPil.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)):
         part.save_pretrained(tmp_path)
     torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "HPS_v2_compressed.pt")
-    clip = rewards.HPSv2("cpu", str(tmp_path)).clip
+    clip = preference_rewards.HPSv2("cpu", str(tmp_path)).clip
     with torch.no_grad():
         images, texts = map(models.clip_embedding, (clip.get_image_features(pixels), clip.get_text_features(tokens)))
     theirs = json.loads((ROOT / "oracles" / "hpsv2.json").read_text())["scores"]
@@ -120,10 +138,13 @@ def test_a_vlm_is_asked_in_its_own_form(tiny_vlm, tmp_path):
     assert len(other.answer(IMAGES[:1], ["how many?"])) == 1
 
 
-def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm):
+def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm, monkeypatch):
     vlm = rewards.VLM("cpu", str(tiny_vlm))
     questions = ["what is happening in this image?", "how many animals?", "what animal is in this image? answer concisely."]
+    asked, generate = [], vlm.network.generate
+    monkeypatch.setattr(vlm.network, "generate", lambda **options: asked.append(options) or generate(**options))
     together = vlm.answer(IMAGES, questions)
+    assert (asked[0]["max_new_tokens"], asked[0]["do_sample"]) == (64, False)  # 64 as in the authors' code
     alone = [vlm.answer(IMAGES[k:k + 1], [question])[0] for k, question in enumerate(questions)]
     assert together == alone and all(together)
     assert vlm.answer(IMAGES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
@@ -149,6 +170,20 @@ def test_bertscore_recall_is_that_of_the_package_bert_score():
     assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and len(cases) == 21
 
 
+def test_bertscore_takes_layer_40_of_deberta_xlarge_as_the_package_does(tmp_path):
+    torch.manual_seed(0)
+    deberta = DebertaModel(DebertaConfig(
+        vocab_size=900, hidden_size=16, intermediate_size=16, num_hidden_layers=48, num_attention_heads=2,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)).eval()
+    deberta.save_pretrained(tmp_path)
+    CLIPTokenizer.from_pretrained(EMOJI / "tokenizer").save_pretrained(tmp_path)
+    recall = rewards.BertRecall("cpu", str(tmp_path))
+    tokens = recall.tokenizer(["three cats"], return_tensors="pt")
+    with torch.no_grad():
+        theirs = deberta(**tokens, output_hidden_states=True).hidden_states[40]  # bert-score: model2layers
+        torch.testing.assert_close(recall.encoder(**tokens).last_hidden_state, theirs)
+
+
 def test_alignment_is_the_recall_of_what_the_vlm_says(tiny_vlm, monkeypatch):
     asked = []
     monkeypatch.setattr(rewards.VLM, "answer", lambda self, images, questions: asked.extend(questions) or ["two cats"] * 3)
@@ -157,7 +192,7 @@ def test_alignment_is_the_recall_of_what_the_vlm_says(tiny_vlm, monkeypatch):
         reward = rewards.load_reward("alignment", reward_model=str(tiny_vlm), bert_model=str(EMOJI), wording=wording)
         values, notes = reward(IMAGES, texts)
         recall = rewards.BertRecall("cpu", str(EMOJI))
-        torch.testing.assert_close(values, recall(["two cats"] * 3, [reference.format(prompt.text) for prompt in texts]))
+        torch.testing.assert_close(values.float(), recall(["two cats"] * 3, [reference.format(prompt.text) for prompt in texts]))
         assert notes == ["two cats"] * 3 and values[0] == values[2] != values[1]
     assert set(asked) == {"What is happening in this image?", "Answer concisely: what is going on in this image?"}
 
@@ -177,6 +212,34 @@ def test_a_learned_reward_that_cannot_be_had_is_told_before_anything_is_made(nam
     assert train.main(["--reward", name, "--reward-model", str(tmp_path), "--prompts", "two_to_four_animals"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "reward model" in told and "its files cannot be loaded" in told and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name, given, published", [
+    ("aesthetic", [], "openai/clip-vit-large-patch14"),
+    ("aesthetic", ["reward_model"], "trl-lib/ddpo-aesthetic-predictor"),
+    ("pickscore", [], "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    ("hpsv2", [], "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    ("imagereward", [], "bert-base-uncased"),
+    ("counting", [], "llava-hf/llava-1.5-7b-hf"),
+    ("alignment", [], "llava-hf/llava-1.5-7b-hf"),
+    ("alignment", ["reward_model"], "microsoft/deberta-xlarge-mnli")])
+def test_without_options_the_published_networks_are_asked_for(name, given, published, tiny_clip, tiny_vlm, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=re.escape(f"'{published}'")):
+        rewards.load_reward(name, **dict.fromkeys(given, str(tiny_vlm if name == "alignment" else tiny_clip)))
+
+
+def test_the_published_files_of_the_preference_models(tiny_clip, tiny_vlm, monkeypatch):
+    """Where the processor comes from elsewhere, the network is asked for after it."""
+    asked = []
+    monkeypatch.setattr(preference_rewards, "from_pretrained", lambda *args, **options: SimpleNamespace())
+    monkeypatch.setattr(preference_rewards, "hub_file", lambda *args: asked.append(args[:2]) or 1 / 0)
+    monkeypatch.setattr(preference_rewards, "load_clip", lambda model, *args, **options: asked.append((model, options)) or 1 / 0)
+    for reward in (preference_rewards.PickScore, preference_rewards.HPSv2, preference_rewards.ImageReward):
+        with pytest.raises(ZeroDivisionError):
+            reward("cpu")
+    assert asked == [("yuvalkirstain/PickScore_v1", {"processor": preference_rewards.CLIP_H}),
+                     ("xswu/HPSv2", "HPS_v2_compressed.pt"), ("THUDM/ImageReward", "ImageReward.pt")]
 
 
 def test_a_run_trains_on_a_learned_reward(tiny_model, tiny_clip, tiny_head, capsys):

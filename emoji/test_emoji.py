@@ -1,5 +1,17 @@
 """The embedded model, its judge and its VLM: they do what their cards say."""
-IMPORTS
+import torch
+from diffusers import StableDiffusionPipeline
+
+import prompts
+import settings
+import train
+from conftest import EMOJI, EMOJI_VLM, rng
+from emoji import judge, pretrain
+from rewards import load_reward
+
+
+def size(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def test_the_embedded_model_draws_with_plain_diffusers():
@@ -8,36 +20,45 @@ def test_the_embedded_model_draws_with_plain_diffusers():
     images = pipeline(["a frog", "two pandas"], num_inference_steps=10, eta=1.0, guidance_scale=5.0, generator=rng(),
                       output_type="np").images
     assert images.shape == (2, 64, 64, 3) and images.std() > 0.05
-    assert sum(f.stat().st_size for f in EMOJI.rglob("*") if f.is_file()) < 12e6
+    assert size(EMOJI) < 12e6
 
 
-def test_the_embedded_vlm_says_what_the_embedded_model_drew():
+def test_the_embedded_vlm_and_the_judge_see_what_the_embedded_model_drew():
     config = settings.build_config({"reward": "alignment", "guidance_scale": 5.0, "sampling_steps": 10, "eval_prompts": 27})
     chosen, images = train.draw_fixed(train.policy_of(config), prompts.load_prompts(config.prompts), config)
-    reward = train.reward_of(config)
-    values, answers = reward(images, chosen)
+
+    def reward(name, asked=chosen):
+        return load_reward(name, nan_allowed=name in config.watch, **settings.reward_options(config, name))(images, asked)
+
+    values, answers = reward("alignment")
     assert sum(answer == prompt.text for answer, prompt in zip(answers, chosen)) >= 24
-    others, same_answers = reward(images, chosen[13:] + chosen[:13])  # other animals, in other numbers
+    others, same_answers = reward("alignment", chosen[13:] + chosen[:13])  # other animals, in other numbers
     assert values.mean() > 0.95 > others.mean() + 0.2 and same_answers == answers  # it does not see the prompt
-    marks, notes = train.reward_of(evaluate.with_reward(config, "counting", SimpleNamespace(
-        **dict.fromkeys(settings.REWARD_OWNERS))))(images, chosen)
+    marks, notes = reward("counting")
     assert marks.mean() > 0.9 and all(note.split(" / ")[0] in prompts.NUMBER_WORDS for note in notes)
-    assert sum(f.stat().st_size for f in EMOJI_VLM.rglob("*") if f.is_file()) < 8e6
+    animal, number = (reward(name)[0] for name in config.watch)
+    assert animal.mean() > 0.9 and number.mean() > 0.9 and {*animal.tolist(), *number.tolist()} <= {0, 1}
+    assert reward(config.watch[0], chosen[13:] + chosen[:13])[0].mean() < 0.1
+    assert size(EMOJI_VLM) < 8e6
+
+
+def test_the_judge_marks_animal_and_number_and_knows_what_it_can_judge(monkeypatch):
+    monkeypatch.setattr(judge, "name_animals", lambda network, images: [("cat", 2), ("mouse", 3), ("owl", 1), ("cat", 1)])
+    images, texts = torch.rand(4, 3, 64, 64), ["two cats", "two mice", "five cats", "cat"]
+    seen = {function: [str(mark) for mark in function(images, texts)] for function in (
+        judge.animal, judge.number, judge.animal_and_number)}
+    assert seen == {judge.animal: ["1.0", "1.0", "nan", "1.0"], judge.number: ["1.0", "0.0", "nan", "1.0"],
+                    judge.animal_and_number: ["1.0", "0.0", "nan", "1.0"]}
+    assert [str(mark) for mark in judge.animal(images[:, :, :32], texts)] == ["nan"] * 4
+    assert {function.unit for function in seen} == {"%"}
+
+
+def test_the_judges_animals_are_those_of_the_prompt_sets():
+    assert judge.ANIMALS == prompts.COMMON_ANIMALS + prompts.UNSEEN_EMOJI_ANIMALS  # class k of its first output
 
 
 def test_the_check_uses_the_presets_steps_and_guidance():
     args = pretrain.parse([])
     config = settings.build_config({})
     assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.guidance_scale)
-
-
-def test_the_judge_marks_animal_and_number_and_knows_which_prompts_it_can_judge(monkeypatch):
-    monkeypatch.setattr(judge, "name_animals", lambda network, images: (["cat", "mouse", "owl"], [2, 3, 1]))
-    images = torch.rand(3, 3, 64, 64)
-    assert judge.right_animals(images, ["two cats", "two mice", "a bee"]) == ([True, True, False], [True, False, True])
-    assert judge.shares_right(images, ["two cats"] * 3) == {"eval_named": 1 / 3, "eval_counted": 1 / 3}
-    cannot = {"eval_named": None, "eval_counted": None}
-    assert judge.shares_right(images, ["five cats"] * 3) == judge.shares_right(images[:, :, :32], ["a cat"] * 3) == cannot
-    before, after = ([True, True, False], [True, False, False]), ([True, False, True], [True, True, True])
-    assert evaluate.judged([before, after]) == ["2 of 3", "1 (50%)", "1 -> 3", "1 -> 2"]
-    assert evaluate.judged([(None, None)] * 2) == ["-"] * 4
+    assert (args.output, args.vlm_output) == (EMOJI, EMOJI_VLM)

@@ -1,51 +1,81 @@
 """compare.py, report.py, variance.py, benchmark.py."""
-IMPORTS
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ddpo
+import rewards
+import runs
+import sampling
+import settings
+import train
+from conftest import LAYERS, TINY_CLIP, learner, rng
+from studies import benchmark, compare, random_networks, report, variance
 
 
 # ---- The comparison ----
 
 
-def line(label, seed, queries, rewards, named=None):
+JUDGE = "emoji/judge.py"
+
+
+def line(label, seed, queries, values, animal=None, algorithm="ddpo-is"):
+    """A run's line in the results."""
     return {"label": label, "seed": seed, "folder": "nothing", "command": "python train.py",
-            "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2, "rows": [
-                {"reward_queries": q, "eval_reward_mean": r, "eval_named": n}
-                for q, r, n in zip(queries, rewards, named or [1.0] * len(queries))]}
+            "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2,
+            "settings": {"algorithm": algorithm, "watch": [f"{JUDGE}:animal", f"{JUDGE}:number"], "eval_prompts": 9}, "rows": [
+                {"reward_queries": q, "eval_reward_mean": r, "watched": {"animal": a}}
+                for q, r, a in zip(queries, values, animal or [1.0] * len(queries))]}
 
 
 def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
-    assert compare.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5), rel=1e-3)
-    assert compare.interval([5])[0] == 5 and np.isnan(compare.interval([5])[1])
+    assert report.interval([1, 2, 3]) == pytest.approx((2, 4.30 / 3**0.5), rel=1e-3)
+    assert report.interval([5])[0] == 5 and np.isnan(report.interval([5])[1])
     one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
-    # The first 100 queries were spent on the start's policy, whatever came of them.
-    assert compare.area(one) == pytest.approx((-2 * 100 - 200) / 300)
-    assert compare.queries_to(one, 0.25) == 100 and compare.queries_to(one, 0.0) == 0
-    assert np.isnan(compare.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1))  # no share of a start of 0
-    assert np.isnan(compare.queries_to(one, 0.9))
-    skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "eval_named": None}]}
-    assert compare.area(skipped) == compare.area(one)
-    between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None}, *one["rows"][1:]]}
-    assert compare.area(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
-    assert compare.queries_to(between, 0.25) == 50
+    # The first 100 queries were spent on the policy of the start, whatever they led to.
+    assert report.mean_on_the_way(one) == pytest.approx((-2 * 100 - 200) / 300)
+    assert report.queries_to(one, 0.25) == 100 and report.queries_to(one, 0.0) == 0
+    assert np.isnan(report.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1))  # no share of a start of 0
+    assert np.isnan(report.queries_to(one, 0.9))
+    skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "watched": None}]}
+    assert report.mean_on_the_way(skipped) == report.mean_on_the_way(one)
+    between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None, "watched": None}, *one["rows"][1:]]}
+    assert report.mean_on_the_way(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
+    assert report.queries_to(between, 0.25) == 50
+
+
+def test_a_watched_reward_has_a_column_in_its_unit():
+    lines = [line("a", seed, [0, 9], [-2.0, -1.0], [1.0, end]) for seed, end in enumerate((0.9, 0.7))]
+    head, _, row = [cells[2:-2].split(" | ") for cells in report.table(lines, (-1, "kB")).splitlines()]
+    assert "number at the end (%)" not in head  # of which no run has a figure
+    assert dict(zip(head, row))["animal at the end (%)"] == f"80.0 ± {12.71 * 10:.1f}"
+    assert dict(zip(head, row))["end (kB)"] == "1.00 ± 0.00" and dict(zip(head, row))["reward gained (%)"] == "50.0 ± 0.0"
+    lines[0]["rows"][-1]["watched"]["animal"] = None
+    assert report.table(lines, (-1, "kB")).splitlines()[-1].split(" | ")[7] == "-"
 
 
 def test_rwr_is_also_measured_against_the_same_rounds_without_a_reward():
     def runs_of(label, algorithm, *ends):
-        return [{**line(label, seed, [0, 9], [-2.0, end]), "settings": {"algorithm": algorithm}} for seed, end in enumerate(ends)]
+        return [line(label, seed, [0, 9], [-2.0, end], algorithm=algorithm) for seed, end in enumerate(ends)]
 
-    groups = compare.by_label([*runs_of("rwr", "rwr", -1.0, -1.2), *runs_of("ddpo-is", "ddpo-is", -1.0),
-                               *runs_of("no reward", "rwr", -1.6, -1.6)])
-    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
-    assert not compare.beyond_no_reward("ddpo-is", groups["ddpo-is"], groups)
-    assert not compare.beyond_no_reward("no reward", groups["no reward"], groups)
+    groups = report.by_label([*runs_of("rwr", "rwr", -1.0, -1.2), *runs_of("ddpo-is", "ddpo-is", -1.0),
+                              *runs_of("no reward", "rwr", -1.6, -1.6)])
+    assert report.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
+    assert not report.beyond_no_reward("ddpo-is", groups["ddpo-is"], groups)
+    assert not report.beyond_no_reward("no reward", groups["no reward"], groups)
     groups["rwr, no reward"] = runs_of("rwr, no reward", "rwr", -1.8)
-    assert compare.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
+    assert report.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
 
 
 def test_a_drift_that_both_rewards_share_cancels():
-    """The size falls by 40 % for both; what the reward does beside is 10 % each way."""
+    """The size falls by 40 % under both. What the reward adds is 10 % each way."""
     small, large = ([line("rwr", seed, [0, 9], [start, end]) for seed in (0, 1)] for start, end in ((-2.0, -1.0), (2.0, 1.4)))
-    rows = compare.without_drift([*small, line("no reward", 0, [0, 9], [-2.0, -1.2])], large).splitlines()
-    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 |"]  # of the other there is but one
+    rows = report.without_drift([*small, line("no reward", 0, [0, 9], [-2.0, -1.2])], large).splitlines()
+    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 |"]  # the control was run on one of them only
 
 
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
@@ -55,14 +85,14 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     finish = compare.finish
     _, done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
-    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5]), "settings": shared}
+    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared}
     runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
     runs.append_line(folder / "other.jsonl", {**two, "label": "as another study calls it"})
     with open(folder / "tiny.jsonl", "a") as file:
         file.write('{"label": "cut sho')  # by a kill
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     told = capsys.readouterr().out
-    assert "| two | 1 | 2.00 | 0.50 | 75.0 | - |" in told and "| one | 1 |" in told
+    assert "| two | 1 | 2.00 | 0.50 | 75.0 | - | 1.50 | 50.0 |" in told and "| one | 1 |" in told
     assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
@@ -91,7 +121,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
         if train.main(arguments):
             raise ValueError(f"{folder} stopped")
 
-    monkeypatch.setattr(compare, "_train", in_this_process)
+    monkeypatch.setattr(compare, "train_in_a_process", in_this_process)
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
     told = capsys.readouterr().err
     assert "1 of 3 runs failed" in told and "not finite" in told
@@ -124,7 +154,8 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
 
 @pytest.mark.parametrize("flags, message", [
     (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
-    (["--sweep", "--queries", "64"], "--queries is of the comparison"), (["--reward", "beauty"], "no reward 'beauty'")])
+    (["--sweep", "--queries", "64"], "--queries is for the comparison"), (["--reward", "beauty"], "no reward 'beauty'"),
+    (["--watch", "beauty"], "no reward 'beauty'")])
 def test_compare_answers_a_mistake_in_one_line_and_makes_nothing(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     assert compare.main(flags) == 2
@@ -188,16 +219,16 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
 
 def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypatch, capsys):
     wide = {**LAYERS, "hidden_size": 64, "intermediate_size": 64}
-    monkeypatch.setattr(benchmark, "CLIP_L", TINY_CLIP)
-    monkeypatch.setattr(benchmark, "CLIP_H", TINY_CLIP)
-    monkeypatch.setattr(benchmark, "BLIP", (dict(image_size=32, patch_size=8, **wide),
+    monkeypatch.setattr(random_networks, "CLIP_L", TINY_CLIP)
+    monkeypatch.setattr(random_networks, "CLIP_H", TINY_CLIP)
+    monkeypatch.setattr(random_networks, "BLIP", (dict(image_size=32, patch_size=8, **wide),
                                             dict(encoder_hidden_size=64, vocab_size=900, **wide)))
-    monkeypatch.setattr(benchmark, "LLAVA", dict(TINY_CLIP, text_config=dict(vocab_size=200, **LAYERS)))
-    monkeypatch.setattr(benchmark, "DEBERTA", dict(benchmark.DEBERTA, vocab_size=900, **LAYERS))
-    names = list(benchmark.RANDOM_REWARDS)
+    monkeypatch.setattr(random_networks, "LLAVA", dict(TINY_CLIP, text_config=dict(vocab_size=200, **LAYERS)))
+    monkeypatch.setattr(random_networks, "DEBERTA", dict(random_networks.DEBERTA, vocab_size=900, **LAYERS))
+    names = list(random_networks.RANDOM_REWARDS)
     assert benchmark.main(["--reward", *names, "--images", "3"]) == 0
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1].strip() for row in rows] == names and all(float(row[2]) > 0 for row in rows)
     assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
     assert benchmark.main(["--reward", "aesthetic", "--precision", "fp32"]) == 2
-    assert "--precision is not of --reward" in capsys.readouterr().err
+    assert "--precision does not go with --reward" in capsys.readouterr().err
