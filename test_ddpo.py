@@ -1175,7 +1175,18 @@ def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
 
 
-# ---- The README ----
+# ---- The tour and the README ----
+
+def test_the_tours_cells_run_and_are_committed_with_their_outputs():
+    cells = [cell for cell in json.loads((ROOT / "tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [cell for cell in cells if re.search(r"^ *(show|print)\(", "".join(cell["source"]), re.MULTILINE)]
+    assert len(shown) == 7 and all(cell["outputs"] for cell in shown)
+    code = "\n\n".join("".join(cell["source"]) for cell in cells)
+    assert code.count("IMAGES, UPDATES = 16, 20\n") == 1
+    names = {}
+    exec(code.replace("IMAGES, UPDATES = 16, 20\n", "IMAGES, UPDATES = 8, 2\n"), names)
+    assert names["after"].shape == (8, 3, 64, 64) and (names["after_one"] != 0).any()
+
 
 
 def test_every_function_the_readme_names_stands_where_its_link_points():
