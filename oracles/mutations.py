@@ -1,0 +1,96 @@
+"""Do the tests notice a wrong line? Each mutation changes one line of a copy of the project; then some test must fail.
+
+    python oracles/mutations.py            # all, about half an hour on two cores; exit code 1 if a mutation survives
+    python oracles/mutations.py 3 7        # some of them
+
+The first seven once survived, and so did those that are marked: tests were added for them.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHOD, REWARDS, EVALUATE = "test_ddpo.py", "test_rewards.py", "test_evaluate.py"
+EMOJI, STUDIES = "emoji/test_emoji.py", "studies/test_studies.py"
+
+# (file, the line as it is, the line as it must not be, the tests that must notice)
+MUTATIONS = [
+    ("ddpo.py", "deviation = group.std()", "deviation = group.std() + 1e-6", METHOD),
+    ("rewards.py", "config.num_hidden_layers = 40", "config.num_hidden_layers = 48", REWARDS),
+    ("rewards.py", '"microsoft/deberta-xlarge-mnli"', '"microsoft/deberta-large-mnli"', REWARDS),
+    ("prompts.py", '"washing dishes"]', '"washing the dishes"]', METHOD),
+    ("prompts.py", "lizard beetle ant", "lizard bug ant", METHOD),
+    ("imagenet_animals.txt", "hammerhead, hammerhead shark", "hammerhead", METHOD),
+    ("ddpo.py", "advantages * clipped).mean()", "advantages * clipped).mean() + 1", METHOD),
+    # sampling.py
+    ("sampling.py", "scheduler.final_alpha_cumprod.float()", "alpha_bar[-1]", METHOD),
+    ("sampling.py", "return density.mean((1, 2, 3))", "return density.sum((1, 2, 3))", METHOD),
+    ("sampling.py", "trajectory.latents[images, steps + 1]", "trajectory.latents[images, steps]", METHOD),
+    ("sampling.py", "return uncond + w * (cond - uncond)", "return cond + w * (cond - uncond)", METHOD),
+    ("sampling.py", "torch.Generator().manual_seed(seed) for seed in", "torch.Generator().manual_seed(0) for seed in", METHOD),
+    ("sampling.py", "* (1 - alpha_bar / alpha_bar_prev)", "* (1 - alpha_bar)", METHOD),
+    # ddpo.py
+    ("ddpo.py", "torch.minimum(advantages * ratio", "torch.maximum(advantages * ratio", METHOD),
+    ("ddpo.py", "learned = T - config.skip_last_steps", "learned = T", METHOD),
+    ("ddpo.py", "share = len(part) / rows", "share = 1 / len(parts)", METHOD),
+    ("ddpo.py", ">= self.min_count", "> self.min_count", METHOD),
+    ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
+    ("ddpo.py", "clip_grad_norm_(unet.parameters(), max_grad_norm)", "clip_grad_norm_(unet.parameters(), 1e9)", METHOD),
+    # baselines_rwr.py
+    ("baselines_rwr.py", "kept = (r >= r.quantile(percentile))", "kept = (r > r.quantile(percentile))", METHOD),
+    ("baselines_rwr.py", "torch.softmax(beta * r, 0) * len(r)", "torch.softmax(r / beta, 0) * len(r)", METHOD),
+    ("baselines_rwr.py", "if not config.guided_training:", "if config.guided_training:", METHOD),
+    # models.py, rewards.py, preference_rewards.py
+    ("models.py", "* 255).round()", "* 255)", METHOD),
+    ("models.py", "return (images / 2 + 0.5).clamp(0, 1)", "return (images + 0.5).clamp(0, 1)", METHOD),
+    ("rewards.py", "quality=95", "quality=90", METHOD),
+    ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", METHOD),
+    ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())', REWARDS),
+    ("rewards.py", "MAX_ANSWER = 64", "MAX_ANSWER = 40", REWARDS),
+    ("preference_rewards.py", "- self.MEAN) / self.STD", "- self.MEAN) * self.STD", REWARDS),
+    # settings.py, runs.py
+    ("settings.py", 'advantage_clip: float = setting(10.0', 'advantage_clip: float = setting(5.0', METHOD),
+    ("settings.py", '"skip_last_steps": 2,', '"skip_last_steps": 1,', METHOD),  # survived
+    ("settings.py", "given != default and config.reward not in readers", "given != default", METHOD),
+    ("runs.py", 'row["epoch"] <= epoch]', 'row["epoch"] < epoch]', METHOD),
+    # train.py
+    ("train.py", "    set_global_rng_states(states)\n    clock", "    clock", METHOD),  # survived
+    ("train.py", "experiment.reward(images, prompts[part])", "experiment.reward(images, prompts[:len(images)])", METHOD),  # survived
+    ("train.py", "torch.Generator().manual_seed(EVAL_SEED)", "torch.Generator().manual_seed(config.seed)", METHOD),
+    ("train.py", "known = values[~values.isnan()].double()", "known = values.nan_to_num().double()", METHOD),
+    # evaluate.py, emoji/, studies/
+    ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
+    ("evaluate.py", "for which in (config.model, model)]", "for which in (model, config.model)]", EVALUATE),  # survived
+    ("emoji/judge.py", "seen[1] == asked[1]", "seen[0] == asked[0]", EMOJI),
+    ("studies/report.py", "(reward[:-1] * np.diff(queries))", "(reward[1:] * np.diff(queries))", STUDIES),
+    ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]", STUDIES),
+    ("studies/compare.py", "return self.seed, json.dumps(", "return 0, json.dumps(", STUDIES),  # survived
+    ("studies/variance.py", "((N - 1) * left.var()) ** 0.5", "(left.var()) ** 0.5", STUDIES),
+]
+
+
+def survives(file, line, wrong, tests):
+    """Whether the tests pass on a copy of the project with that wrong line."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            if not name.startswith("studies/results/") and (ROOT / name).is_file():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, Path(folder) / name)
+        path = Path(folder) / file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(line) == 1, f"{file} has {text.count(line)} times: {line}"
+        path.write_text(text.replace(line, wrong), encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests], cwd=folder,
+                              capture_output=True, text=True)
+    failed = [row for row in done.stdout.splitlines() if row.startswith(("FAILED", "ERROR"))]
+    print(f"{file}: {wrong.strip()}\n    {failed[0] if failed else 'SURVIVES'}", flush=True)
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    chosen = [int(word) for word in sys.argv[1:]] or range(1, len(MUTATIONS) + 1)
+    survivors = [number for number in chosen if survives(*MUTATIONS[number - 1])]
+    print(f"{len(chosen)} mutations, {len(survivors)} survive: {survivors}" if survivors else f"all {len(chosen)} are noticed")
+    sys.exit(bool(survivors))
