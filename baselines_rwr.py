@@ -2,19 +2,19 @@
 
     minimise     L = E[ w(x_0, c) ||eps - eps_theta(x_t, c, t)||^2 ],   x_0 ~ p_old, t uniform, x_t = x_0 noised by eps to t
     RWR          w(x_0, c) = exp(beta r(x_0, c)) / Z
-    sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C] / Z
+    sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C]
 
 The policy is fine-tuned on its own images by the denoising loss. Each image is weighted by its reward. Only (x_0, c) is needed,
-not the chain: denoising is one step here, and the weighted loss stands for the likelihood that it bounds. The paper calls an
-epoch of RWR a round. With one round it is the algorithm of earlier work (Lee et al. 2023); more rounds interleave sampling and
-training.
+not the chain: the denoising loss is an upper bound on -log p(x_0 | c), so a smaller loss makes the image more likely. The paper
+calls an epoch of RWR a round. With one round it is the algorithm of earlier work (Lee et al. 2023). More rounds interleave sampling
+and training.
 
 Where we depart from these lines:
  1. Weights are per prompt, as the paper says (D.3). In the authors' code this is true of RWR on aesthetic quality. Their RWR on
     JPEG size takes one softmax over all samples.
- 2. Z makes the weights of a prompt's samples average 1: beta and the percentile decide who counts, not how large the loss is.
-    The authors scale their softmax likewise. In their sparse version every kept sample has the weight 1. In ours a prompt counts
-    as often as it was drawn, however many of its samples are kept.
+ 2. The weights of a prompt's samples average 1, in both forms: beta and the percentile decide which samples count, not how large
+    the loss is. The authors scale their softmax in the same way. In their sparse version every kept sample has the weight 1. In
+    ours a prompt counts as often as it was drawn, however many of its samples are kept.
  3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.guided_training False takes the plain one.
  4. The norm is a mean over the latent dimensions, a constant factor.
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
@@ -86,8 +86,8 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
     """One epoch of learning (a round): config.updates_per_epoch optimizer steps on the final latents x_0. Returns info.
 
     weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
-    reshuffled passes over those with a weight above 0, each at one timestep of all that the model was trained on. Its loss is
-    their mean. Also read: config.micro_batch, which cannot change the result but in rounding, guided_training, max_grad_norm.
+    reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
+    timesteps. The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding, guided_training, max_grad_norm.
     The info holds means over all updates, except skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
@@ -112,14 +112,17 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
 
 
 def reshuffled_passes(rows, batches, batch_size, rng):
-    """`batches` batches of `batch_size` rows: (batches, batch_size). No row comes more than once more often than another."""
+    """`batches` batches of `batch_size` rows: (batches, batch_size). How often two rows come differs by at most one."""
     passes = math.ceil(batches * batch_size / len(rows))
     order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
     return order[:batches * batch_size].view(batches, batch_size)
 
 
 def regression(policy, trajectory, weights, images, noise, t):
-    """The weighted loss of N images, noised by `noise` (N, C, H, W) to timesteps t (N,). Returns loss, info."""
+    """The weighted loss of N images. Returns loss, info.
+
+    weights (B,) of all images; images (N,) their indices; noise (N, C, H, W), which noises them to timesteps t (N,).
+    """
     prediction, target = predict_and_target(policy, trajectory, images, noise, t)
     return weighted_denoising_loss(prediction, target, weights[images])
 

@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: tiny random models, a file of small rewards, train.py in this process."""
+"""What several test files share: tiny random models, a file of small rewards, train.py in this process."""
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def tiny_clip(tmp_path_factory):
     """A folder with a CLIP of 32 x 32 pixels, its image processor and the embedded model's tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "clip"
-    random_networks.clip(folder, TINY_CLIP)
+    random_networks.write_clip(folder, TINY_CLIP)
     return folder
 
 
@@ -102,7 +102,7 @@ def rng(seed=0):
 
 
 def learner(policy, learning_rate=1e-3, **changes):
-    """What ddpo_update and rwr_update take beside a trajectory and advantages or weights."""
+    """What ddpo_update and rwr_update take besides a trajectory and advantages or weights."""
     config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
                                 "kl_weight": 0.0, "skip_last_steps": 0, "batch_size": 8, "guided_training": True, **changes})
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
@@ -129,6 +129,7 @@ is_cat.unit = "%"
 def unknown(images, prompts): return [float("nan")] * len(prompts)
 def brightness(images, prompts): return images.mean((1, 2, 3))
 brightness.unit = "lux"
+def letters(images, prompts): return [len(prompt) for prompt in prompts]
 def nan(images, prompts): return images.mean((1, 2, 3)) * float("nan")
 def inf(images, prompts): return images.mean((1, 2, 3)) * float("inf")
 def wrong_shape(images, prompts): return images

@@ -3,7 +3,7 @@
     DDPO-SF   grad J = E[ sum_t                  grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ]
     DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],   with PPO's clip
 
-Where we depart from these two lines. The authors' code does 1 to 3 as well.
+Where we depart from these two lines. The authors' code does 1 to 3, too.
  1. r becomes an advantage: it is whitened per prompt (D.3). A constant baseline does not bias the gradient, and it makes the
     variance smaller.
  2. log p is the mean over the D latent dimensions (sampling.log_prob says why). So p_theta / p_old becomes its D-th root, and
@@ -11,12 +11,13 @@ Where we depart from these two lines. The authors' code does 1 to 3 as well.
     at which gradients are clipped does see it.)
  3. Advantages are clipped, so that one lucky image cannot rule the update.
  4. Equal rewards give an advantage of 0 (see whiten). The authors divide by the deviation + 1e-6.
- 5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The score of a step is noise
-    of size c / sigma, where c says how far its mean moves with epsilon. The last step but one has a large c at a tiny sigma: it
-    alone makes 86 % of the gradient's variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`),
+ 5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The gradient of a step's
+    log p with respect to epsilon is noise of size c / sigma, where c = d mean / d epsilon. The last step but one has a large c at a
+    tiny sigma: it alone makes 86 % of the gradient's variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`),
     though the image hardly changes there. The estimate becomes slightly biased, and learns faster: 13 % instead of 2 % in 512
     queries, all else equal (one seed: studies/results/README.md).
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
+ 7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is (see PromptStatistics).
 """
 from collections import Counter
 
@@ -32,7 +33,10 @@ BASELINES = ("prompt", "batch", "none")
 # ---- The two losses ----
 
 def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
-    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is only right where theta = theta_old."""
+    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right only where theta = theta_old.
+
+    clip_range is read by the info alone.
+    """
     loss = -(advantages * log_probs).mean()                                  # section 4.3, DDPO_SF
     return loss, ratio_info(log_probs, old_log_probs, clip_range)
 
@@ -71,8 +75,9 @@ def ratio_info(log_probs, old_log_probs, clip_range):
 class PromptStatistics:
     """Rewards -> advantages, by running mean and standard deviation per prompt (D.3; buffer and min_count: the authors' code).
 
-    Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep 32 in any case. With
-    one prompt and 256 images the advantages would then share a shift, so their one-prompt config takes the batch's statistics.)
+    Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep 32, their
+    PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would then share a shift, so their one-prompt
+    config takes the batch's statistics.)
     A prompt with fewer than `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch,
     most prompts do so for many epochs (`own_statistics` in the log).
     For ablations the baseline may be "batch", the batch's statistics for all, or "none", the bare rewards.
@@ -94,10 +99,10 @@ class PromptStatistics:
             self.rewards.setdefault(prompt, []).append(float(reward))
         for prompt, count in Counter(prompts).items():
             del self.rewards[prompt][:-max(count, self.buffer)]
-        own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
-        groups = [np.array(self.rewards[prompt]) if o else rewards for prompt, o in zip(prompts, own)]
+        has_own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
+        groups = [np.array(self.rewards[prompt]) if own else rewards for prompt, own in zip(prompts, has_own)]
         advantages = [whiten(reward, group) for reward, group in zip(rewards, groups)]
-        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(own))
+        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(has_own))
 
     def state_dict(self):
         return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
@@ -124,18 +129,18 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
 
     advantages: (B,). rng: a CPU generator, which deals the images to the updates. loss: one of the two above. An update takes
     B / updates images at all their T steps but the last config.skip_last_steps. Its loss is the mean over those pairs. Also
-    read: config.micro_batch, clip_range, kl_weight, max_grad_norm. The info holds means over all pairs, except ratio_deviation,
-    the maximum over the first update's, and skipped_updates, a count.
+    read: config.micro_batch, clip_range, kl_weight, max_grad_norm. The info holds means over all pairs, except ratio_deviation (the
+    maximum over the first update's), grad_norm (a mean over updates) and skipped_updates (a count).
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     B, T = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
     advantages = advantages.to(policy.device)
-    learned = T - config.skip_last_steps
+    learned_steps = T - config.skip_last_steps
     infos, steps = [], []
-    with tqdm(desc="learning", total=B * learned, leave=False, disable=None) as bar:
+    with tqdm(desc="learning", total=B * learned_steps, leave=False, disable=None) as bar:
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
-            pairs = torch.cartesian_prod(group, torch.arange(learned))       # (N, 2): every image at every step
+            pairs = torch.cartesian_prod(group, torch.arange(learned_steps))  # (N, 2): every image at every step
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
             infos.append(accumulate(pairs.split(config.micro_batch), lambda part: surrogate(
                 policy, trajectory, advantages, part, loss, config), scaler, bar))
@@ -148,7 +153,8 @@ def surrogate(policy, trajectory, advantages, pairs, loss, config):
 
     With config.kl_weight the KL to the pretrained policy is added, in closed form, as the mean over pairs and dimensions (DPOK,
     equation 9). DPOK's own code adds the squared difference of the guided predictions instead. At T = 50 the KL is 0.09 of that
-    at the median step, and 5.4 times that at the last step but one (`pytest test_ddpo.py -k dpok`). So weights do not carry over.
+    at the median step, and 5.4 times that at the last step but one (`pytest test_ddpo.py -k dpok`). So a weight
+    from DPOK's code means something else here.
     """
     images, steps = pairs.T
     log_probs, kl = score(policy, trajectory, images, steps)                 # where grad log p_theta comes from
@@ -183,11 +189,14 @@ def add_info(total, info, share):
 
 
 def optimizer_step(unet, optimizer, scaler, max_grad_norm):
-    """Unscale once, clip the gradient's norm, step. Returns the norm before clipping, and whether a step was taken."""
+    """Unscale once, clip the gradient's norm, step. Returns the norm before clipping, and whether a step was taken.
+
+    Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step.
+    """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), max_grad_norm).item()
     if not scaler.is_enabled() and not np.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite: try a smaller --learning-rate or --precision fp32")
+        raise FloatingPointError("the gradient is not finite: start a new run with a smaller --learning-rate or --precision fp32")
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

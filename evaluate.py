@@ -2,15 +2,15 @@
 
     python evaluate.py runs/compressibility-ddpo-is-1 [more runs]
     python evaluate.py runs/NAME --prompts unseen_emoji_animals --images 90 --reward incompressibility
-    python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does a policy trained with noise help the sampler without?
+    python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does the gain remain when sampling without noise?
     python evaluate.py runs/NAME/model --prompts objects          # any model, by folder or hub name, against the preset's
 
 Prints a row for each model and reward. The rewards are the run's own or those of --reward, and then the watched ones:
 
-    before, after, gain  means over the images that the reward can judge, each with a 95 % interval
-    improved             share of these images with a higher reward than before
-    variety              mean distance between two images, which training on a reward destroys first: root mean square of the
-                         pixels (in [0, 1]) or, with --clip, 1 - cosine of that CLIP's embeddings
+    before, after, change  means over the images that the reward can judge, each with a 95 % interval
+    improved               share of these images with a higher reward than before
+    variety                mean distance between two images, which falls when they become alike: root mean square of the
+                           pixels (in [0, 1]) or, with --clip, 1 - cosine of that CLIP's embeddings
 
 A run's image, before above after, goes to before_after.png in its folder, or where --output says.
 """
@@ -26,21 +26,26 @@ import runs
 from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, to_pil
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
-from settings import (PRESETS, REWARD_SETTINGS, build_config, check, check_options, check_questions, load_config,
-                      reward_options)
+from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
+                      load_config, reward_options)
 from train import draw_fixed, policy_of
 
 COLUMNS = 12
-HEADER = ["model", "reward", "prompts", "images", "before", "after", "gain", "improved", "variety before", "after"]
+HEADER = ["model", "reward", "prompts", "images", "before", "after", "change", "improved", "variety before", "variety after"]
 
 
 def evaluate(target, args, loaded):
-    """The table's rows of one run or model. `loaded` keeps the rewards for the next. Raises ValueError, RewardError, ..."""
+    """The table's rows of one run or model. `loaded` keeps the rewards for the next one.
+
+    Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError, each with a message for the user.
+    """
     config, model, output = settings_of(target, args)
-    prompts, names = load_prompts(config.prompts), list(dict.fromkeys([*(args.reward or [config.reward]), *config.watch]))
-    check_questions(prompts, names, any)
-    check_options([option for option in REWARD_SETTINGS if getattr(args, option) is not None], names)
-    rewards = [reward_for(config, name, args, loaded) for name in names]
+    prompts, asked = load_prompts(config.prompts), [absolute_reward(name) for name in args.reward or [config.reward]]
+    given = {option: getattr(args, option) for option in REWARD_SETTINGS if getattr(args, option) is not None}
+    check_questions(prompts, asked, every_prompt=False)
+    check_options(given, asked)
+    rewards = [reward_for(config, name, given if name in asked else {}, loaded)
+               for name in dict.fromkeys([*asked, *config.watch])]
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
     policies = [policy_of(config, which, scored=False) for which in (config.model, model)]
     drawn = [draw_fixed(policy, prompts, config) for policy in policies]
@@ -50,7 +55,7 @@ def evaluate(target, args, loaded):
     for reward in rewards:
         (before, notes), (after, more_notes) = (reward(images, chosen) for _, images in drawn)
         values = torch.cat([before, after]).tolist()
-        labels = ["\n".join(filter(None, (label, display(value, reward.unit), note)))
+        labels = ["\n".join(filter(None, (label, f"{reward.name} {display(value, reward.unit)}", note)))
                   for label, value, note in zip(labels, values, notes + more_notes)]
         rows.append(["/".join(Path(target).parts[-2:]), reward.name, Path(config.prompts).stem, str(len(texts)),
                      *reward_cells(before, after, reward.unit), *varieties])
@@ -68,7 +73,8 @@ def settings_of(target, args):
         if not model.exists():
             raise ValueError(f"{target} has no model/ yet: finish it with python train.py --resume {target}")
     else:
-        config, model, output = build_config({"preset": args.preset}), target, None
+        given = {name: getattr(args, name) for name in ("device", "precision") if getattr(args, name) is not None}
+        config, model, output = build_config({"preset": args.preset, **given}), target, None
     changes = {"prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
                "device": args.device, "precision": args.precision, "skip_last_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
@@ -77,10 +83,10 @@ def settings_of(target, args):
     return config if args.eta is None else replace(config, eta=args.eta), model, args.output or output
 
 
-def reward_for(config, name, args, loaded):
-    """A loaded reward, with the options that were asked for, else those of the run or its preset."""
+def reward_for(config, name, given, loaded):
+    """A loaded reward, with the given options that it reads, else those of the run or its preset."""
     options = reward_options(config, name)
-    options |= {option: getattr(args, option) for option in options if getattr(args, option) is not None}
+    options |= {option: value for option, value in given.items() if option in options}
     key = (name, config.device, *options.items())
     if key not in loaded:
         loaded[key] = load_reward(name, config.device, nan_allowed=True, **options)
@@ -101,22 +107,22 @@ def variety(images, clip):
 
 
 def reward_cells(before, after, unit):
-    """The cells before, after, gain and improved, of a reward's values (B,) on B images; '-' if it can judge none of them."""
+    """The cells before, after, change and improved, of a reward's values (B,) on B images; '-' if it can judge none of them."""
     known = ~(before.isnan() | after.isnan())
     if not known.any():
         return ["-"] * 4
     before, after = before[known], after[known]
-    gain = with_interval(after - before, unit)
+    change = with_interval(after - before, unit)
     if unit[1] not in ("", "%") and before.mean():  # of a reward with a unit, such as a size: also as a share of the start
-        gain += f" ({(after - before).mean() / before.mean().abs():+.0%})"
-    return [with_interval(before, unit), with_interval(after, unit), gain, f"{(after > before).float().mean():.0%}"]
+        change += f" ({unit[0] * (after - before).mean() / before.mean().abs():+.0%})"
+    return [with_interval(before, unit), with_interval(after, unit), change, f"{(after > before).float().mean():.0%}"]
 
 
 def with_interval(values, unit):
     """The mean of a reward over B images in its unit, and half its 95 % interval (normal: the images are many)."""
     factor, name = unit
-    half = 1.96 * abs(factor) * values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    mean, _, name = display(values.double().mean().item(), unit).partition(" ")
+    half = 1.96 * abs(factor) * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean, _, name = display(values.mean().item(), unit).partition(" ")
     return f"{mean} ± {half:.2g} {name}".rstrip() if half == half else f"{mean} {name}".rstrip()
 
 
@@ -124,20 +130,20 @@ def main(argv=None):
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="folders under runs/, or models by folder or hub name")
-    parser.add_argument("--reward", action="append", help="any of train.py's; may be given more than once (default: the run's)")
+    parser.add_argument("--reward", action="append", help="as in train.py; may be given more than once (default: the run's)")
     parser.add_argument("--prompts", help="a set of python prompts.py, or a text file (default: the run's)")
     parser.add_argument("--images", type=int, help="number of images, spread evenly over the prompts (default: the run's)")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps T (default: the run's)")
     parser.add_argument("--eta", type=float, help="noise of the DDIM chain, from 0 (default: the run's)")
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
-    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of a model that is no run: base model and settings")
+    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="for a model that is not a run: whose base model and settings")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the image goes (default: before_after.png of a run)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to draw (default: the run's)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the run's)")
-    parser.add_argument("--wording", choices=Alignment.WORDINGS, help="alignment: as train.py's")
-    parser.add_argument("--bert-baseline", type=float, help="alignment: as train.py's")
+    parser.add_argument("--wording", choices=Alignment.WORDINGS, help="alignment: as in train.py")
+    parser.add_argument("--bert-baseline", type=float, help="alignment: as in train.py")
     for flag in ("--reward-model", "--aesthetic-head", "--bert-model"):
-        parser.add_argument(flag, help="of the rewards that read it, as train.py's")
+        parser.add_argument(flag, help="for the rewards that read it: as in train.py")
     args = parser.parse_args(argv)
     try:
         if args.output and len(args.models) > 1:

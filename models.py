@@ -1,6 +1,6 @@
 """Pretrained networks: where they come from, which ones are accepted, and how they turn texts and latents into tensors.
 
-First the policy's pipeline: loading it, encoding prompts, decoding latents. What differs between architectures stands there.
+First the policy's pipeline: loading it, encoding prompts, decoding latents. Differences between architectures are handled there.
 Then networks that several rewards use. Then what all networks need: files from a folder or from the hub, and one clear line
 when something goes wrong.
 
@@ -25,7 +25,7 @@ PIPELINE_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer"
 def load_pipeline(model, device="cpu", precision="fp32"):
     """A Stable Diffusion 1 or 2 pipeline, by hub name or folder, with a DDIM scheduler. All of it is frozen and in eval mode.
 
-    The weights are fp32, whatever they were saved in. `precision` is that of the autocast they will run under.
+    The weights are fp32, whatever they were saved in. `precision` is that of the autocast that U-Net and VAE will run under.
     Raises ValueError, in one line, if the model cannot be found or has another architecture.
     """
     import diffusers
@@ -36,13 +36,14 @@ def load_pipeline(model, device="cpu", precision="fp32"):
     unet, vae, text_encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
     fits = (unet.in_channels, unet.cross_attention_dim) == (vae.latent_channels, text_encoder.hidden_size)
     if not fits or unet.addition_embed_type:
-        raise ValueError(f"model {str(model)!r} is no text-to-image model of Stable Diffusion 1 or 2's architecture: its U-Net "
-                         "asks for more than a latent and a text")
+        raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net asks for "
+                         "more than a latent and a text")
     # Stable Diffusion is published with another sampler. The betas and offsets are the model's own, the step is DDIM's.
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.to(device)
     if pipeline.unet.device.type == "cpu" and precision == "bf16":
-        # torch's fused attention is slow in bf16 on a CPU. The plain one makes bf16 1.6 times faster than fp32 there.
+        # torch's fused attention is slow in bf16 on a CPU. With the plain one bf16 is the faster precision, if the processor has
+        # AVX512-BF16 (python studies/benchmark.py --precision fp32 bf16 --images 64).
         pipeline.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.eval().requires_grad_(False)
@@ -53,7 +54,7 @@ def refuse_incomplete_folder(folder):
     """Raise ValueError if this is a folder, but not one of a whole pipeline."""
     missing = [part for part in PIPELINE_PARTS if folder.is_dir() and not (folder / part).exists()]
     if missing:
-        raise ValueError(f"model {str(folder)!r} is a folder, but no Stable Diffusion pipeline: it has no {', '.join(missing)}")
+        raise ValueError(f"model {str(folder)!r} is a folder, but not of a Stable Diffusion pipeline: it has no {', '.join(missing)}")
 
 
 def autocast(device, precision):
@@ -83,13 +84,14 @@ def decode(pipeline, x_0, precision="fp32"):
 
     Raises FloatingPointError if an image is not finite. As 8-bit pixels it would look like a black one.
     """
-    vae = pipeline.vae
-    with autocast(vae.device, precision):
-        # Eight at a time: at 512 x 512 pixels the decoder's activations need more memory than anything else.
-        images = torch.cat([vae.decode(part / vae.config.scaling_factor).sample.float() for part in x_0.split(8)])
-    if not images.isfinite().all():
-        raise FloatingPointError("an image is not finite: try --precision fp32, or a smaller --learning-rate")
-    return (images / 2 + 0.5).clamp(0, 1)
+    vae, parts = pipeline.vae, []
+    for part in x_0.split(8):  # at 512 x 512 pixels the decoder's activations need more memory than anything else
+        with autocast(vae.device, precision):
+            images = vae.decode(part / vae.config.scaling_factor).sample.float()
+        if not images.isfinite().all():
+            raise FloatingPointError("an image is not finite: start a new run with --precision fp32 or a smaller --learning-rate")
+        parts.append((images / 2 + 0.5).clamp(0, 1))
+    return torch.cat(parts)
 
 
 def to_pil(image):
@@ -101,12 +103,12 @@ def to_pil(image):
 
 # ---- Networks that several rewards use: CLIP, and a scoring head ----
 
-def load_clip(model, device, argument, processor=""):
+def load_clip(model, device, described_as, processor=""):
     """A CLIP's image processor and its network, in fp32, by hub name or folder. The processor may come from another model."""
     announce("CLIP", model)
     from transformers import AutoImageProcessor, CLIPModel
-    return (from_pretrained(AutoImageProcessor, processor or model, argument, backend="pil"),
-            from_pretrained(CLIPModel, model, argument, dtype=torch.float32).to(device).eval())
+    return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
+            from_pretrained(CLIPModel, model, described_as, dtype=torch.float32).to(device).eval())
 
 
 def clip_pixels(processor, images):
@@ -131,8 +133,10 @@ def clip_embedding(features):
 
 
 def scoring_head(width):
-    """The MLP of Aesthetic and ImageReward, on `width` features. The dropouts are off in eval mode; the published names of the
-    weights count them."""
+    """The MLP of Aesthetic and ImageReward, on `width` features.
+
+    The dropout layers do nothing in eval mode. They are kept because the published weights are numbered with them.
+    """
     return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
                          nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))
 
@@ -154,10 +158,10 @@ def announce(network, name):
     print(f"loading {network}: {name}", file=sys.stderr, flush=True)
 
 
-def from_pretrained(loader, name, argument, **options):
+def from_pretrained(loader, name, described_as, **options):
     """loader.from_pretrained(name, **options), for a hub name or a folder.
 
-    `argument` is what the user knows it by, with its flag. Raises ValueError with that, the name, and the reason.
+    described_as: how error messages call it, with its flag. Raises ValueError with that, the name, and the reason.
     """
     try:
         return loader.from_pretrained(str(name), **options)
@@ -165,10 +169,10 @@ def from_pretrained(loader, name, argument, **options):
         reason = "its files cannot be loaded"
         if isinstance(error, OSError) and not Path(name).is_dir():
             reason = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
-        raise ValueError(f"{argument} {str(name)!r}: {reason}: {first_line(error)}") from error
+        raise ValueError(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
 
 
-def hub_file(name, filename, argument):
+def hub_file(name, filename, described_as):
     """The path of one file of a folder, or of a hub repository. Raises ValueError, as from_pretrained does."""
     from huggingface_hub import hf_hub_download
     try:
@@ -177,8 +181,8 @@ def hub_file(name, filename, argument):
             raise FileNotFoundError(f"there is no {filename} in it")
         return path if path.is_file() else hf_hub_download(str(name), filename)
     except Exception as error:
-        raise ValueError(f"{argument} {str(name)!r}: {filename} is neither here nor reachable on the hub: "
-                         f"{first_line(error)}") from error
+        raise ValueError(f"{described_as} {str(name)!r}: {filename} is neither here nor reachable on the hub: "
+                         f"{short_message(error)}") from error
 
 
 def read_weights(path):
@@ -187,13 +191,13 @@ def read_weights(path):
         weights = load_file(path) if str(path).endswith(".safetensors") else torch.load(
             path, map_location="cpu", weights_only=True)
     except Exception as error:  # a missing file, safetensors' own, pickle's own
-        raise ValueError(f"the weights {str(path)!r} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"the weights {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"the weights {str(path)!r} are a {type(weights).__name__}, not a state dict")
     return weights
 
 
-def load_weights(network, weights, prefix, argument, new_names=None):
+def load_weights(network, weights, prefix, described_as, new_names=None):
     """Put into the network those weights whose published name begins with `prefix`. Returns it in eval mode.
 
     `new_names` maps patterns of the published names to what the network calls them. Raises ValueError if a weight is missing,
@@ -209,16 +213,16 @@ def load_weights(network, weights, prefix, argument, new_names=None):
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"the weights of the {argument} do not fit: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}") from error
     return network.eval()
 
 
-def one_line(error):
+def type_and_message(error):
     """'KeyError: the first line of its message'."""
     message = str(error).strip().splitlines()
     return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
 
 
-def first_line(error):
+def short_message(error):
     """The first line of an error's message, at most 200 characters, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

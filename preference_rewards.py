@@ -1,8 +1,8 @@
 """Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. The contract is that of rewards.py.
 
-The paper has none of them as a training reward but ImageReward, in the comparison with DPOK (appendix C). Each class loads a
-published network when it is made, and is then called with images and prompts. We have not run the published weights. The tests
-send tiny random networks through this very code, and compare with the authors' packages hpsv2 and image-reward (oracles/).
+Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a published network when
+it is made, and is then called with images and prompts. We have not run the published weights. The tests send tiny random networks
+through this very code, and compare with the packages hpsv2 and image-reward (oracles/).
 
 Seconds an image: `python studies/benchmark.py --reward pickscore imagereward --images 8`, on two cores, with random weights of
 the published sizes.
@@ -45,7 +45,7 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28. Its checkpoint has the names of open_clip.
 
-    Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an image. Tested against the package hpsv2.
+    Fetches 3.9 GB; needs 3.9 GB of memory (fp32). Its network has the size of PickScore's. Tested against the package hpsv2.
     reward_model: a folder with HPS_v2_compressed.pt and with CLIP's config, processor and tokenizer, as transformers saves them.
     """
 
@@ -114,11 +114,11 @@ class ImageReward:
         pixels = clip_pixels(self.processor, images).to(self.vision.device)
         tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True, max_length=35,
                                 return_tensors="pt").to(self.vision.device)
-        return torch.cat([self.score(*part) for part in zip(
+        return torch.cat([self.rate(*part) for part in zip(
             pixels.split(32), tokens.input_ids.split(32), tokens.attention_mask.split(32))])
 
-    def score(self, pixels, tokens, mask):
-        """Pixels (B, 3, H, W), tokens (B, L) and their mask (B, L) -> scores (B,)."""
+    def rate(self, pixels, tokens, mask):
+        """Pixels (B, 3, H, W), tokens (B, L) and their mask (B, L) -> rewards (B,)."""
         patches = self.vision(pixels).last_hidden_state                      # (B, P, E)
         states = self.text(tokens, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
         return (self.head(states[:, 0]).squeeze(1) - self.MEAN) / self.STD

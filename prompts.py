@@ -3,7 +3,7 @@
     python prompts.py                  # the sets, with examples
 
 A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that returns the list, and
-name it in PROMPT_SETS. The English (articles, plurals) stands here too.
+name it in PROMPT_SETS. Articles and plurals are made here, too.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ def with_number(noun, number):
 # ---- The sets ----
 
 def common_animals():
-    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as both of the authors' repositories draw them."""
+    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in both of the authors' repositories."""
     return [Prompt(animal) for animal in COMMON_ANIMALS]
 
 
@@ -73,12 +73,12 @@ def emoji_animals():
 
 
 def imagenet_animals():
-    """Compressibility: the labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, whole, as the authors draw them."""
-    return read_lines(Path(__file__).parent / "imagenet_animals.txt")
+    """JPEG size: the whole labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, as in the authors' code."""
+    return read_prompts(Path(__file__).parent / "imagenet_animals.txt")
 
 
 def painted_animals():
-    """"A painting of a cat" and so on: the 45 prompts of another paper's figures of DDPO (PRDP, arXiv 2402.08714, table 1)."""
+    """The 45 prompts on which PRDP (arXiv 2402.08714, table 1) measured DDPO, as in "A painting of a cat"."""
     return [Prompt(f"A painting of {with_article(animal)}") for animal in COMMON_ANIMALS]
 
 
@@ -93,7 +93,7 @@ def two_to_eight_animals():
 
 
 def two_to_four_animals():
-    """Those of them that the embedded model can draw: two to four."""
+    """Counting for the embedded model, which draws at most four: two to four of each of the 45 animals."""
     return [counting_prompt(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
 
 
@@ -149,13 +149,13 @@ def load_prompts(name):
         return PROMPT_SETS[name]()
     if not Path(name).is_file():
         raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text file")
-    prompts = read_lines(Path(name))
+    prompts = read_prompts(Path(name))
     if not prompts:
         raise ValueError(f"the prompt file {name!r} is empty: write one prompt a line")
     return prompts
 
 
-def read_lines(path):
+def read_prompts(path):
     """One Prompt for each line of a text file that is not blank. Raises ValueError if it is not UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -7,12 +7,14 @@ The contract, for every reward here and for your own:
     images   (B, 3, H, W) float32 in [0, 1], on the policy's device, for any B
     prompts  B prompts.Prompt for the rewards of this project; B texts for a function of your own
     values   B numbers, higher is better; anything that torch.as_tensor takes
-    notes    B strings, for example what a judge answered: they are logged, and drawn under the images
+    notes    B strings, for example the answers of a vision-language model; those of the trained reward are logged, and drawn
+             under the images
 
 A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your own may say its
 unit, in which its values are shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1.
 
-To add a reward, write a function or a class here and name it in REWARDS, near the end of this file.
+To add a reward, write a function here and name it in REWARDS; or a class that loads a network, and name it in LEARNED. Its options
+belong in settings.REWARD_SETTINGS, its unit in UNITS, its prompts in DEFAULT_PROMPTS.
 """
 import functools
 import importlib.util
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from models import (REWARD_MODEL, announce, clip_pixels, from_pretrained, hub_file, image_embeddings, load_clip, load_weights,
-                    one_line, read_weights, scoring_head, to_pil)
+                    read_weights, scoring_head, to_pil, type_and_message)
 from preference_rewards import HPSv2, ImageReward, PickScore
 
 BERT_MODEL = "BERTScore's encoder (--bert-model)"
@@ -41,12 +43,12 @@ class RewardError(Exception):
 # ---- JPEG size (paper, section 5.1) ----
 
 def compressibility(images, prompts):
-    """Minus the size of the image as a JPEG, in kB of 1,000 bytes. About 0.1 ms for 64 x 64 pixels."""
+    """Minus the size of the image as a JPEG, in kB of 1,000 bytes."""
     return [-jpeg_kilobytes(image) for image in images]
 
 
 def incompressibility(images, prompts):
-    """The size of the image as a JPEG, in kB of 1,000 bytes. About 0.1 ms for 64 x 64 pixels."""
+    """The size of the image as a JPEG, in kB of 1,000 bytes."""
     return [jpeg_kilobytes(image) for image in images]
 
 
@@ -75,10 +77,10 @@ class Aesthetic:
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
         self.processor, self.clip = load_clip(reward_model or "openai/clip-vit-large-patch14", device, REWARD_MODEL)
-        argument = "aesthetic head (--aesthetic-head)"
-        weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD, argument))
+        described_as = "aesthetic head (--aesthetic-head)"
+        weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD, described_as))
         head = scoring_head(self.clip.config.projection_dim)
-        self.head = load_weights(head, weights, "layers.", argument).to(device)
+        self.head = load_weights(head, weights, "layers.", described_as).to(device)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -86,14 +88,14 @@ class Aesthetic:
         return self.head(F.normalize(embeddings)).squeeze(1)
 
 
-# ---- A vision-language model as the judge: alignment (section 5.3) and counting (appendix A) ----
+# ---- Rewards by a vision-language model: alignment (section 5.3) and counting (appendix A) ----
 
 class VLM:
     """A vision-language model that answers questions about images. (The authors send theirs a JPEG of quality 80. We do not.)
 
     LLaVA, or any other decoder-only image-text-to-text model of transformers that has a chat template (some need torchvision,
     and say so). It decodes greedily, so the same image gets the same answer. Half precision on a GPU.
-    LLaVA 1.5 7B fetches 14 GB and needs 15 GB of a GPU.
+    LLaVA 1.5 7B fetches 14 GB, which is also what its weights need of a GPU.
     """
 
     def __init__(self, device, model):
@@ -105,18 +107,18 @@ class VLM:
         config = self.network.config
         if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
                 self.processor.chat_template or config.model_type == "llava"):
-            raise ValueError(f"{REWARD_MODEL} {model!r} is no decoder-only image-text-to-text model with a chat template")
+            raise ValueError(f"{REWARD_MODEL} {model!r} is not a decoder-only image-text-to-text model with a chat template")
         self.processor.tokenizer.padding_side = "left"  # so that every answer begins where the padded questions end
 
     @torch.no_grad()
     def answer(self, images, questions):
         """B images (3, H, W) and B questions -> B answers. Eight go through at a time."""
-        answers, begin = [], self.processor.tokenizer.bos_token
+        answers, bos_token = [], self.processor.tokenizer.bos_token
         for start in range(0, len(questions), 8):
             pil_images = [to_pil(image) for image in images[start:start + 8]]
             texts = [dialogue(self.processor, question) for question in questions[start:start + 8]]
             inputs = self.processor(images=pil_images, text=texts, padding=True, return_tensors="pt",
-                                    add_special_tokens=not (begin and texts[0].startswith(begin)))
+                                    add_special_tokens=not (bos_token and texts[0].startswith(bos_token)))
             inputs = inputs.to(self.network.device, self.network.dtype)
             tokens = self.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
             answers += self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
@@ -158,20 +160,20 @@ class BertRecall:
         try:
             self(["a cat"], ["a cat"])
         except Exception as error:
-            raise ValueError(f"{BERT_MODEL} {model!r} encodes no text by itself: {one_line(error)}") from error
+            raise ValueError(f"{BERT_MODEL} {model!r} encodes no text by itself: {type_and_message(error)}") from error
 
     @torch.no_grad()
     def __call__(self, answers, references):
         """B answers and B references -> rescaled recall (B,). An empty answer has a recall of 0."""
-        reference, _, counts = self.embed(references)                        # (B, R, E), (B, R), (B, R)
-        answer, is_token, answer_counts = self.embed(answers)                # (B, A, E), (B, A), (B, A)
+        reference, _, is_word = self.embed(references)                       # (B, R, E), (B, R), (B, R)
+        answer, is_token, is_answer_word = self.embed(answers)               # (B, A, E), (B, A), (B, A)
         similarity = torch.einsum("bre,bae->bra", reference, answer) * is_token[:, None]
-        recall = (similarity.amax(2) * counts).sum(1) / counts.sum(1)        # R_BERT, section 3
-        recall = torch.where(answer_counts.sum(1) > 0, recall, 0.0)
+        recall = (similarity.amax(2) * is_word).sum(1) / is_word.sum(1)      # R_BERT, section 3
+        recall = torch.where(is_answer_word.sum(1) > 0, recall, 0.0)
         return (recall - self.baseline) / (1 - self.baseline)
 
     def embed(self, texts):
-        """B texts -> unit vectors (B, L, E), which are tokens (B, L), and which of these are not special tokens (B, L)."""
+        """B texts -> unit vectors (B, L, E), the mask of tokens without padding (B, L), and without special tokens (B, L)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
         tokens = tokens.to(self.encoder.device)
         mask, special = tokens.attention_mask, tokens.pop("special_tokens_mask")
@@ -182,7 +184,7 @@ class Alignment:
     """Prompt-image alignment without labels (section 5.3): a VLM says what it sees, BERTScore compares that with the prompt.
 
     The recall says how much of the prompt is in the answer. The answers are the notes. With the default encoder unrelated
-    sentences score about 0.52, so the reward is flat at the bottom; bert_baseline takes that for 0. 5 ms an image on one core
+    sentences score about 0.52, so the reward is flat at the bottom; bert_baseline moves that value to 0. 5 ms an image on one core
     with the embedded VLM (`seconds_reward` of the log); not measured with LLaVA.
     reward_model: the VLM, by hub name or folder. bert_model, bert_baseline: see BertRecall.
     wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
@@ -191,8 +193,8 @@ class Alignment:
                 "paper": ("What is happening in this image?", "{}")}
 
     def __init__(self, device, reward_model="", wording="code", bert_model="", bert_baseline=0.0):
-        if not bert_baseline < 1:
-            raise ValueError(f"--bert-baseline {bert_baseline:g}: must be below 1")
+        if not 0 <= bert_baseline < 1:
+            raise ValueError(f"--bert-baseline {bert_baseline:g}: must be in [0, 1)")
         self.question, self.reference = self.WORDINGS[wording]
         self.vlm = load_vlm(device, reward_model or LLAVA)
         self.recall = BertRecall(device, bert_model or DEBERTA, bert_baseline)
@@ -239,11 +241,11 @@ UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB"), "countin
 
 @dataclass(frozen=True)
 class Reward:
-    """A loaded reward. It holds its function to the contract."""
+    """A loaded reward. It checks that its function keeps the contract."""
     name: str               # in REWARDS, or a function's own
     function: object        # images (B, 3, H, W) and B prompts.Prompt -> values, or (values, notes)
     unit: tuple = (1, "")   # see unit_of
-    nan_allowed: bool = False  # of a reward that is only watched
+    nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
 
     def __call__(self, images, prompts):
         """Values (B,) float64 on the CPU, and B notes. Raises RewardError if the function fails or breaks the contract.
@@ -253,7 +255,7 @@ class Reward:
         try:
             result = self.function(images, prompts)
         except Exception as error:
-            raise RewardError(f"the reward {self.name} failed: {one_line(error)}") from error
+            raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}") from error
         has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple))
         values, notes = result if has_notes else (result, [""] * len(images))
         try:
@@ -281,12 +283,12 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     if name in REWARDS:
         function = LEARNED[name](device, **options) if name in LEARNED else REWARDS[name]
         return Reward(name, function, unit_of(name), nan_allowed)
-    own = own_function(name)
-    return Reward(short_name(name), lambda images, prompts: own(images, [prompt.text for prompt in prompts]),
-                  own_unit(own), nan_allowed)
+    function = user_function(name)
+    return Reward(short_name(name), lambda images, prompts: function(images, [prompt.text for prompt in prompts]),
+                  user_unit(function), nan_allowed)
 
 
-def own_function(name):
+def user_function(name):
     """The function of 'path/to/file.py:function'. Raises ValueError."""
     path, _, function = name.rpartition(":")
     if not path:
@@ -301,7 +303,7 @@ def own_function(name):
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"the reward file {str(path)!r} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"the reward file {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"the reward file {str(path)!r} has no function {function!r}")
     return getattr(module, function)
@@ -314,12 +316,14 @@ def short_name(name):
 
 def unit_of(name):
     """How people read a reward, by its name in REWARDS or by 'path/to/file.py:function': a factor, and the unit's name."""
-    return UNITS.get(name, (1, "")) if name in REWARDS else own_unit(own_function(name))
+    return UNITS.get(name, (1, "")) if name in REWARDS else user_unit(user_function(name))
 
 
-def own_unit(function):
-    """Likewise, of a user's function: by its attribute `unit`."""
-    unit = str(getattr(function, "unit", ""))
+def user_unit(function):
+    """The factor and the unit's name of a user's function, by its attribute `unit`. Raises ValueError if that is not a word."""
+    unit = getattr(function, "unit", "")
+    if not isinstance(unit, str) or len(unit.split()) > 1:
+        raise ValueError(f"the unit of the reward {function.__name__} is {unit!r}, but must be a word, as in .unit = \"%\"")
     return (100 if unit == "%" else 1), unit
 
 

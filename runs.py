@@ -3,7 +3,7 @@
     config.json                 every setting
     log.jsonl                   one object an epoch; row k holds the evaluation after k epochs and the training of epoch k
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
-    progress.png, progress.gif  the first few of them over the epochs: a row an evaluation; and moving
+    progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint/state.pt         everything that --resume needs
     model/                      the trained pipeline, which plain diffusers loads
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
+GIF_EVALUATIONS = 20  # at most: more would make a large file, and cost seconds at each evaluation
 
 
 # ---- Files that survive a kill ----
@@ -93,11 +94,11 @@ def save_settings(folder, settings):
 
 
 def load_settings(folder):
-    """The settings of a run. Raises ValueError if the folder is no run."""
+    """The settings of a run. Raises ValueError if the folder is not that of a run."""
     try:
         return json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no run: it has no config.json") from error
+        raise ValueError(f"{folder} is not the folder of a run: it has no config.json") from error
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
@@ -132,7 +133,7 @@ def load_checkpoint(folder):
     now = load_settings(folder)
     changed = [key for key in sorted({*settings, *now} - {"epochs"}) if settings.get(key) != now.get(key)]
     if changed:
-        raise ValueError(f"the checkpoint {path} is of another config: config.json differs in {', '.join(changed)}")
+        raise ValueError(f"the checkpoint {path} belongs to other settings: config.json differs in {', '.join(changed)}")
     return state
 
 
@@ -161,7 +162,9 @@ def save_samples(folder, epoch, images, labels):
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
     strips = [first_row(path, min(COLUMNS, len(images))) for path in paths]
     write_atomically(folder / "progress.png", stack_rows(strips, labels).save)
-    write_atomically(folder / "progress.gif", lambda path: save_gif(strips, labels, path))
+    shown = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})  # of many, some
+    write_atomically(folder / "progress.gif", lambda path: save_gif(
+        [strips[k] for k in shown], [labels[k] for k in shown], path))
 
 
 def draw_grid(images, labels, columns=COLUMNS):
@@ -198,19 +201,19 @@ def stack_rows(strips, labels):
     return rows
 
 
-def save_gif(strips, labels, path, width=720, between=4):
-    """A GIF in which each row of images fades into the next, with its label below. The last one stays for three seconds."""
+def save_gif(strips, labels, path, width=720, blended_frames=4):
+    """A GIF in which each row of images fades into the next over so many frames, with its label below. The last stays longest."""
     width = min(width, strips[0].width)
     height = strips[0].height * width // strips[0].width
     strips = [strip.resize((width, height), Image.Resampling.LANCZOS) for strip in strips]
     frames, milliseconds = [], []
     for k, (strip, label) in enumerate(zip(strips, labels)):
-        for share in range(between + 1) if k else [between]:
+        for share in range(blended_frames + 1) if k else [blended_frames]:
             frame = Image.new("RGB", (width, height + LINE_HEIGHT + 4), "white")
-            frame.paste(Image.blend(strips[max(k - 1, 0)], strip, share / between))
+            frame.paste(Image.blend(strips[max(k - 1, 0)], strip, share / blended_frames))
             ImageDraw.Draw(frame).text((width / 2, height + 2), label, fill="black", anchor="ma", font_size=LINE_HEIGHT)
-            frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # 25 times faster than the default, as good here
-            milliseconds.append(600 if share == between else 80)
+            frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # much faster than the default, as good here
+            milliseconds.append(600 if share == blended_frames else 80)
     milliseconds[-1] = 3000
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
@@ -224,7 +227,8 @@ def draw_curve(folder, name, unit, watched):
     in percent on one axis, every other on its own. If the reward rises while one of them falls, the reward is being gamed.
     """
     from matplotlib.figure import Figure  # the object interface: no window, no global state
-    rows, (factor, unit_name) = read_rows(folder), unit
+    from matplotlib.ticker import MaxNLocator
+    rows, factor = read_rows(folder), unit[0]
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     trained = [row for row in rows if row["reward_mean"] is not None]
@@ -236,18 +240,26 @@ def draw_curve(folder, name, unit, watched):
     evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
     axes.plot([row["reward_queries"] for row in evaluated], [factor * row["eval_reward_mean"] for row in evaluated], "o-",
               label="fixed prompts and noise")
-    axes.set(xlabel="reward queries", ylabel=f"{name} ({unit_name})" if unit_name else name)
+    axes.set(xlabel="reward queries", ylabel=titled(name, unit))
     right = {}  # an axis for the percentages, and one for each other watched reward
-    for k, (other, (factor, unit_name)) in enumerate(watched.items()):
-        points = [(row["reward_queries"], factor * row["watched"][other]) for row in evaluated
+    for k, (other, other_unit) in enumerate(watched.items()):
+        points = [(row["reward_queries"], other_unit[0] * row["watched"][other]) for row in evaluated
                   if row["watched"].get(other) is not None]
-        key = unit_name if unit_name == "%" else other
-        if points and key not in right:
-            right[key] = axes.twinx()
-            right[key].spines["right"].set_position(("outward", 52 * (len(right) - 1)))
-            right[key].set(**{"ylabel": "watched (%)", "ylim": (0, 105)} if unit_name == "%" else
-                           {"ylabel": f"{other} ({unit_name})" if unit_name else other})
         if points:
+            is_share = other_unit[1] == "%" and all(0 <= value <= 100 for _, value in points)
+            key = "watched (%)" if is_share else titled(other, other_unit)
+            if key not in right:
+                right[key] = axes.twinx()
+                right[key].spines["right"].set_position(("outward", 62 * (len(right) - 1)))
+                right[key].set_ylabel(key)
+                right[key].yaxis.set_major_locator(MaxNLocator(5))
+                if is_share:
+                    right[key].set_ylim(0, 105)
             right[key].plot(*zip(*points), "s^dvPX"[k % 6] + ":", color=f"C{k + 3}", markersize=4, label=f"watched: {other}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))
+
+
+def titled(name, unit):
+    """'JPEG size (kB)': a name with the name of its unit, if it has one. `unit` is a factor and that name."""
+    return f"{name} ({unit[1]})".replace("$", r"\$") if unit[1] else name

@@ -59,7 +59,7 @@ class Policy:
     pipeline: object          # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer, scheduler
     schedule: Schedule
     guidance_scale: float     # w; at 1 the conditional prediction alone
-    precision: str            # of the networks' autocast; weights, latents and the arithmetic of the step stay fp32
+    precision: str            # of the autocast of U-Net and VAE; weights, latents and the arithmetic of the step stay fp32
     reference: object = None  # the pretrained policy, a frozen copy, for a penalty on the KL to it
 
     @property
@@ -74,6 +74,7 @@ class Policy:
 def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True):
     """A pipeline by hub name or folder (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
 
+    eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it.
     keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory. scored: see ddim_schedule.
     Raises ValueError, in one line, if the model is refused or if its schedule is.
     """
@@ -155,7 +156,7 @@ def ddim_mean_sigma(x_t, prediction, t, schedule):
 def log_prob(x_prev, mean, sigma):
     """log p(x_{t-1} | x_t, c) of Normal(mean, sigma^2 I), per latent dimension: (N, C, H, W) -> (N,).
 
-    This is the mean over the D = C H W dimensions, not their sum, as in the authors' code. So a ratio of densities is the D-th
+    This is the mean over the D = C H W dimensions, as in the authors' code, and not the sum. So a ratio of densities is the D-th
     root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D = 16,384 in Stable Diffusion). The
     clip range is per dimension too: 1e-4 there lets the true density ratio move by a factor of 5.
     """
@@ -196,7 +197,8 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     """Draw one chain for each of B prompts. Returns the Trajectory; models.decode turns its x_0 into images.
 
     rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of its own, whatever
-    it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored.
+    it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored. title: of the
+    progress bar. Raises FloatingPointError if a latent is not finite.
     """
     B, T = len(prompts), len(policy.schedule.timesteps)
     # A generator for each image makes its noise independent of batch_size, and lets us draw the noise step by step: that of a
@@ -226,15 +228,17 @@ def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
             latents[:, k + 1], log_probs[:, k] = x_prev, log_prob(x_prev, mean, sigma)
         x_t = x_prev
         bar.update()
+    if not x_t.isfinite().all():  # found here, and not after 10,000 images
+        raise FloatingPointError("a latent is not finite: start a new run with --precision fp32 or a smaller --learning-rate")
     latents[:, -1] = x_t
 
 
 def score(policy, trajectory, images, steps):
     """N recorded actions under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the KL to policy.reference (N,).
 
-    images, steps (N,) are the pairs: image i at step k, where 0 is the first step, T -> T - 1. Both results are fp32 and carry
-    a gradient. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make the action
-    that was taken. Without a reference the KL is 0 and costs nothing.
+    images, steps (N,) are the pairs: image i at step k, where 0 is the first step, T -> T - 1. Both results are fp32. log p
+    carries a gradient, and so does the KL if there is a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make the action
+    that was taken.
     """
     prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in images.tolist()])
     images, steps = images.to(policy.device), steps.to(policy.device)

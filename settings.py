@@ -1,7 +1,6 @@
 """Every setting of a run: its default, the presets, the flags, and what is refused.
 
-A flag stands above the preset, the preset above what the algorithm asks for, and that above the defaults of Config. Within a
-preset, what it says for an algorithm stands above what it says for a reward, and that above what it says for all.
+Later sources override earlier ones: the defaults of Config, ALGORITHMS, PRESETS, PRESET_REWARDS, PRESET_ALGORITHMS, the flags.
 """
 import argparse
 import math
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def setting(default, text):
+    """A field of Config, with its help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -27,20 +27,21 @@ def setting(default, text):
 class Config:
     """Every setting of a run.
 
-    The defaults are the paper's (appendix D.1, D.2, D.5), with these exceptions. Of the authors' code: eta, stats_buffer,
-    stats_min_count, advantage_clip, wording. Ours: epochs (the paper's 50,000 queries, divided), precision (the authors' JAX code
-    runs in fp32, their PyTorch port in fp16), all that is memory or speed alone, and all that says how often to evaluate and save.
+    The defaults are the paper's (appendix D.1, D.2, D.5), with these exceptions.
+    From the authors' code: eta, stats_buffer and stats_min_count, wording, advantage_clip (their JAX code: 10, their port: 5).
+    Ours: epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16 autocast), the
+    settings of memory and speed, and how often to evaluate and to save.
     """
-    preset: str = setting("emoji", "emoji, the embedded model, or paper, Stable Diffusion v1.4 with the paper's settings")
+    preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
-    watch: tuple = setting((), "a reward that is evaluated on the fixed prompts and never trained on, as for --reward; may be "
-                               "given more than once, and then stands for all that the preset watches")
+    watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
+                               "replaces the preset's; none: watch nothing. An option that the trained reward reads is not its")
     prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
     reward_model: str = setting("", "learned rewards: folder or hub name of another network than the published one")
     aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch")
-    wording: str = setting("code", "alignment: question and reference sentence as in the authors' code, or as in the paper")
+    wording: str = setting("code", "alignment: code or paper, whose question and reference sentence to use")
     bert_model: str = setting("", "alignment: folder or hub name of BERTScore's encoder instead of deberta-xlarge-mnli")
     bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score, taken as 0 (deberta-xlarge-mnli: 0.517)")
     name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
@@ -65,17 +66,20 @@ class Config:
     stats_min_count: int = setting(16, "DDPO: with fewer rewards than this a prompt takes the batch's mean and deviation")
     skip_last_steps: int = setting(0, "DDPO: number of last steps that are not learned from (ddpo.py says why)")
     baseline: str = setting("prompt", "DDPO: what a reward is compared with: prompt, batch, or none (the bare reward)")
-    kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension")
+    kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension (a weight of "
+                                       "DPOK's code means something else: see ddpo.surrogate)")
     beta: float = setting(0.2, "rwr: inverse temperature, by which rewards are multiplied")
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
-    precision: str = setting("fp16", "autocast of the networks: fp32, fp16 (GPU only) or bf16; the weights stay in fp32")
+    precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; the weights stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
-    micro_batch: int = setting(4, "(image, step) pairs, RWR: images, that go through the U-Net at a time in learning: memory and "
-                                  "speed only")
+    micro_batch: int = setting(4, "(image, step) pairs (RWR: images) in a forward pass of learning: memory and speed only")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
-    eval_prompts: int = setting(64, "number of those prompts, spread evenly over the prompt set")
+    eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
     device: str = setting("auto", "auto, cpu or cuda")
+
+    def __post_init__(self):
+        self.watch = tuple(self.watch)  # JSON and the command line give a list
 
 
 # ---- What algorithms and presets ask for ----
@@ -92,15 +96,15 @@ PRESETS = {
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
         "precision": "fp32", "epochs": 24, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
         "learning_rate": 2e-4,
-        "clip_range": 2e-3,  # 1e-4 per dimension is another trust region in a latent an eighth of Stable Diffusion's
+        "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
-        "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes about once an epoch: its own statistics come late
+        "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes once or twice an epoch: its own statistics come late
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
     "paper": {}}
 
 # What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
-# steps it fails half the time. Failures are few and tell little, so the batches are larger.
+# steps about 40 % of the images are wrong. A single image tells little then, so the batches are larger.
 _EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
               "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 1e-4,
               "eval_every": 2, "checkpoint_every": 2, "eval_prompts": 135}
@@ -118,7 +122,7 @@ PRESET_ALGORITHMS = {"emoji": {
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
     "rwr-sparse": _EMOJI_RWR}}
 
-# Settings that only some algorithms read. Given with another, they are a mistake. (RWR has no chain, and so no KL and no ratio.
+# Settings that only some algorithms read. With another algorithm they are refused. (RWR has no chain, and so no KL and no ratio.
 # A DDPO update without guidance would score another policy than the one that sampled.)
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
 ALGORITHM_SETTINGS = {
@@ -143,9 +147,12 @@ def build_config(flags):
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     # Paths are kept whole, so that a run can be resumed from any folder.
-    config.reward, config.watch = absolute_reward(config.reward), [absolute_reward(name) for name in config.watch]
-    if "watch" not in flags:  # the preset's choice, which may hold the reward that is trained
-        config.watch = [name for name in config.watch if name != config.reward]
+    config.reward, config.watch = absolute_reward(config.reward), tuple(absolute_reward(name) for name in config.watch)
+    if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained
+        config.watch = tuple(name for name in config.watch if short_name(name) != short_name(config.reward))
+    if config.watch == ("none",):
+        config.watch = ()
+    take_options_of_watched(config, flags)
     config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
     for name in ("model", "reward_model", "bert_model"):  # a hub name stays as it is
         if getattr(config, name) and Path(getattr(config, name)).is_dir():
@@ -155,6 +162,20 @@ def build_config(flags):
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check(config)
     return config
+
+
+def take_options_of_watched(config, flags):
+    """Put the preset's options of the watched rewards into the config, where neither a flag nor the trained reward has them.
+
+    Raises ValueError if a flag could be for more than one watched reward.
+    """
+    for option, readers in REWARD_SETTINGS.items():
+        watched = [name for name in config.watch if name in readers and config.reward not in readers]
+        if option in flags and len(watched) > 1:
+            raise ValueError(f"--{option.replace('_', '-')} could be for {' and '.join(watched)}: watch one of them")
+        for name in watched:
+            if option not in flags:
+                setattr(config, option, preset_reward(config.preset, name).get(option, getattr(Config, option)))
 
 
 def absolute_reward(name):
@@ -172,36 +193,37 @@ def preset_reward(preset, reward):
 def reward_options(config, name):
     """The options of rewards.load_reward for a reward that is trained, watched or evaluated.
 
-    The trained reward takes the settings of the run. Another takes what the user gave, unless that is for the trained reward, else
-    what the preset says for it, else the defaults.
+    The trained reward takes the settings of the run. So does a watched one, if the trained reward does not read that option. Else,
+    and for any other reward, it is the preset's option, or the default.
     """
     options = {}
     for option, readers in REWARD_SETTINGS.items():
         if name in readers:
-            given, default = getattr(config, option), getattr(Config, option)
-            is_given = name == config.reward or given != default and config.reward not in readers
-            options[option] = given if is_given else preset_reward(config.preset, name).get(option, default)
+            of_run = name == config.reward or name in config.watch and config.reward not in readers
+            of_preset = preset_reward(config.preset, name).get(option, getattr(Config, option))
+            options[option] = getattr(config, option) if of_run else of_preset
     return options
 
 
 def load_config(folder):
     """The settings of a run under runs/. Raises ValueError if there are none, or if they are of another version."""
-    try:
-        return Config(**runs.load_settings(folder))
-    except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not of this version: {error}") from error
+    settings = runs.load_settings(folder)
+    differing = sorted(set(settings) ^ {item.name for item in fields(Config)})
+    if differing:
+        raise ValueError(f"{folder / 'config.json'} is of another version, which differs in {', '.join(differing)}")
+    return Config(**settings)
 
 
 def shared_settings(config):
     """The settings that make a result what it is and that its algorithm reads, as they may be published.
 
-    So without the run's name and seed, without knobs of speed, and with paths relative to the project.
+    They leave out the run's name and seed and the settings of speed. Paths are relative to the project.
     """
     def published(value):
         return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
     left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
-    return {name: [published(one) for one in value] if name == "watch" else published(value)
+    return {name: tuple(map(published, value)) if name == "watch" else published(value)
             for name, value in asdict(config).items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
 
@@ -232,8 +254,9 @@ def check(config):
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
     for name in config.watch:
-        if name == config.reward:
-            raise ValueError(f"--watch {short_name(name)}: it is the reward that is trained")
+        if short_name(name) == short_name(config.reward):
+            raise ValueError(f"--watch {short_name(name)}: " + (
+                "it is the reward that is trained" if name == config.reward else "the trained reward has this name, too"))
         if [short_name(other) for other in config.watch].count(short_name(name)) > 1:
             raise ValueError(f"--watch {short_name(name)}: two watched rewards have this name, and would be one in the log")
     check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
@@ -259,11 +282,12 @@ def check_options(options, rewards):
                              f"{', '.join(map(short_name, rewards))}")
 
 
-def check_questions(prompts, rewards, enough):
-    """Raise ValueError if counting is among those rewards, and not `enough` (all or any) of the prompts bring questions along."""
-    if "counting" in rewards and not enough(prompt.questions for prompt in prompts):
+def check_questions(prompts, rewards, every_prompt):
+    """Raise ValueError if counting is among those rewards, and not every prompt (or, if False, none) has questions."""
+    has_questions = [bool(prompt.questions) for prompt in prompts]
+    if "counting" in rewards and not (all if every_prompt else any)(has_questions):
         sets = [name for name, prompt_set in PROMPT_SETS.items() if all(prompt.questions for prompt in prompt_set())]
-        raise ValueError(f"counting asks questions that its prompts bring along: choose --prompts {' or '.join(sets)}")
+        raise ValueError(f"counting needs prompts with questions: choose --prompts {' or '.join(sets)}")
 
 
 # ---- The command line ----

@@ -1,7 +1,7 @@
 """The claims of the method and of train.py, each by its name. Read as a list, they are the specification.
 
-    pytest test_ddpo.py        # on a CPU, without network, in under a minute
-    pytest                     # the other rooms, too, in under three
+    pytest test_ddpo.py        # on a CPU, without network
+    pytest                     # the other test files, too
 """
 import hashlib
 import itertools
@@ -240,7 +240,7 @@ def test_at_ratio_one_both_estimators_have_the_same_gradient():
 
 @pytest.mark.parametrize("advantage, ratio, moves", [
     (1, 0.8, True), (1, 1.0, True), (1, 1.2, False), (-1, 0.8, False), (-1, 1.0, True), (-1, 1.2, True)])
-def test_clip_stops_the_gradient_only_where_the_move_already_went_far_enough(advantage, ratio, moves):
+def test_clipping_stops_the_gradient_only_outside_the_clip_range(advantage, ratio, moves):
     log_probs = torch.tensor([ratio]).log().requires_grad_()
     loss, info = ddpo.clipped_loss(log_probs, torch.zeros(1), torch.tensor([float(advantage)]), 0.1)
     loss.backward()
@@ -550,7 +550,7 @@ def slope_over_sigma(steps):
 
 
 @pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
-def test_of_few_steps_the_last_but_one_carries_most_of_the_gradients_variance(steps, share):
+def test_the_last_but_one_step_carries_most_of_the_gradients_variance(steps, share):
     """By the closed form: a step's score for eps is c / sigma times unit noise, so its variance is (c / sigma)^2."""
     variance_of_step = slope_over_sigma(steps) ** 2
     assert variance_of_step[-2] / variance_of_step.sum() == pytest.approx(share, abs=0.01)
@@ -616,7 +616,7 @@ def test_sparse_weights_keep_the_top_fraction_of_each_prompt():
 
 
 @pytest.mark.parametrize("weigh", [baselines_rwr.rwr_weights, baselines_rwr.sparse_weights])
-def test_where_nothing_can_be_compared_all_weights_are_one(weigh):
+def test_equal_rewards_or_a_single_sample_have_a_weight_of_one(weigh):
     assert weigh(["a", "b", "b", "b"], [3.0, 0.1, 0.1, 0.1], 0.9).tolist() == [1] * 4
 
 
@@ -791,11 +791,11 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
         gains[shuffled] = gain(before, drawn_redness(policy))
     (learned, error), (chance, _) = gains[False], gains[True]
     assert learned > 5 * error
-    assert abs(chance) < learned / 2  # noise moves the pictures too, but less, and anywhere
+    assert abs(chance) < learned / 2  # noise moves the images too, but less, and in any direction
 
 
 def test_rwr_learns_on_the_embedded_model_in_one_round():
-    """Against the control that a round without a reward is: its pictures change, too."""
+    """Compared with a control: a round without a reward changes the images, too."""
     policy = sampling.load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
     trajectory = sampling.rollout(policy, FOUR * 24, rng(), 48, keep_chain=False)
     values = redness(models.decode(policy.pipeline, trajectory.x_0))
@@ -831,7 +831,7 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
         assert (asked.reward_model, asked.prompts) == (str(EMOJI_VLM), "two_to_four_animals")
         assert (asked.sampling_steps, asked.guidance_scale, asked.samples_per_epoch) == (4, 2.0, 256)
     assert settings.build_config({"reward": "alignment", "preset": "paper", "precision": "fp32"}).reward_model == ""
-    assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # which RWR does not read
+    assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # RWR does not read it
 
 
 def test_the_paper_preset_is_the_papers_tables():
@@ -853,6 +853,8 @@ def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):
     assert options("alignment", reward="alignment", bert_baseline=0.5)["bert_baseline"] == 0.5
     preset = {"reward_model": str(EMOJI_VLM), "wording": "paper", "bert_model": str(EMOJI), "bert_baseline": 0.0}
     assert options("alignment", watch=["alignment"]) == options("alignment") == preset
+    assert options("alignment", watch=["alignment"], wording="code") == {**preset, "wording": "code"}  # a flag, at its default
+    assert options("counting", reward="alignment", watch=["counting"], reward_model="x") == {"reward_model": str(EMOJI_VLM)}
     assert options("alignment", preset="paper") == {"reward_model": "", "wording": "code", "bert_model": "", "bert_baseline": 0.0}
     # A flag is for the trained reward if that reads it, else for the watched ones.
     assert options("pickscore", watch=["pickscore"], reward_model="x") == {"reward_model": "x"}
@@ -862,11 +864,30 @@ def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):
 
 def test_watch_stands_for_all_that_the_preset_watches(own_reward):
     judge = str(ROOT / "emoji" / "judge.py")
-    assert settings.build_config({}).watch == [f"{judge}:animal", f"{judge}:number"]
-    assert settings.build_config({"reward": f"{judge}:animal"}).watch == [f"{judge}:number"]  # what is trained is not watched
+    assert settings.build_config({}).watch == (f"{judge}:animal", f"{judge}:number")
+    assert settings.build_config({"reward": f"{judge}:animal"}).watch == (f"{judge}:number",)  # what is trained is not watched
     watched = settings.build_config(settings.parse(["--watch", "own.py:redness", "--watch", "pickscore"], "")).watch
-    assert watched == [str(Path("own.py").resolve()) + ":redness", "pickscore"]
-    assert settings.build_config({"preset": "paper", "precision": "fp32"}).watch == []
+    assert watched == (str(Path("own.py").resolve()) + ":redness", "pickscore")
+    assert settings.build_config({"watch": ["none"]}).watch == ()
+    assert settings.build_config({"preset": "paper", "precision": "fp32"}).watch == ()
+
+
+@pytest.mark.parametrize("unit", ["None", "3", "(-1, 'kB')", "'two words'"])
+def test_a_unit_that_is_not_a_word_is_refused(unit):
+    Path("own.py").write_text(f"def f(images, prompts): return images.mean((1, 2, 3))\nf.unit = {unit}\n")
+    with pytest.raises(ValueError, match="the unit of the reward f is .* must be a word"):
+        rewards.load_reward("own.py:f")
+
+
+def test_the_animation_of_a_long_run_shows_some_of_the_evaluations():
+    for epoch in range(50):
+        (Path("r") / "samples").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (5 * epoch, 0, 0)).save(Path("r") / "samples" / f"epoch_{epoch:04d}.png")
+    runs.save_samples(Path("r"), 50, [Image.new("RGB", (40, 40), "blue")], [""])
+    with Image.open("r/progress.gif") as gif:
+        assert gif.n_frames <= 20 * 5
+        gif.seek(gif.n_frames - 1)
+        assert gif.convert("RGB").getpixel((20, 20)) == (0, 0, 255)  # the last one is among them
 
 
 def test_a_run_logs_every_epoch_and_leaves_its_images(tiny_model, own_reward, capsys):
@@ -875,7 +896,7 @@ def test_a_run_logs_every_epoch_and_leaves_its_images(tiny_model, own_reward, ca
     assert [row["reward_queries"] for row in rows] == [0, 4, 8, 12]
     assert [row["eval_reward_mean"] is None for row in rows] == [False, True, False, False]
     assert rows[0]["loss"] is None and all(
-        np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_FIGURES if name != "denoising_error")
+        np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_METRICS if name != "denoising_error")
     assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
             "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
     assert all(row["ratio_deviation"] <= 2e-6 for row in rows[1:])
@@ -951,6 +972,20 @@ def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_mode
     assert one[1]["reward_mean"] != other[1]["reward_mean"] and one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
 
 
+def test_how_often_one_evaluates_changes_nothing(tiny_model, own_reward):
+    def training(every):
+        rows = run(*tiny_flags(tiny_model, name=f"every-{every}", reward=own_reward("shuffled"), **{"eval-every": every}))
+        return [[row[name] for name in train.TRAINING_METRICS if not name.startswith("seconds")] for row in rows]
+
+    assert training(1) == training(2)  # though the reward draws from Python's own generator
+
+
+def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_time(tiny_model, own_reward, monkeypatch):
+    whole = run(*tiny_flags(tiny_model, name="whole", reward=own_reward("letters")))
+    monkeypatch.setattr(train, "IMAGES_AT_ONCE", 3)
+    assert without_seconds(run(*tiny_flags(tiny_model, name="parts", reward=own_reward("letters")))) == without_seconds(whole)
+
+
 @pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf", "rwr"])
 def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
     updates = {"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}
@@ -989,11 +1024,13 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
     (["--reward-model", "x"], "--reward-model is read by aesthetic, pickscore, hpsv2, imagereward, alignment, counting, not by"),
     (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is read by aesthetic, not by pickscore"),
-    (["--reward", "alignment", "--bert-baseline", "1"], "--bert-baseline 1: must be below 1"),
+    (["--reward", "alignment", "--bert-baseline", "1"], "--bert-baseline 1: must be in [0, 1)"),
     (["--watch", "beauty"], "no reward 'beauty'"),
     (["--watch", "own.py:nothing"], "has no function 'nothing'"),
     (["--watch", "compressibility"], "--watch compressibility: it is the reward that is trained"),
     (["--watch", "own.py:words", "--watch", "own.py:words"], "--watch words: two watched rewards have this name"),
+    (["--watch", "pickscore", "--watch", "hpsv2", "--reward-model", "x"], "--reward-model could be for pickscore and hpsv2"),
+    (["--reward", "own.py:f", "--watch", "other.py:f"], "--watch f: the trained reward has this name, too"),
     (["--watch", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
     (["--reward", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
     (["--reward", "nothing.py:f"], "no reward file"),
@@ -1007,7 +1044,7 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--prompts", "empty.txt"], "is empty"),
     (["--prompts", "binary.txt"], "is not UTF-8"),
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
-    (["--model", "bare"], "no Stable Diffusion pipeline: it has no model_index.json, unet"),
+    (["--model", "bare"], "not of a Stable Diffusion pipeline: it has no model_index.json, unet"),
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
@@ -1029,7 +1066,7 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--name", "taken"], "exists: choose another --name, or continue it with --resume"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
     (["--device", "cuda"], "torch sees no GPU"),
-    (["--resume", "runs/nothing"], "is no run"),
+    (["--resume", "runs/nothing"], "is not the folder of a run"),
     (["--resume", "runs/taken"], "has no checkpoint yet")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
     own_reward("f")
@@ -1096,14 +1133,18 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
     checkpoint.write_bytes(good)
     config.write_text(settings.replace('"clip_range": 0.', '"clip_range": 1.'))
     run("--resume", "runs/r", "--epochs", 3, code=2)
-    assert "is of another config: config.json differs in clip_range" in capsys.readouterr().err
+    assert "belongs to other settings: config.json differs in clip_range" in capsys.readouterr().err
     config.write_text(settings)
     run("--resume", "runs/r", code=2)
     assert "has done all its 2 epochs: give a larger --epochs" in capsys.readouterr().err
     run("--resume", "runs/r", "--epochs", 1, code=2)
     assert "can only be made longer" in capsys.readouterr().err
     run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
-    assert "only --epochs beside it, not --seed" in capsys.readouterr().err
+    assert "only --epochs may be given with it, not --seed" in capsys.readouterr().err
+    config.write_text(settings.replace('"watch"', '"judge"'))
+    run("--resume", "runs/r", "--epochs", 3, code=2)
+    assert "is of another version, which differs in judge, watch" in capsys.readouterr().err
+    config.write_text(settings)
     assert len(run("--resume", "runs/r", "--epochs", 3)) == 4  # nothing of the above did harm
 
 
@@ -1193,4 +1234,12 @@ def test_every_function_the_readme_names_stands_where_its_link_points():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) >= 6
     for name, file, line in links:
-        assert re.match(rf"(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1])
+        assert re.match(rf"(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]), name
+
+
+def test_every_file_that_a_readme_links_to_is_there_and_has_the_lines_it_says():
+    for page in (*ROOT.glob("*.md"), *(page for room in ("emoji", "studies", "oracles") for page in (ROOT / room).rglob("*.md"))):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
+    rows = re.findall(r"\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(rows) == 7 and all(len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(n) for file, n in rows)

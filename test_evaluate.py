@@ -22,9 +22,16 @@ def table(told):
 
 
 def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_clip, own_reward, capsys):
-    assert train.main(tiny_flags(tiny_model, name="r", epochs=1, watch=[own_reward("is_cat"), own_reward("brightness")])) == 0
+    watch = [own_reward("is_cat"), own_reward("brightness")]
+    assert train.main(tiny_flags(tiny_model, reward=own_reward("redness"), epochs=1, watch=watch, **{"learning-rate": 1e-2})) == 0
     capsys.readouterr()
+    assert evaluate.main(["runs/r"]) == 0  # on the run's own prompts it finds what the run's log says
+    before, after = (rewards.display(row["eval_reward_mean"], (1, "")) for row in runs.read_rows(Path("runs/r")))
+    cells = table(capsys.readouterr().out)[0]
+    assert before != after and cells[4].startswith(f"{before} ±") and cells[5].startswith(f"{after} ±")
     ask = ["--prompts", "emoji_animals", "--images", "6"]
+    assert evaluate.main(["runs/r", *ask, "--reward", own_reward("brightness")]) == 0
+    assert [row[1] for row in table(capsys.readouterr().out)] == ["brightness", "is_cat"]  # each once
     assert evaluate.main(["runs/r", *ask, "--reward", "compressibility", "--reward", "incompressibility"]) == 0
     small, large, cat, brightness = table(capsys.readouterr().out)  # the watched rewards come after those that were asked for
     assert small[1:4] == ["compressibility", "emoji_animals", "6"] and small[4:6] == large[4:6]
@@ -50,10 +57,9 @@ def test_a_reward_that_can_judge_no_image_is_shown_as_a_dash(own_reward, capsys)
 def test_a_rewards_options_are_those_asked_for_or_the_runs_or_the_presets(monkeypatch):
     monkeypatch.setattr(evaluate, "load_reward", lambda name, device, nan_allowed, **options: (nan_allowed, options))
     run = settings.build_config({"reward": "alignment", "bert_baseline": 0.5})
-    given = dict.fromkeys(settings.REWARD_SETTINGS)
-    loaded, asked = {}, type("args", (), {**given, "bert_baseline": 0.1})
-    for args, baseline in ((type("args", (), given), 0.5), (asked, 0.1)):
-        nan_allowed, options = evaluate.reward_for(run, "alignment", args, loaded)
+    loaded, asked = {}, {"bert_baseline": 0.1}
+    for given, baseline in (({}, 0.5), (asked, 0.1)):
+        nan_allowed, options = evaluate.reward_for(run, "alignment", given, loaded)
         assert nan_allowed and options["bert_baseline"] == baseline
     assert "bert_baseline" not in evaluate.reward_for(run, "counting", asked, loaded)[1]
     assert len(loaded) == 3 and evaluate.reward_for(run, "counting", asked, loaded) is loaded[list(loaded)[2]]  # loaded once
@@ -66,9 +72,9 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     x, y, _ = (models.image_embeddings(clip[1], models.clip_pixels(clip[0], images)))
     assert evaluate.variety(images, clip) == pytest.approx(2 / 3 * (1 - torch.cosine_similarity(x, y, dim=0).item()), abs=1e-5)
     kilobytes = rewards.UNITS["compressibility"]
-    before, after, gain, improved = evaluate.reward_cells(torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0]), kilobytes)
+    before, after, change, improved = evaluate.reward_cells(torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0]), kilobytes)
     assert (before, after) == ("2.50 ± 0.98 kB", "1.50 ± 0.98 kB")  # 1.96 sqrt(1/2) / sqrt(2)
-    assert (gain, improved) == ("-1.00 ± 0 kB (+40%)", "100%")  # smaller, which is what is rewarded
+    assert (change, improved) == ("-1.00 ± 0 kB (-40%)", "100%")  # smaller, which is what is rewarded
     shares = torch.zeros(4), torch.tensor([0.0, 1.0, 0.0, 1.0])
     assert evaluate.reward_cells(*shares, (100, "%"))[1:] == ["50 ± 57 %", "50 ± 57 %", "50%"]
     assert evaluate.reward_cells(*shares, (1, ""))[1:] == ["0.5 ± 0.57", "0.5 ± 0.57", "50%"]
@@ -79,7 +85,7 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     (["runs/nothing"], "it is neither a folder here nor reachable"), (["runs/r", "--images", "0"], "--images 0: must be"),
     (["runs/r", "--prompts", "nothing"], "no prompts 'nothing'"), (["runs/r", "--reward", "beauty"], "no reward 'beauty'"),
     (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet"),
-    (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility, animal, number"),
+    (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility"),
     (["runs/r", "runs/r", "--output", "x.png"], "--output is for one model")])
 def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
     runs.create_run(train.RUNS, "r", "", asdict(settings.build_config({"model": str(tiny_model)})))

@@ -82,7 +82,7 @@ def test_imagereward_is_that_of_the_package_image_reward(tiny_vlm, tmp_path):
     torch.save({name: weight.float() for name, weight in weights.items()}, tmp_path / "ImageReward.pt")
     reward = preference_rewards.ImageReward("cpu", str(tmp_path))
     with torch.no_grad():
-        ours = reward.score(pixels, tokens, mask)
+        ours = reward.rate(pixels, tokens, mask)
     theirs = json.loads((ROOT / "oracles" / "imagereward.json").read_text())["scores"]
     assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and max(theirs) - min(theirs) > 0.05
     texts = [prompts.Prompt(text) for text in ("two cats", "a dog", "a cat")]
@@ -208,7 +208,7 @@ def test_counting_marks_each_answer_right_or_wrong_by_the_prompts_own_words(tiny
 
 
 @pytest.mark.parametrize("name", rewards.LEARNED)
-def test_a_learned_reward_that_cannot_be_had_is_told_before_anything_is_made(name, tmp_path, capsys):
+def test_a_missing_reward_model_is_reported_before_a_run_is_created(name, tmp_path, capsys):
     assert train.main(["--reward", name, "--reward-model", str(tmp_path), "--prompts", "two_to_four_animals"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "reward model" in told and "its files cannot be loaded" in told and not Path("runs").exists()
@@ -230,7 +230,7 @@ def test_without_options_the_published_networks_are_asked_for(name, given, publi
 
 
 def test_the_published_files_of_the_preference_models(tiny_clip, tiny_vlm, monkeypatch):
-    """Where the processor comes from elsewhere, the network is asked for after it."""
+    """If the processor is in another repository, it is loaded before the network."""
     asked = []
     monkeypatch.setattr(preference_rewards, "from_pretrained", lambda *args, **options: SimpleNamespace())
     monkeypatch.setattr(preference_rewards, "hub_file", lambda *args: asked.append(args[:2]) or 1 / 0)

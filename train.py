@@ -29,7 +29,7 @@ RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
 IMAGES_AT_ONCE = 256  # decoded and judged: 10,000 images of 512 x 512 pixels would fill 31 GB
 
-# How an algorithm learns, and whether from the chain or from x_0 alone. Then no chain is kept.
+# The update of each algorithm, and whether it learns from the chain. RWR needs x_0 alone, so no chain is kept.
 UPDATES = {"ddpo-is": (partial(ddpo_update, loss=clipped_loss), True),
            "ddpo-sf": (partial(ddpo_update, loss=score_function_loss), True),
            "rwr": (rwr_update, False),
@@ -55,34 +55,34 @@ def train(experiment):
         rewards, notes = judge(experiment, trajectory, prompts, clock)
 
         # 3. Compare: was an image better than what its prompt usually gets?
-        coefficients, figures = compare(experiment, trajectory.prompts, rewards)
+        coefficients, metrics = compare(experiment, trajectory.prompts, rewards)
 
         # 4. Learn: make the better images a little more likely.
-        figures |= update(policy, trajectory, coefficients, experiment.optimizer, experiment.scaler, rng, config)
+        metrics |= update(policy, trajectory, coefficients, experiment.optimizer, experiment.scaler, rng, config)
         clock.lap("seconds_learn")
 
         # 5. Tell: evaluate, log and save.
-        tell(experiment, epoch, {**reward_figures("", trajectory.prompts, rewards, notes), **figures, **clock.laps})
+        tell(experiment, epoch, {**reward_metrics("", trajectory.prompts, rewards, notes), **metrics, **clock.laps})
 
 
 # ---- The paragraphs, one by one ----
 
 def judge(experiment, trajectory, prompts, clock):
-    """Rewards (B,) and B notes of the images that the chains ended with. Some are decoded at a time, since all may fill memory."""
+    """Rewards (B,) and B notes of the images that the chains ended with. They are decoded in parts, since all may fill memory."""
     rewards, notes, policy = [], [], experiment.policy
     for start in range(0, len(prompts), IMAGES_AT_ONCE):
         part = slice(start, start + IMAGES_AT_ONCE)
         images = decode(policy.pipeline, trajectory.x_0[part], policy.precision)
         clock.lap("seconds_sample")
-        values, said = experiment.reward(images, prompts[part])
+        part_rewards, part_notes = experiment.reward(images, prompts[part])
         clock.lap("seconds_reward")
-        rewards.append(values)
-        notes += said
+        rewards.append(part_rewards)
+        notes += part_notes
     return torch.cat(rewards), notes
 
 
 def compare(experiment, texts, rewards):
-    """The coefficient of each image in the update, (B,): an advantage for DDPO, a weight for RWR. And figures for the log.
+    """The coefficient of each image in the update, (B,): an advantage for DDPO, a weight for RWR. And metrics for the log.
 
     own_statistics  DDPO: share of the images whose prompt has stats_min_count rewards of its own. It rises to 1. If prompts
                     seldom come back it stays 0, and the baseline is the batch's.
@@ -96,19 +96,19 @@ def compare(experiment, texts, rewards):
     return advantages, {"own_statistics": own_statistics}
 
 
-# The figures of an epoch of training, in the log's order. They are null in row 0, and where an algorithm has no such figure.
-# What they mean stands where they are made: reward_figures, compare, ddpo.summary, ddpo.ratio_info,
-# baselines_rwr.weighted_denoising_loss. seconds_sample holds the decoding, too.
-TRAINING_FIGURES = ("reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics", "loss",
+# The metrics of an epoch of training, in the log's order. They are null in row 0, and where an algorithm has no such metric.
+# Their meaning is in the docstrings of reward_metrics, compare, ddpo.summary, ddpo.ratio_info and
+# baselines_rwr.weighted_denoising_loss. seconds_sample includes the decoding.
+TRAINING_METRICS = ("reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics", "loss",
                     "approx_kl", "kl_pretrained", "ratio_mean", "clip_fraction_low", "clip_fraction_high", "denoising_error",
                     "grad_norm", "ratio_deviation", "skipped_updates")
 
 
-def tell(experiment, epoch, figures):
-    """End an epoch: evaluate, add a row to the log, remember the state; and save it and draw the curve, if it is time to."""
+def tell(experiment, epoch, metrics):
+    """End an epoch: evaluate, add a row to the log, remember the state. At times also save it and draw the curve."""
     config, folder = experiment.config, experiment.folder
     experiment.epoch = epoch
-    row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_FIGURES), **figures,
+    row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_METRICS), **metrics,
            **evaluate_fixed(experiment)}
     runs.append_row(folder, row)
     experiment.seconds += sum(value or 0 for name, value in row.items() if name.startswith("seconds_"))
@@ -120,7 +120,7 @@ def tell(experiment, epoch, figures):
 
 
 def evaluate_fixed(experiment):
-    """Draw the fixed prompts from the fixed noise, if it is time to, and save the images. Figures for the log, else null.
+    """Every eval_every epochs: draw the fixed prompts from the fixed noise, and save the images. Returns metrics, null if not due.
 
     eval_reward_mean, eval_reward_std  as reward_mean and reward_std, of these images. They rise more smoothly.
     watched                            name -> mean of a watched reward over the images that it can judge. If it falls while the
@@ -142,7 +142,7 @@ def evaluate_fixed(experiment):
     runs.save_samples(experiment.folder, experiment.epoch, [to_pil(image) for image in images], labels)
     set_global_rng_states(states)
     clock.lap("seconds_eval")
-    return {**reward_figures("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
+    return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
 
 def draw_fixed(policy, prompts, config):
@@ -153,26 +153,27 @@ def draw_fixed(policy, prompts, config):
     return chosen, decode(policy.pipeline, trajectory.x_0, policy.precision)
 
 
-def reward_figures(prefix, texts, rewards, notes):
-    """For the log: mean and deviation of rewards (B,), and what a judge said of each image, if anything.
+def reward_metrics(prefix, texts, rewards, notes):
+    """For the log: mean and deviation of rewards (B,), and the reward's notes, if it has any.
 
     reward_mean  Healthy: rises, with noise.
     reward_std   If it goes to 0, nothing is left to learn from.
     notes        [prompt, reward, note] of each image.
     """
-    figures = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
+    metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
     if any(notes):
-        figures["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]
-    return {prefix + name: value for name, value in figures.items()}
+        metrics["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]
+    return {prefix + name: value for name, value in metrics.items()}
 
 
 def mean_of_known(values):
     """The mean of the values (B,) that are not NaN, None if all are."""
-    known = values[~values.isnan()].double()
+    known = values[~values.isnan()]
     return known.mean().item() if len(known) else None
 
 
 def is_due(epoch, every, last):
+    """Whether something that is done every so many epochs, and after the last, is done now."""
     return epoch % every == 0 or epoch == last
 
 
@@ -211,7 +212,10 @@ class Clock:
 # ---- The state: all that is saved and restored ----
 
 class Experiment:
-    """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes."""
+    """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
+
+    state_dict says what is saved and restored.
+    """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=(), folder=None):
         self.config, self.policy, self.prompts, self.folder = config, policy, prompts, folder
@@ -219,7 +223,7 @@ class Experiment:
         self.optimizer = torch.optim.AdamW(  # in fp32; the authors' JAX code keeps the first moment in bf16
             policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
-        # By default the scale grows after 2,000 good steps, which is more than a run has.
+        # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=config.precision == "fp16")
         self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip,
                                            config.baseline)
@@ -260,7 +264,7 @@ def global_rng_states():
 
 
 def set_global_rng_states(states):
-    """Put them back."""
+    """Restore the states that global_rng_states returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -277,7 +281,7 @@ def copy_of(value):
     return type(value)(copy_of(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-# ---- The run: begun, resumed, stopped ----
+# ---- The run: new, resumed, stopped ----
 
 def policy_of(config, model=None, scored=True):
     """The pretrained policy of a run's settings, or another model under the same settings."""
@@ -285,20 +289,20 @@ def policy_of(config, model=None, scored=True):
                        config.precision, config.kl_weight > 0 and model is None, scored)
 
 
-def begin(config):
+def build_experiment(config):
     """The Experiment of a run's settings, without a folder yet. Raises ValueError if something cannot be loaded."""
     prompts = load_prompts(config.prompts)
-    check_questions(prompts, [config.reward], all)
-    check_questions(prompts, config.watch, any)
+    check_questions(prompts, [config.reward], every_prompt=True)
+    check_questions(prompts, config.watch, every_prompt=False)
     reward, *watched = [load_reward(name, config.device, nan_allowed=name in config.watch, **reward_options(config, name))
                         for name in (config.reward, *config.watch)]
     return Experiment(config, policy_of(config), prompts, reward, watched)
 
 
-def start(flags):
+def new_run(flags):
     """A new run in a new folder: its Experiment. Raises ValueError."""
     config = build_config(flags)
-    experiment = begin(config)
+    experiment = build_experiment(config)
     experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}", asdict(config))
     return experiment
 
@@ -307,7 +311,7 @@ def resume(folder, flags):
     """The Experiment of a run that was stopped or finished, at its last checkpoint. Raises ValueError."""
     others = sorted(set(flags) - {"epochs"})
     if others:
-        raise ValueError(f"--resume takes the run's own settings and only --epochs beside it, not "
+        raise ValueError("--resume uses the run's own settings: only --epochs may be given with it, not "
                          + ", ".join("--" + name.replace("_", "-") for name in others))
     config, state = load_config(folder), runs.load_checkpoint(folder)
     epochs = flags.get("epochs", config.epochs)
@@ -317,7 +321,7 @@ def resume(folder, flags):
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
     config.epochs = epochs
     check(config)
-    experiment = begin(config)
+    experiment = build_experiment(config)
     experiment.folder = folder
     try:
         experiment.load_state_dict(state)
@@ -350,7 +354,7 @@ def main(argv=None):
     try:
         flags = parse(argv, __doc__)
         folder = flags.pop("resume", None)
-        experiment = resume(folder, flags) if folder else start(flags)
+        experiment = resume(folder, flags) if folder else new_run(flags)
     except (ValueError, OSError) as error:
         return fail(error)
     except torch.OutOfMemoryError:
@@ -365,7 +369,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return stop(experiment, "interrupted", 130)
     except torch.OutOfMemoryError:
-        return stop(experiment, "out of GPU memory: a run with a smaller --micro-batch or --sample-batch needs less", 2)
+        return stop(experiment, "out of GPU memory: a new run with a smaller --micro-batch or --sample-batch needs less", 2)
     except (RewardError, FloatingPointError, OSError) as error:
         return stop(experiment, error, 2)
     except Exception:  # a bug, or the GPU: its traceback is wanted, but the work is not lost

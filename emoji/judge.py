@@ -1,4 +1,4 @@
-"""The judge of the embedded model's images: is it the animal that was asked for, and are there as many?
+"""The judge of the embedded model's images: is the animal right, and is the number?
 
     python train.py --watch emoji/judge.py:animal --watch emoji/judge.py:number      # the emoji preset does this by itself
 

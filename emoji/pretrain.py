@@ -205,7 +205,7 @@ def new_vlm(tokenizer):
 
 # ---- Training ----
 
-def fit(name, make, loss, steps, learning_rate, args):
+def train_networks(name, make, loss, steps, learning_rate, args):
     """Train the networks of make() on `loss(networks, rng) -> scalar`. Returns those with the EMA weights, in eval mode.
 
     Step k draws everything from a generator that is seeded with k. So a run that goes on from its checkpoint is the run that was
@@ -258,7 +258,7 @@ def train_autoencoder(images, args):
     """The autoencoder, on squared error and a small KL."""
     def loss(networks, rng):
         x = to_float(images[np.sort(rng.integers(len(images), size=16))], args.device) * 2 - 1
-        # bf16 is 1.5 times faster here on a processor with AVX512-BF16, and exact enough for pixels.
+        # bf16 is faster here on a processor with AVX512-BF16, and exact enough for pixels.
         with torch.autocast(args.device, torch.bfloat16):
             posterior = networks["vae"].encode(x).latent_dist
             noise = torch.as_tensor(rng.standard_normal(posterior.mean.shape, np.float32), device=args.device)
@@ -266,7 +266,7 @@ def train_autoencoder(images, args):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(reconstruction.float(), x) + 5e-4 * kl.float()
 
-    return fit("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
+    return train_networks("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
 
 
 def as_if_generated(x, rng):
@@ -284,7 +284,7 @@ def train_judge(images, animals, numbers, args):
         x = as_if_generated(to_float(images[chosen], args.device), rng)
         return classification_loss(*networks["judge"](x), animals[chosen], numbers[chosen])
 
-    return fit("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+    return train_networks("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
 
 
 def classification_loss(animal_logits, number_logits, animals, numbers):
@@ -310,7 +310,7 @@ def train_tower(images, animals, numbers, processor, args):
         width = 2 * tower.config.hidden_size
         return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(width, MAX_NUMBER)}
 
-    return fit("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
+    return train_networks("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
 
 
 def normalised(x, processor):
@@ -344,7 +344,7 @@ def train_vlm(images, animals, numbers, args):
         network.model.vision_tower.load_state_dict(tower.state_dict())
         return {"vlm": network}
 
-    network = fit("vlm", make, loss, args.vlm_steps, 1e-3, args)["vlm"]
+    network = train_networks("vlm", make, loss, args.vlm_steps, 1e-3, args)["vlm"]
     network.to("cpu", torch.float16).save_pretrained(args.vlm_output)
     processor.save_pretrained(args.vlm_output)
 
@@ -399,7 +399,7 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
         x_t = scheduler.add_noise(x_0, noise, t)
         states = networks["text_encoder"](ids[rows])[0]
-        with torch.autocast(args.device, torch.bfloat16):  # 1.6 times faster, see train_autoencoder
+        with torch.autocast(args.device, torch.bfloat16):  # faster, see train_autoencoder
             eps = networks["unet"](x_t, t, states).sample.float()
         # Min-SNR weights (Hang et al. 2023, gamma = 5): most of the plain loss is about noise that nobody sees.
         snr = alpha_bar[t] / (1 - alpha_bar[t])
@@ -411,7 +411,7 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
 
-    return fit("denoiser", make, loss, args.denoiser_steps, 1e-3, args)
+    return train_networks("denoiser", make, loss, args.denoiser_steps, 1e-3, args)
 
 
 def scheduler():
@@ -451,7 +451,7 @@ def load_pool(args):
         os.replace(path.with_suffix(".new"), path)
     pool = np.load(path)
     if len(pool["numbers"]) != args.scenes:
-        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: delete it to draw anew")
+        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: delete it, and the scenes are drawn again")
     return pool["images"], pool["animals"], pool["numbers"]
 
 
@@ -475,12 +475,12 @@ def sample(pipeline, prompts, args):
         generator=rng, output_type="np").images).permute(0, 3, 1, 2) for i in batches])
 
 
-def check(args):
+def print_card(args):
     """Print the table of the model card: autoencoder, judge, and the share of samples that show what they should."""
     pipeline = load_pipeline(args)
     judge = load_judge(args.output.parent / WEIGHTS.name, args.device)
 
-    def right(images, animals, numbers):
+    def shares_right(images, animals, numbers):
         seen = [pair for part in images.split(256) for pair in name_animals(judge, part)]
         is_right = np.array([[animal == ANIMALS[a], number == n] for (animal, number), a, n in zip(seen, animals, numbers)])
         return [f"{share:.1%}" for share in is_right.mean(0)]
@@ -491,19 +491,19 @@ def check(args):
         error = torch.cat([(pipeline.vae(part * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 - part).square().mean((1, 2, 3))
                            for part in images.split(64)])
     rows = [("autoencoder PSNR, fresh scenes", f"{-10 * error.mean().log10():.1f} dB", ""),
-            ("judge right, fresh scenes: animal, number", *right(images, animals, numbers))]
+            ("judge right, fresh scenes: animal, number", *shares_right(images, animals, numbers))]
     for number in range(1, MAX_NUMBER + 1):
         animals = np.arange(len(ANIMALS)).repeat(args.check_images)
         drawn = sample(pipeline, [caption(a, number) for a in animals], args)
         rows.append((f'samples of "{caption(0, number)}" and so on: animal, number',
-                     *right(drawn, animals, np.full(len(animals), number))))
+                     *shares_right(drawn, animals, np.full(len(animals), number))))
     print(f"\n{args.sampling_steps} steps, guidance {args.guidance_scale:g}, eta 1, {args.check_images} images of each "
           f"of {len(ANIMALS)} animals and each number\n\n| measured | | |\n|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
-def check_vlm(args):
+def print_vlm_card(args):
     """Print the table of the VLM's card: how often its answers on fresh scenes are right, asked by rewards.VLM."""
     images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
     vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
@@ -566,7 +566,7 @@ def main(argv=None):
         sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
                  "apt install fonts-noto-color-emoji) or give its file with --font")
     if sys.platform == "linux" and args.device == "cpu":
-        # glibc gives the memory of large tensors back to the kernel at each free, and page faults cost a third of the time. So:
+        # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost much time. So:
         # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
@@ -574,12 +574,12 @@ def main(argv=None):
         if not args.check:
             args.work.mkdir(parents=True, exist_ok=True)
             train_vlm(*load_pool(args), args)
-        check_vlm(args)
+        print_vlm_card(args)
         return
     if not args.check:
         remake(args)
         contact_sheet(args, args.output.parent / "contact_sheet.png")
-    check(args)
+    print_card(args)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     pip install bert-score==0.3.13 pandas && python oracles/bert_score_recall.py
 
-The encoder is the embedded model's text encoder, the tokens that count are all but its begin and end: the package gives
-idf 0 to a tokenizer's [CLS] and [SEP], which CLIP's calls bos and eos.
+The encoder is the embedded model's text encoder. All tokens count but its begin and end: the package gives idf 0 to a tokenizer's
+[CLS] and [SEP], which CLIP's tokenizer calls bos and eos.
 """
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ from bert_score.utils import bert_cos_score_idf
 from transformers import CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent / "assets" / "emoji"
+MODEL = HERE.parent / "emoji" / "model"
 ANSWERS = ["three cats", "two cats", "three dogs", "a cat", "two", "the image contains four owls", "an elephant and a cat"]
 REFERENCES = ["three cats", "a cat", "two owls"]
 

@@ -1,8 +1,8 @@
-"""Makes hpsv2.safetensors and .json: a tiny random CLIP of open_clip's, as HPS v2's checkpoint is, and its scores.
+"""Makes hpsv2.safetensors and .json: a tiny random CLIP under open_clip's names, as in HPS v2's checkpoint, and its scores.
 
     pip install --no-deps hpsv2==1.2.0 && python oracles/hpsv2.py
 
-The network is the package's own (hpsv2/src/open_clip/model.py). What it imports beside, torchvision and timm, is stubbed.
+The network is the package's own (hpsv2/src/open_clip/model.py). Its other imports, torchvision and timm, are stubbed.
 """
 import json
 import sys
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def package(name, *folders):
-    """An empty package in place of one whose __init__ imports more than is needed here."""
+    """An empty package instead of the real one, whose __init__ imports more than is needed here."""
     sys.modules[name] = ModuleType(name)
     places = [Path(entry, *folders) for entry in sys.path]
     sys.modules[name].__path__ = [str(place) for place in places if (place / "model.py").exists()]

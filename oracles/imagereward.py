@@ -6,8 +6,8 @@ In an environment of its own, since the package needs an old transformers:
     pip install torch safetensors numpy pyyaml regex requests filelock fsspec packaging tqdm pillow
     python oracles/imagereward.py
 
-The networks are the package's own med.py, vit.py and MLP. Of timm, fairscale, clip and torchvision, which it imports, only
-timm's PatchEmbed is used here: a convolution, written out below.
+The networks are the package's own med.py, vit.py and MLP. It imports timm, fairscale, clip and torchvision. Only timm's PatchEmbed is
+used here: a convolution, written out below.
 """
 import json
 import sys
@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 
 
 class PatchEmbed(nn.Module):
+    """timm's: an image to a row of patches."""
+
     def __init__(self, img_size, patch_size, in_chans, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
@@ -33,6 +35,7 @@ class PatchEmbed(nn.Module):
 
 
 class Anything(ModuleType):
+    """A module in which every name is there and does nothing."""
     PatchEmbed = PatchEmbed
 
     def __getattr__(self, name):
@@ -48,7 +51,7 @@ for name in ("timm", "timm.models", "timm.models.vision_transformer", "timm.mode
              "timm.models.helpers", "timm.models.hub", "fairscale", "fairscale.nn", "fairscale.nn.checkpoint",
              "fairscale.nn.checkpoint.checkpoint_activations", "torchvision", "torchvision.transforms", "clip"):
     sys.modules[name] = Anything(name)
-sys.modules["ImageReward"] = ModuleType("ImageReward")  # its __init__ imports its training, too
+sys.modules["ImageReward"] = ModuleType("ImageReward")  # its __init__ would import its training
 sys.modules["ImageReward"].__path__ = [str(Path(entry) / "ImageReward") for entry in sys.path
                                        if (Path(entry) / "ImageReward" / "ImageReward.py").exists()]
 from ImageReward.ImageReward import MLP, ImageReward  # noqa: E402

@@ -6,7 +6,7 @@
     python studies/benchmark.py --reward aesthetic pickscore           # what it costs to judge an image, with random weights
 
 For each precision it draws images as train.py does, scores them at other batch sizes than they were drawn at, learns from them,
-and prints a row of a table. (A kernel of another shape rounds otherwise. Under autocast that is not small.) `random` makes the
+and prints a row of a table. (Another batch size rounds differently, and under autocast the difference is not small.) `random` makes the
 model once, under runs/: its images are noise, but they cost what real ones cost.
 """
 import argparse
@@ -25,7 +25,7 @@ from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score
 from settings import ALGORITHMS, PRESETS, build_config
-from studies.random_networks import RANDOM_REWARDS, stable_diffusion
+from studies.random_networks import RANDOM_REWARDS, write_stable_diffusion
 from train import RUNS, UPDATES, Experiment, policy_of
 
 # TFLOP at 512 x 512: a guided forward of the U-Net is 2 x 0.803, learning from a step takes three forwards, decoding 2.5.
@@ -33,7 +33,10 @@ TFLOP_STEP, TFLOP_DECODE = 2 * 0.803, 2.5
 
 
 def benchmark(config, images, micro_batches, peak_tflops):
-    """A row of the table: drawing and learning."""
+    """A row of the table: precision, seconds a query and peak GB of sampling and learning, largest |ratio - 1| per micro-batch.
+
+    images: how many. Raises FloatingPointError or torch.OutOfMemoryError.
+    """
     policy = policy_of(config)
     experiment = Experiment(config, policy)
     update, keep_chain = UPDATES[config.algorithm]
@@ -141,7 +144,7 @@ def print_rows(args, device):
     if args.model == "random":
         flags["model"] = str(RUNS / "random-stable-diffusion")
         if not Path(flags["model"]).exists():
-            stable_diffusion(Path(flags["model"]))
+            write_stable_diffusion(Path(flags["model"]))
     config = build_config({**flags, "precision": "fp32"})
     _, keep_chain = UPDATES[config.algorithm]
     updates = 1 if keep_chain else max(1, 5 * args.images // config.batch_size)

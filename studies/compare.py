@@ -2,7 +2,7 @@
 
     python studies/compare.py --reward compressibility --seeds 5       # the comparison
     python studies/compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
-    python studies/compare.py --drift                                  # both JPEG rewards together: less what they do alike
+    python studies/compare.py --drift                                  # the mean gain over both JPEG rewards
     python studies/compare.py --ablation clip-range                    # one question; --help names them all
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. A finished run has one
@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
 from models import PRECISIONS
-from rewards import REWARDS, RewardError, own_function, short_name
+from rewards import REWARDS, RewardError, short_name, unit_of, user_function
 from settings import ALGORITHMS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
 from studies.variance import measure_variance
@@ -44,35 +44,35 @@ SWEEP_QUERIES, SWEEP_SEED = 832, 100  # the comparison takes seeds from 0
 
 # ---- The studies ----
 
-def rwr_rounds(number, queries, images=32):
-    """RWR's settings for that many epochs (the paper's rounds). In all it learns from five passes over the samples, as there."""
-    samples = queries // number
-    return {"epochs": number, "samples_per_epoch": samples, "batch_size": images,
-            "updates_per_epoch": round(5 * samples / images)}
+def rwr_settings(rounds, queries, batch_size=32):
+    """RWR's settings for so many epochs (the paper's rounds). Its updates make five passes over the samples, as in the paper."""
+    samples = queries // rounds
+    return {"epochs": rounds, "samples_per_epoch": samples, "batch_size": batch_size,
+            "updates_per_epoch": round(5 * samples / batch_size)}
 
 
-# The same number of settings for each algorithm, over the learning rate and what only it has.
+# Four settings for each algorithm. They vary the learning rate and the algorithm's own settings.
 SWEEP = {
     "ddpo-is": [dict(learning_rate=2e-4, updates_per_epoch=8), dict(learning_rate=2e-4, updates_per_epoch=4),
                 dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2), dict(learning_rate=4e-4, updates_per_epoch=8)],
     "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
                 dict(learning_rate=2e-4, samples_per_epoch=16), dict(learning_rate=1e-4, samples_per_epoch=64)],
-    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_rounds(rounds, SWEEP_QUERIES))
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(rounds, SWEEP_QUERIES))
             for lr, beta, rounds in ((1e-4, 5.0, 2), (3e-5, 5.0, 2), (1e-4, 20.0, 2), (3e-5, 20.0, 4))],
-    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_rounds(rounds, SWEEP_QUERIES))
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(rounds, SWEEP_QUERIES))
                    for lr, percentile, rounds in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (1e-4, 0.75, 2), (3e-5, 0.9, 4))]}
 
 # One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them.
 ABLATIONS = {
     # RWR changes the images without any reward, too. Percentile 0 and beta 0 show how.
-    "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_rounds(5, 640)}
+    "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_settings(5, 640)}
                        for control, flags in (("", {}), (", no reward", {"percentile": 0.0}))
                        for name, guided in (("guided", {}), ("unguided", {"guided_training": False}))}),
     # The penalty only matters if the images are in danger: twice the preset's learning rate, and a wider trust region.
     "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
                  for weight in (0.0, 0.1, 1.0, 10.0)}),
     "interleaving": (800, {
-        f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_rounds(number, 800)}
+        f"{number} round{'s' * (number > 1)}{control}": {"algorithm": "rwr", **flags, **rwr_settings(number, 800)}
         for control, numbers, flags in (("", (1, 2, 5, 10, 20), {}), (", no reward", (1, 5, 20), {"beta": 0.0}))
         for number in numbers}),
     "estimators": (640, {"DDPO-IS, 8 updates of 8 images": {"learning_rate": 2e-4}, **{
@@ -85,7 +85,10 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One line of results/REWARD/STUDY.jsonl to be. `flags` are train.py's, but for name and seed, in the order they are shown."""
+    """A planned training run, which becomes one line of results/REWARD/STUDY.jsonl.
+
+    flags: train.py's without name and seed, in the order in which they are shown.
+    """
     study: str
     label: str
     seed: int
@@ -97,8 +100,8 @@ class Run:
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
         # Of the settings that are not the default: a new setting, at its default, leaves the name as it is.
         own = {name: value for name, value in shared_settings(self.config).items() if value != getattr(Config, name)}
-        mark = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
-        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{mark}"
+        settings_hash = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
+        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{settings_hash}"
 
     @property
     def arguments(self):
@@ -127,7 +130,7 @@ class Run:
         return self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
 
 
-def plan(study, label, seed, flags, queries):
+def planned_run(study, label, seed, flags, queries):
     """A run of that many reward queries. It is evaluated about eight times, or after each of fewer epochs."""
     samples = build_config(flags).samples_per_epoch
     if queries < samples or queries % samples:
@@ -137,28 +140,28 @@ def plan(study, label, seed, flags, queries):
     return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every, "checkpoint_every": every})
 
 
-def plans(args, common):
+def planned_runs(args, common):
     """The runs of the study that is asked for, seed by seed: so a study that is cut short has fewer seeds."""
     # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
     shared = {**common, "samples_per_epoch": 64}
     if args.sweep:
-        return [plan("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
+        return [planned_run("sweep", f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, SWEEP_QUERIES)
                 for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
-        return [plan(args.ablation, label, seed, {**shared, **choice}, queries)
+        return [planned_run(args.ablation, label, seed, {**shared, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
     methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not args.algorithms:  # the control: what RWR does to the images without any reward
         methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
     name = "main" if args.queries == QUERIES else f"main-{args.queries}"
-    return [plan(name, label, seed, {**common, **flags}, args.queries)
+    return [planned_run(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
 
 # ---- Running what is missing ----
 
-def complete(planned, log):
+def train_missing(planned, log):
     """Train what no study of the reward has yet, and give each run a line in the log. Returns run.key -> line.
 
     A run that fails is reported and left out. Raises ValueError at the end if there were such runs.
@@ -177,18 +180,18 @@ def complete(planned, log):
             done = bar.n
             bar.set_description(run.name)
             try:
-                own[run.key] = finish(run, lambda queries: show(bar, done + queries))
+                own[run.key] = train_run(run, lambda queries: show_queries(bar, done + queries))
                 runs.append_line(log, own[run.key])
             except ValueError as error:
                 tqdm.write(f"compare.py: {error}", file=sys.stderr)
                 failed.append(run.name)
-            show(bar, done + run.queries)
+            show_queries(bar, done + run.queries)
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")
     return own
 
 
-def show(bar, queries):
+def show_queries(bar, queries):
     """Set a progress bar to a number of queries."""
     bar.n = queries
     bar.refresh()
@@ -207,12 +210,12 @@ def finished_runs(log):
     return lines
 
 
-def finish(run, show):
+def train_run(run, show):
     """Train it: from the start, from where it was stopped, or not at all if it is done. Returns its line for the results."""
-    folder, made = RUNS / run.name, commit()
+    folder, made_at = RUNS / run.name, commit()
     arguments = [*run.arguments, "--name", run.name]
     if (folder / "checkpoint" / "state.pt").exists():
-        arguments, made = ["--resume", str(folder)], f"{made} (begun earlier)"
+        arguments, made_at = ["--resume", str(folder)], f"{made_at} (begun earlier)"
     elif folder.exists():  # stopped before there was anything to resume
         shutil.rmtree(folder)
     if not (folder / "model").exists():
@@ -221,9 +224,10 @@ def finish(run, show):
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "watched", "reward_mean", "approx_kl", "grad_norm", "loss")
     return {"label": run.label, "seed": run.seed, "folder": run.name,
-            "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made, "machine": machine(),
+            "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made_at, "machine": machine(),
             "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
-            "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config)}
+            "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config),
+            "units": {short_name(name): unit_of(name) for name in run.config.watch}}
 
 
 def train_in_a_process(arguments, folder, show):
@@ -271,9 +275,9 @@ def machine():
 
 def study(args, common, command):
     """Run what is missing of a study, and report. Returns the table."""
-    planned = plans(args, common)
+    planned = planned_runs(args, common)
     path = RESULTS / short_name(args.reward) / planned[0].study
-    lines = complete(planned, path.with_name(path.name + ".jsonl"))
+    lines = train_missing(planned, path.with_name(path.name + ".jsonl"))
     return report([lines[run.key] for run in planned], args.reward, RUNS, path, command)
 
 
@@ -282,7 +286,7 @@ def drift(args, common, command):
     found = []
     for reward in ("compressibility", "incompressibility"):
         lines = finished_runs(RESULTS / reward / "main.jsonl")
-        found.append([lines[run.key] for run in plans(args, {**common, "reward": reward}) if run.key in lines])
+        found.append([lines[run.key] for run in planned_runs(args, {**common, "reward": reward}) if run.key in lines])
     text = without_drift(*found)
     runs.write_text(RESULTS / "drift.md", (
         f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean of a seed's gains "
@@ -294,8 +298,8 @@ def drift(args, common, command):
 def variance(args, common, command):
     """Measure the gradient's variance along the direction of the comparison's first run. Returns the table."""
     folder = RESULTS / short_name(args.reward)
-    run = plan("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)
-    trained = RUNS / complete([run], folder / "main.jsonl")[run.key]["folder"]
+    run = planned_run("main", "ddpo-is", 0, {**common, "algorithm": "ddpo-is"}, QUERIES)
+    trained = RUNS / train_missing([run], folder / "main.jsonl")[run.key]["folder"]
     if not (trained / "model").exists():
         raise ValueError(f"the direction is that of {trained}, whose model/ is gone: make it again with "
                          f"{shlex.join(['python', 'train.py', *run.arguments, '--name', trained.name])}")
@@ -308,8 +312,8 @@ def parse(argv):
     """The arguments. Raises ValueError where they do not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
-    parser.add_argument("--watch", action="append", metavar="NAME", help="as train.py's (default: the preset's)")
-    parser.add_argument("--seeds", type=int, help="0 to SEEDS - 1 (default: 5; of an ablation 3)")
+    parser.add_argument("--watch", action="append", metavar="NAME", help="as in train.py (default: the preset's)")
+    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 up (default: 5; an ablation: 3)")
     parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison; they must divide into the epochs "
                         f"of all algorithms (default: {QUERIES})")
     parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
@@ -319,7 +323,7 @@ def parse(argv):
     parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the preset's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
-    which.add_argument("--drift", action="store_true", help="the comparisons on both JPEG rewards, less what they do alike")
+    which.add_argument("--drift", action="store_true", help="the mean gain over both JPEG rewards, in which a common change of the images cancels")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
     if args.queries is not None and (args.sweep or args.ablation):
@@ -334,7 +338,7 @@ def parse(argv):
         raise ValueError(f"--seeds {args.seeds}: must be at least 1")
     for name in (args.reward, *(args.watch or ())):
         if name not in REWARDS:
-            own_function(name)  # a name that does not exist is refused before anything is written
+            user_function(name)  # a name that does not exist is refused before anything is written
     args.seeds = args.seeds or (3 if args.ablation else 5)
     args.queries = QUERIES if args.queries is None else args.queries
     return args

@@ -15,7 +15,7 @@ from settings import PRESET_REWARDS, PRESETS
 TOKENIZER = Path(PRESETS["emoji"]["model"]) / "tokenizer"
 
 
-def stable_diffusion(folder):
+def write_stable_diffusion(folder):
     """A pipeline of Stable Diffusion v1.4's architecture, 4 GB in fp32."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -58,9 +58,9 @@ def image_processor(vision):
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-# ---- Of each learned reward: returns the options with which load_reward finds it ----
+# ---- One function for each learned reward: it writes the network and returns the options for load_reward ----
 
-def clip(folder, sizes):
+def write_clip(folder, sizes):
     """A CLIP with an image processor and a tokenizer."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     CLIPModel(CLIPConfig(**sizes)).save_pretrained(folder)
@@ -69,19 +69,19 @@ def clip(folder, sizes):
     return {"reward_model": str(folder)}
 
 
-def aesthetic(folder):
+def write_aesthetic(folder):
     """A CLIP ViT-L/14 and the aesthetic head."""
     head = scoring_head(CLIP_L["projection_dim"])
     torch.save({f"layers.{name}": weight for name, weight in head.state_dict().items()}, folder / "head.pth")
-    return {**clip(folder, CLIP_L), "aesthetic_head": str(folder / "head.pth")}
+    return {**write_clip(folder, CLIP_L), "aesthetic_head": str(folder / "head.pth")}
 
 
-def pickscore(folder):
+def write_pickscore(folder):
     """A CLIP ViT-H/14."""
-    return clip(folder, CLIP_H)
+    return write_clip(folder, CLIP_H)
 
 
-def imagereward(folder):
+def write_imagereward(folder):
     """BLIP and the scoring head, under the names of the published file."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPTokenizer
     from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -105,7 +105,7 @@ BLIP_NAMES = {"^embeddings.patch_embedding": "patch_embed.proj", "^embeddings.cl
               "self_attn.qkv": "attn.qkv", "self_attn.projection": "attn.proj", "layer_norm([12])": r"norm\1"}
 
 
-def counting(folder):
+def write_counting(folder):
     """A LLaVA 1.5 7B in half precision, 14 GB. Its answers are as long as they may be; real ones cost less."""
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
     vision, text = LLAVA["vision_config"], LLAVA["text_config"]
@@ -120,14 +120,14 @@ def counting(folder):
     return {"reward_model": str(folder)}
 
 
-def alignment(folder):
+def write_alignment(folder):
     """The same LLaVA, and BERTScore's encoder."""
     from transformers import CLIPTokenizer, DebertaConfig, DebertaModel
     encoder = folder / "encoder"
     DebertaModel(DebertaConfig(**DEBERTA)).save_pretrained(encoder)
     CLIPTokenizer.from_pretrained(TOKENIZER).save_pretrained(encoder)
-    return {**counting(folder), "bert_model": str(encoder)}
+    return {**write_counting(folder), "bert_model": str(encoder)}
 
 
-RANDOM_REWARDS = {"aesthetic": aesthetic, "pickscore": pickscore, "imagereward": imagereward, "alignment": alignment,
-                  "counting": counting}  # the network of hpsv2 is pickscore's
+RANDOM_REWARDS = {"aesthetic": write_aesthetic, "pickscore": write_pickscore, "imagereward": write_imagereward,
+                  "alignment": write_alignment, "counting": write_counting}  # hpsv2 has the network of pickscore

@@ -1,13 +1,13 @@
 """Tables and figures from the finished runs of a study. A line is one run's entry in results/REWARD/STUDY.jsonl (see compare.py).
 
-The policy of a run changes only when an epoch ends. So its reward is a step function of the queries, interpolated between the
-evaluations at the ends of the epochs without one.
+The policy of a run changes only when an epoch ends. So its reward is a step function of the queries. If an epoch ends without an
+evaluation, its reward is interpolated.
 """
 import numpy as np
 
 import runs
-from rewards import REWARDS, short_name, unit_of
-from settings import ROOT, RWR
+from rewards import short_name, unit_of
+from settings import RWR
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
@@ -35,8 +35,8 @@ def rewards_by_epoch(line):
     return epochs, np.interp(epochs, queries, reward)
 
 
-def mean_on_the_way(line):
-    """Mean reward of the policies that the queries were spent on: the area under the curve, divided by the queries."""
+def mean_during_training(line):
+    """Mean reward of the policies that drew the samples: the area under the curve, divided by the queries."""
     queries, reward = rewards_by_epoch(line)
     return (reward[:-1] * np.diff(queries)).sum() / queries[-1]
 
@@ -72,8 +72,8 @@ def interval(values):
     return values.mean(), half * T_95[min(n, len(T_95)) - 1]
 
 
-def beyond_no_reward(label, group, groups):
-    """What RWR's runs gained more than the same epochs without a reward, seed by seed; [] where these were not run."""
+def gain_over_control(label, group, groups):
+    """The gain of RWR's runs minus that of the same epochs without a reward, seed by seed; [] if these were not run."""
     control = groups.get(f"{label}, no reward", groups.get("no reward", []))
     control = {line["seed"]: gain_percent(line) for line in control}
     is_rwr = group[0]["settings"]["algorithm"] in RWR and "no reward" not in label
@@ -93,20 +93,14 @@ def cell(values, digits=2, scale=1.0):
 def watched_units(lines):
     """name -> unit (see rewards.unit_of) of the watched rewards that are in the runs' rows."""
     logged = {name for line in lines for row in line["rows"] for name in row["watched"] or ()}
-    names = dict.fromkeys(name for line in lines for name in line["settings"]["watch"] if short_name(name) in logged)
-    return {short_name(name): unit_of(name if name in REWARDS else str(ROOT / name)) for name in names}
-
-
-def titled(name, unit):
-    """'JPEG size (kB)': a name with its unit in brackets, if it has one."""
-    return f"{name} ({unit[1]})" if unit[1] else name
+    return {name: unit for line in lines for name, unit in line["units"].items() if name in logged}
 
 
 def table(lines, unit):
     """The study in Markdown, one row a label. unit: the reward's, see rewards.unit_of."""
     factor, watched = unit[0], watched_units(lines)
-    rows = [["", "seeds", titled("start", unit), titled("end", unit), "reward gained (%)", "beyond no reward (%)",
-             titled("mean on the way", unit), *(titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
+    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)", "gain over control (%)",
+             runs.titled("mean during training", unit), *(runs.titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
              "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
     groups = by_label(lines)
     for label, group in groups.items():
@@ -114,12 +108,12 @@ def table(lines, unit):
         reached = []
         for gain in (0.1, 0.2):
             values = [queries_to(line, gain) for line in group]
-            got = np.isfinite(values).sum()
-            reached.append(cell(values, 0) if got == len(group) else f"{got} of {len(group)} seeds got there")
+            count = np.isfinite(values).sum()
+            reached.append(cell(values, 0) if count == len(group) else f"reached by {count} of {len(group)} seeds")
         rows.append([
             label, str(len(group)), cell([reward[0] for _, reward in ends], scale=factor),
             cell([reward[-1] for _, reward in ends], scale=factor), cell([gain_percent(line) for line in group], 1),
-            cell(beyond_no_reward(label, group, groups), 1), cell([mean_on_the_way(line) for line in group], scale=factor),
+            cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
             *(cell([watched_values(line, name)[-1] for line in group], 1 if name_unit == "%" else 2, scale)
               for name, (scale, name_unit) in watched.items()),
             *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
@@ -165,9 +159,9 @@ def figure(lines, reward, unit, path):
             axes.plot(seen.mean(0), rewards.mean(0), "-", color=color)
             axes.plot(seen[:, -1], rewards[:, -1], "o", color=color)
     name = {"compressibility": "JPEG size (kB): lower is better", "incompressibility": "JPEG size (kB): higher is better"}
-    left.set(xlabel="reward queries", ylabel=name.get(reward, titled(reward, unit)), title="mean and 95 % interval over seeds")
+    left.set(xlabel="reward queries", ylabel=name.get(reward, runs.titled(reward, unit)), title="mean and 95 % interval over seeds")
     for axes, (name, of_name) in zip(right, watched.items()):
-        axes.set(xlabel=titled(f"watched: {name}", of_name), title="line: mean on the way; points: seeds at the end")
+        axes.set(xlabel=runs.titled(f"watched: {name}", of_name), title="line: mean during training; points: seeds at the end")
     plot.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     runs.write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
 
@@ -194,10 +188,10 @@ def report(lines, reward, parent, path, command):
     made = "; ".join(sorted({f"commit {line['commit']}, {line['machine']}" for line in lines}))
     intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
     rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![images]({images.name})" if images.exists() else ""
+    text = table(lines, unit)
     runs.write_text(path.with_name(path.name + ".md"), (
-        f"# {path.name}: {name}\n\n`{command}`; {made}.\n\n{intervals}A gain is a share of the start. Beyond no reward: less the "
-        "gain of the same epochs of RWR without a reward, seed by seed. Watched rewards are over "
-        f"{lines[0]['settings']['eval_prompts']} fixed prompts. Mean on the way: of the policies that the queries were spent on, "
-        f"which change when an epoch ends.\n\n{table(lines, unit)}\n\n![the curves]({path.name}.png){rows}\n\n"
+        f"# {path.name}: {name}\n\n`{command}`; {made}.\n\n{intervals}A gain is a share of the start. Gain over control: "
+        "the gain minus that of the same epochs of RWR without a reward, seed by seed. Watched rewards are over "
+        f"{lines[0]['settings']['eval_prompts']} fixed prompts. Mean during training: of the policies that drew the samples.\n\n{text}\n\n![the curves]({path.name}.png){rows}\n\n"
         f"The first seed's commands:\n\n{commands}\n"))
-    return table(lines, unit)
+    return text

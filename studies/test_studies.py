@@ -20,14 +20,11 @@ from studies import benchmark, compare, random_networks, report, variance
 # ---- The comparison ----
 
 
-JUDGE = "emoji/judge.py"
-
-
 def line(label, seed, queries, values, animal=None, algorithm="ddpo-is"):
     """A run's line in the results."""
     return {"label": label, "seed": seed, "folder": "nothing", "command": "python train.py",
             "commit": "c", "machine": "m", "minutes": 1.0, "updates": 2,
-            "settings": {"algorithm": algorithm, "watch": [f"{JUDGE}:animal", f"{JUDGE}:number"], "eval_prompts": 9}, "rows": [
+            "settings": {"algorithm": algorithm, "eval_prompts": 9}, "units": {"animal": [100, "%"], "number": [100, "%"]}, "rows": [
                 {"reward_queries": q, "eval_reward_mean": r, "watched": {"animal": a}}
                 for q, r, a in zip(queries, values, animal or [1.0] * len(queries))]}
 
@@ -37,21 +34,21 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     assert report.interval([5])[0] == 5 and np.isnan(report.interval([5])[1])
     one = line("a", 0, [0, 100, 300], [-2.0, -1.0, -1.0])
     # The first 100 queries were spent on the policy of the start, whatever they led to.
-    assert report.mean_on_the_way(one) == pytest.approx((-2 * 100 - 200) / 300)
+    assert report.mean_during_training(one) == pytest.approx((-2 * 100 - 200) / 300)
     assert report.queries_to(one, 0.25) == 100 and report.queries_to(one, 0.0) == 0
     assert np.isnan(report.queries_to(line("a", 0, [0, 9], [0.0, 1.0]), 0.1))  # no share of a start of 0
     assert np.isnan(report.queries_to(one, 0.9))
     skipped = {**one, "rows": [*one["rows"], {"reward_queries": 400, "eval_reward_mean": None, "watched": None}]}
-    assert report.mean_on_the_way(skipped) == report.mean_on_the_way(one)
+    assert report.mean_during_training(skipped) == report.mean_during_training(one)
     between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None, "watched": None}, *one["rows"][1:]]}
-    assert report.mean_on_the_way(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
+    assert report.mean_during_training(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
     assert report.queries_to(between, 0.25) == 50
 
 
 def test_a_watched_reward_has_a_column_in_its_unit():
     lines = [line("a", seed, [0, 9], [-2.0, -1.0], [1.0, end]) for seed, end in enumerate((0.9, 0.7))]
     head, _, row = [cells[2:-2].split(" | ") for cells in report.table(lines, (-1, "kB")).splitlines()]
-    assert "number at the end (%)" not in head  # of which no run has a figure
+    assert "number at the end (%)" not in head  # no run has this value
     assert dict(zip(head, row))["animal at the end (%)"] == f"80.0 ± {12.71 * 10:.1f}"
     assert dict(zip(head, row))["end (kB)"] == "1.00 ± 0.00" and dict(zip(head, row))["reward gained (%)"] == "50.0 ± 0.0"
     lines[0]["rows"][-1]["watched"]["animal"] = None
@@ -64,11 +61,11 @@ def test_rwr_is_also_measured_against_the_same_rounds_without_a_reward():
 
     groups = report.by_label([*runs_of("rwr", "rwr", -1.0, -1.2), *runs_of("ddpo-is", "ddpo-is", -1.0),
                               *runs_of("no reward", "rwr", -1.6, -1.6)])
-    assert report.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
-    assert not report.beyond_no_reward("ddpo-is", groups["ddpo-is"], groups)
-    assert not report.beyond_no_reward("no reward", groups["no reward"], groups)
+    assert report.gain_over_control("rwr", groups["rwr"], groups) == pytest.approx([30, 20])
+    assert not report.gain_over_control("ddpo-is", groups["ddpo-is"], groups)
+    assert not report.gain_over_control("no reward", groups["no reward"], groups)
     groups["rwr, no reward"] = runs_of("rwr, no reward", "rwr", -1.8)
-    assert report.beyond_no_reward("rwr", groups["rwr"], groups) == pytest.approx([40])
+    assert report.gain_over_control("rwr", groups["rwr"], groups) == pytest.approx([40])
 
 
 def test_a_drift_that_both_rewards_share_cancels():
@@ -82,8 +79,8 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
-    finish = compare.finish
-    _, done = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    train_run = compare.train_run
+    _, done = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared}
     runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
@@ -95,10 +92,10 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     assert "| two | 1 | 2.00 | 0.50 | 75.0 | - | 1.50 | 50.0 |" in told and "| one | 1 |" in told
     assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(compare, "finish", lambda *args: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(compare, "train_run", lambda *args: pytest.fail("nothing is missing"))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
-    monkeypatch.setattr(compare, "finish", finish)
+    monkeypatch.setattr(compare, "train_run", train_run)
     assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
 
 
@@ -107,7 +104,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
         **tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
-    _, half, begun = compare.plans(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    _, half, begun = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
     assert train.main([*half.arguments, "--name", half.name]) == 0
     whole = runs.read_rows(train.RUNS / half.name)
     shutil.rmtree(train.RUNS / half.name)
@@ -130,6 +127,12 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
 
 
+def test_the_committed_comparison_is_of_todays_presets():
+    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, queries=compare.QUERIES)
+    lines = compare.finished_runs(compare.RESULTS / "compressibility" / "main.jsonl")
+    assert {run.key for run in compare.planned_runs(args, {"reward": "compressibility", "precision": "bf16"})} <= set(lines)
+
+
 def test_each_preset_is_among_the_settings_of_the_sweep():
     own = {"ddpo-is": ("clip_range", "updates_per_epoch"), "ddpo-sf": ("samples_per_epoch",), "rwr": ("beta",),
            "rwr-sparse": ("percentile",)}
@@ -141,15 +144,15 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
 
 
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
-def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
+def test_every_one_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
         args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
                                   **options})
-        planned = compare.plans(args, {"reward": reward})
-        assert len({planned_run.name for planned_run in planned}) == len(planned)
-        assert len({planned_run.queries for planned_run in planned}) == 1
-        for planned_run in planned:  # raises ValueError where train.py would
-            settings.build_config(settings.parse(planned_run.arguments, ""))
+        planned = compare.planned_runs(args, {"reward": reward})
+        assert len({one.name for one in planned}) == len({one.key for one in planned}) == len(planned)
+        assert len({one.queries for one in planned}) == 1
+        for one in planned:  # raises ValueError where train.py would
+            settings.build_config(settings.parse(one.arguments, ""))
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -202,7 +205,7 @@ def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny
     three = measure(3).splitlines()[-1]
     assert three.startswith("| 3 | ") and three.count("±") == 6
     assert measure(3, 4).splitlines()[-2] == three and len(runs.read_lines(tmp_path / "variance.jsonl")) == 2
-    monkeypatch.setattr(variance, "measure_steps", lambda *args: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(variance, "measure_snr", lambda *args: pytest.fail("nothing is missing"))
     assert measure(3, 4).splitlines()[-2] == three and (tmp_path / "variance.png").exists()
 
 
@@ -229,6 +232,6 @@ def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypat
     assert benchmark.main(["--reward", *names, "--images", "3"]) == 0
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1].strip() for row in rows] == names and all(float(row[2]) > 0 for row in rows)
-    assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # whose network is pickscore's
+    assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # hpsv2 has the network of pickscore
     assert benchmark.main(["--reward", "aesthetic", "--precision", "fp32"]) == 2
     assert "--precision does not go with --reward" in capsys.readouterr().err

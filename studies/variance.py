@@ -11,10 +11,10 @@ a run of the comparison ended with. With g_i = A_i <G_i, u> of N independent ima
 
     SNR = E[g] / (std[g] / sqrt(B)),     of a batch of B = 64 images, an epoch of the emoji preset
 
-This is the ratio of the mean to its standard error. It is below 0 where a batch would rather go back. Its own standard error is
-the jackknife's. The images have another seed than the run, since the noise of the run's first batches is part of u. The run had
+This is the ratio of the mean to its standard error. It is negative where the estimated gradient points away from u. Its own standard
+error is the jackknife's. The images have another seed than the run, since the noise of the run's first batches is part of u. The run had
 T = 10, the per-prompt baseline, and left out the last two steps: a direction found otherwise might favour other settings. The
-baseline of a prompt is the mean and deviation of other images of it, drawn for that. The batch's is that of the N images. Every
+baseline of a prompt is computed from other images of that prompt, the batch's from the N images. Every
 baseline is measured on the same images, and twice: learning from all T steps, and from all but the last two.
 """
 import numpy as np
@@ -25,9 +25,9 @@ import runs
 from ddpo import whiten
 from models import decode
 from prompts import load_prompts
-from rewards import load_reward
+from rewards import load_reward, short_name
 from sampling import rollout, score
-from settings import build_config, reward_options, shared_settings, short_name
+from settings import build_config, reward_options, shared_settings
 from train import policy_of
 
 STEPS = (5, 10, 20, 50)
@@ -64,11 +64,11 @@ def signal_to_noise(gradients, batch):
 def jackknife(gradients, batch):
     """The signal to noise ratio and its standard error, by leaving out one image after the other."""
     N = len(gradients)
-    left = np.array([signal_to_noise(np.delete(gradients, k), batch) for k in range(N)])
-    return signal_to_noise(gradients, batch), ((N - 1) * left.var()) ** 0.5
+    leave_one_out = np.array([signal_to_noise(np.delete(gradients, k), batch) for k in range(N)])
+    return signal_to_noise(gradients, batch), ((N - 1) * leave_one_out.var()) ** 0.5
 
 
-def measure_steps(config, trained, images, pool):
+def measure_snr(config, trained, images, pool):
     """name -> (SNR, standard error), for each baseline, over all of config.sampling_steps and over all but the last two."""
     reward = load_reward(config.reward, config.device, **reward_options(config, config.reward))
     prompts, policy = load_prompts(config.prompts), policy_of(config)
@@ -79,7 +79,7 @@ def measure_steps(config, trained, images, pool):
     def draw(asked, keep_chain):
         trajectory = rollout(policy, [prompt.text for prompt in asked], rng, config.sample_batch, keep_chain)
         values, _ = reward(decode(policy.pipeline, trajectory.x_0, policy.precision), asked)
-        return trajectory, values.double().numpy()
+        return trajectory, values.numpy()
 
     trajectory, rewards = draw(chosen, keep_chain=True)
     _, other_rewards = draw(prompts * pool, keep_chain=False)
@@ -94,11 +94,11 @@ def measure_steps(config, trained, images, pool):
             for name, values in advantages.items() for which, scores in projected.items()}
 
 
-def measure_variance(folder, command, trained, made, steps=STEPS, images=IMAGES, pool=POOL, **flags):
+def measure_variance(folder, command, trained, provenance, steps=STEPS, images=IMAGES, pool=POOL, **flags):
     """Measure what is missing in FOLDER/variance.jsonl, draw variance.png beside it, and return the table in Markdown.
 
-    command: what the table says made it. trained: the folder of a run, whose model/ gives the direction. made: the commit and
-    the machine. flags: of train.py: reward, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py
+    command: what the table says made it. trained: the folder of a run, whose model/ gives the direction. provenance: the
+    commit and the machine. flags: of train.py: reward, watch, prompts, device, precision. Raises ValueError, RewardError or FloatingPointError, as train.py
     does.
     """
     log, lines = folder / "variance.jsonl", {}
@@ -107,7 +107,7 @@ def measure_variance(folder, command, trained, made, steps=STEPS, images=IMAGES,
         asked = {"settings": shared_settings(config), "seed": SEED, "direction": trained.name, "images": images, "pool": pool,
                  "batch": BATCH}
         old = [line for line in runs.read_lines(log) if asked.items() <= line.items()]
-        lines[T] = old[-1] if old else {**asked, **made, **measure_steps(config, trained / "model", images, pool)}
+        lines[T] = old[-1] if old else {**asked, **provenance, **measure_snr(config, trained / "model", images, pool)}
         if not old:
             runs.append_line(log, lines[T])
     draw(lines, folder / "variance.png")
