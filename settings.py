@@ -210,7 +210,8 @@ def load_config(folder):
     settings = runs.load_settings(folder)
     differing = sorted(set(settings) ^ {item.name for item in fields(Config)})
     if differing:
-        raise ValueError(f"{folder / 'config.json'} is of another version, which differs in {', '.join(differing)}")
+        others = f" and {len(differing) - 3} others" if len(differing) > 3 else ""
+        raise ValueError(f"{folder / 'config.json'} is of another version: it differs in {', '.join(differing[:3])}{others}")
     return Config(**settings)
 
 
@@ -223,7 +224,7 @@ def shared_settings(config):
         return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
     left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
-    return {name: tuple(map(published, value)) if name == "watch" else published(value)
+    return {name: list(map(published, value)) if name == "watch" else published(value)  # of types that JSON has
             for name, value in asdict(config).items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
 
