@@ -501,6 +501,11 @@ def test_an_image_that_is_not_finite_is_refused_and_not_taken_for_a_black_one(ti
 # ---- DDPO's update ----
 
 
+def distance(some, others):
+    """Of two policies' weights: the sum of their absolute differences."""
+    return sum((one - other).abs().sum() for one, other in zip(some.values(), others.values()))
+
+
 def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
     one, two = (sampling.load_policy(tiny_model, 3, 1.0, 5.0) for _ in range(2))
     trajectory = sampling.rollout(one, ["a cat", "a dog"], rng(), 2)
@@ -517,14 +522,12 @@ def test_update_equals_a_plain_loop_over_images_and_steps(tiny_model):
     total.backward()
     torch.nn.utils.clip_grad_norm_(two.unet.parameters(), 1.0)
     optimizer.step()
-    apart, moved = (sum((a - b).abs().sum() for a, b in zip(weights(one).values(), other.values()))
-                    for other in (weights(two), before))
-    assert 0 < moved and apart < 1e-3 * moved
+    assert 0 < distance(before, weights(one)) and distance(weights(one), weights(two)) < 1e-3 * distance(before, weights(one))
 
 
 @pytest.mark.parametrize("loss", [ddpo.score_function_loss, ddpo.clipped_loss])
 def test_micro_batch_does_not_change_an_update(tiny_model, loss):
-    results = []
+    results, start = [], weights(sampling.load_policy(tiny_model, 4, 1.0, 5.0))
     for micro_batch in (1, 7, 1000):
         policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8)
@@ -534,8 +537,7 @@ def test_micro_batch_does_not_change_an_update(tiny_model, loss):
         info = ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=loss, **extras)
         results.append((weights(policy), info))
     for other, info in results[1:]:
-        for name, weight in results[0][0].items():
-            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+        assert 0 < distance(start, other) and distance(results[0][0], other) < 1e-4 * distance(start, other)
         assert info["grad_norm"] == pytest.approx(results[0][1]["grad_norm"], rel=1e-3)
         assert info["approx_kl"] == pytest.approx(results[0][1]["approx_kl"], rel=1e-2, abs=1e-6)
 
