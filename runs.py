@@ -250,12 +250,13 @@ def draw_curve(folder, name, unit, watched):
             key = "watched (%)" if is_share else titled(other, other_unit)
             if key not in right:
                 right[key] = axes.twinx()
-                right[key].spines["right"].set_position(("outward", 62 * (len(right) - 1)))
+                right[key].spines["right"].set_position(("outward", 70 * (len(right) - 1)))
                 right[key].set_ylabel(key)
                 right[key].yaxis.set_major_locator(MaxNLocator(5))
                 if is_share:
                     right[key].set_ylim(0, 105)
             right[key].plot(*zip(*points), "s^dvPX"[k % 6] + ":", color=f"C{k + 3}", markersize=4, label=f"watched: {other}")
+    figure.set_figwidth(6.5 + 0.9 * max(len(right) - 1, 0))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))
 

@@ -1205,7 +1205,9 @@ def test_the_command_answers_a_mistake_in_one_line(flags, message):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *tiny_flags(tiny_model, epochs=10_000, **{"checkpoint-every": 10_000})],
+    flags = tiny_flags(tiny_model, epochs=10_000, **{"checkpoint-every": 10_000})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, as these tests may be, without it
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = Path("runs/r/log.jsonl")
     for _ in range(600):
