@@ -672,14 +672,15 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
             torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_training_without_guidance_is_another_loss(tiny_model):
-    losses = []
+def test_guided_training_is_guided_and_without_guidance_it_is_another_loss(tiny_model, monkeypatch):
+    losses, scales, predict = [], [], baselines_rwr.predict
+    monkeypatch.setattr(baselines_rwr, "predict", lambda policy, *state: scales.append(policy.guidance_scale) or predict(policy, *state))
     for guided in (True, False):
         policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
         losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
                                                **learner(policy, guided_training=guided))["denoising_error"])
-    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert scales == [5.0, 5.0, 1.0, 1.0] and losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
 # ---- Rewards and prompts ----
