@@ -144,7 +144,7 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
 
 
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
-def test_every_one_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
+def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
         args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
                                   **options})
