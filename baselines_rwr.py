@@ -87,8 +87,8 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
 
     weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
     reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
-    timesteps. The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding, guided_training, max_grad_norm.
-    The info holds means over all updates, except skipped_updates, a count.
+    timesteps. The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding,
+    guided_training, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     x_0 = trajectory.x_0                                                     # (B, C, H, W)

@@ -237,8 +237,8 @@ def score(policy, trajectory, images, steps):
     """N recorded actions under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the KL to policy.reference (N,).
 
     images, steps (N,) are the pairs: image i at step k, where 0 is the first step, T -> T - 1. Both results are fp32. log p
-    carries a gradient, and so does the KL if there is a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make the action
-    that was taken.
+    carries a gradient, and so does the KL if there is a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is
+    scored, never a new one: the policy gradient asks how likely the weights make the action that was taken.
     """
     prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in images.tolist()])
     images, steps = images.to(policy.device), steps.to(policy.device)
