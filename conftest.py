@@ -116,6 +116,7 @@ def weights(policy):
 # ---- Training, by the command ----
 
 REWARDS = """
+import os
 import random
 def redness(images, prompts):
     values = (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
@@ -142,7 +143,7 @@ queries = 0
 def fills_the_disk(images, prompts):
     global queries
     queries += len(images)
-    if queries > 3 + 4 + 3:
+    if queries > 3 + 4 + 3 and not os.path.exists("room"):
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return images.mean((1, 2, 3))

@@ -196,7 +196,7 @@ def optimizer_step(unet, optimizer, scaler, max_grad_norm):
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), max_grad_norm).item()
     if not scaler.is_enabled() and not np.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite: start a new run with a smaller --learning-rate or --precision fp32")
+        raise FloatingPointError("the gradient is not finite")
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

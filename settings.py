@@ -4,6 +4,7 @@ Later sources override earlier ones: the defaults of Config, ALGORITHMS, PRESETS
 """
 import argparse
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -36,9 +37,13 @@ class Config:
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. An option that the trained reward reads is not its")
-    prompts: str = setting("", "%(sets)s, or a text file, one prompt a line; empty: the reward's own set")
+    prompts: str = setting("", "%(sets)s, or a file: text with one prompt a line, or .jsonl; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
-    model: str = setting("CompVis/stable-diffusion-v1-4", "folder or hub name of a Stable Diffusion pipeline")
+    model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2: hub name, folder, or one .safetensors or "
+                                                          ".ckpt file")
+    clip_skip: int = setting(0, "last layers of the text encoder to leave out, as diffusers counts them")
+    height: int = setting(0, "of the images, in pixels; 0: the model's own")
+    width: int = setting(0, "of the images, in pixels; 0: the model's own")
     reward_model: str = setting("", "learned rewards: folder or hub name of another network than the published one")
     aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch")
     wording: str = setting("code", "alignment: code or paper, whose question and reference sentence to use")
@@ -76,7 +81,7 @@ class Config:
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
-    device: str = setting("auto", "auto, cpu or cuda")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)")
 
     def __post_init__(self):
         self.watch = tuple(self.watch)  # JSON and the command line give a list
@@ -130,6 +135,9 @@ ALGORITHM_SETTINGS = {
     "stats_buffer": DDPO, "stats_min_count": DDPO,
     "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
 
+# Settings that say where something is. With --resume they say where the same thing is now.
+PLACES = ("model", "prompts", "reward", "watch", "reward_model", "aesthetic_head", "bert_model")
+
 # Settings that only some rewards read: the options of rewards.load_reward.
 REWARD_SETTINGS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",), "wording": ("alignment",),
                    "bert_model": ("alignment",), "bert_baseline": ("alignment",)}
@@ -146,18 +154,12 @@ def build_config(flags):
     of_reward, of_algorithm = preset_reward(preset, reward), PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {})
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
-    # Paths are kept whole, so that a run can be resumed from any folder.
-    config.reward, config.watch = absolute_reward(config.reward), tuple(absolute_reward(name) for name in config.watch)
+    make_paths_absolute(config)
     if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained
         config.watch = tuple(name for name in config.watch if short_name(name) != short_name(config.reward))
     if config.watch == ("none",):
         config.watch = ()
     take_options_of_watched(config, flags)
-    config.prompts = config.prompts if config.prompts in PROMPT_SETS else str(Path(config.prompts).resolve())
-    for name in ("model", "reward_model", "bert_model"):  # a hub name stays as it is
-        if getattr(config, name) and Path(getattr(config, name)).is_dir():
-            setattr(config, name, str(Path(getattr(config, name)).resolve()))
-    config.aesthetic_head = str(Path(config.aesthetic_head).resolve()) if config.aesthetic_head else ""
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check(config)
@@ -176,6 +178,15 @@ def take_options_of_watched(config, flags):
         for name in watched:
             if option not in flags:
                 setattr(config, option, preset_reward(config.preset, name).get(option, getattr(Config, option)))
+
+
+def make_paths_absolute(config):
+    """Keep whole paths, so that a run can be resumed from any folder. Hub names and prompt sets stay as they are."""
+    config.reward, config.watch = absolute_reward(config.reward), tuple(absolute_reward(name) for name in config.watch)
+    for name in ("model", "prompts", "reward_model", "bert_model", "aesthetic_head"):
+        value = getattr(config, name)
+        if value and value not in PROMPT_SETS and Path(value).exists():
+            setattr(config, name, str(Path(value).resolve()))
 
 
 def absolute_reward(name):
@@ -205,6 +216,11 @@ def reward_options(config, name):
     return options
 
 
+def save_config(folder, config):
+    """Write the settings of a run. A path inside the run or the project is kept relative to it, so that both may be moved."""
+    runs.save_settings(folder, replace_in_places(asdict(config), [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]))
+
+
 def load_config(folder):
     """The settings of a run under runs/. Raises ValueError if there are none, or if they are of another version."""
     settings = runs.load_settings(folder)
@@ -212,7 +228,19 @@ def load_config(folder):
     if differing:
         others = f" and {len(differing) - 3} others" if len(differing) > 3 else ""
         raise ValueError(f"{folder / 'config.json'} is of another version: it differs in {', '.join(differing[:3])}{others}")
-    return Config(**settings)
+    return Config(**replace_in_places(settings, [("{run}", str(Path(folder).resolve())), ("{project}", str(ROOT))]))
+
+
+def replace_in_places(settings, folders):
+    """A dict of settings, in whose places each path in one folder is in another: `folders` are pairs of old and new."""
+    def moved(value):
+        for old, new in folders:
+            if value.startswith(f"{old}{os.sep}"):
+                return new + value[len(old):]
+        return value
+
+    return {name: value if name not in PLACES else moved(value) if isinstance(value, str) else [moved(one) for one in value]
+            for name, value in settings.items()}
 
 
 def shared_settings(config):
@@ -233,7 +261,7 @@ def shared_settings(config):
 
 def check(config):
     """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
-    may_be_zero = ("weight_decay", "seed", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile", "skip_last_steps",
+    may_be_zero = ("weight_decay", "seed", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile", "skip_last_steps",
                    "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
@@ -267,12 +295,25 @@ def check(config):
     if config.stats_min_count > config.stats_buffer:
         raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
                          "rewards can hold")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
-    if config.precision == "fp16" and config.device == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; use --precision fp32 (or bf16) on a CPU")
+    check_device(config.device)
+    if config.precision == "fp16" and not config.device.startswith("cuda"):
+        raise ValueError("--precision fp16 needs a GPU with CUDA; use --precision fp32 (or bf16)")
     if Path(config.name).name != config.name or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
+
+
+def check_device(name):
+    """Raise ValueError if torch has no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:1 or mps") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type)
+    if count is None:
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:1 or mps")
+    if (device.index or 0) >= count:
+        seen = f"torch sees only {count} of them" if count else "torch sees no GPU"
+        raise ValueError(f"--device {name}: {seen}; use --device {f'{device.type}:0' if count else 'cpu'}")
 
 
 def check_options(options, rewards):
@@ -299,9 +340,10 @@ def parse(argv, description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = _refuse  # one line, not the usage of forty flags
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME; only --epochs may be given with it")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, and "
+                        "where things are now that have moved (" + ", ".join("--" + name.replace("_", "-") for name in PLACES) + ")")
     choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
-               "baseline": BASELINES, "device": ("auto", "cpu", "cuda")}
+               "baseline": BASELINES}
     for item in fields(Config):
         kind = {"type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}
         if item.type is bool:

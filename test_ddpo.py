@@ -999,7 +999,7 @@ def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorith
     assert without_seconds(whole) == without_seconds(parts)
     one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(one["unet"][name], two["unet"][name]) for name in one["unet"])
-    assert one["statistics"] == two["statistics"] and one["global_rngs"]["python"] == two["global_rngs"]["python"]
+    assert one["statistics"] == two["statistics"] and one["reward_rngs"][0]["python"] == two["reward_rngs"][0]["python"]
     assert (Path("runs/whole/progress.png").read_bytes() == Path("runs/parts/progress.png").read_bytes())
 
 
@@ -1104,7 +1104,7 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, messa
 
 def test_a_watched_reward_that_breaks_stops_the_run_too(tiny_model, own_reward, capsys):
     run(*tiny_flags(tiny_model, watch=own_reward("broken")), code=2)
-    assert "the reward broken failed: KeyError: 'weights'; the state after 0 epochs is saved" in capsys.readouterr().err
+    assert "the reward broken failed: KeyError: 'weights' (own.py, line 21); the state after 0 epochs is saved" in capsys.readouterr().err
 
 
 def test_ctrl_c_inside_a_reward_saves_too(tiny_model, own_reward, capsys):
@@ -1143,7 +1143,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
     run("--resume", "runs/r", "--epochs", 1, code=2)
     assert "can only be made longer" in capsys.readouterr().err
     run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
-    assert "only --epochs may be given with it, not --seed" in capsys.readouterr().err
+    assert "may be given with it, not --seed" in capsys.readouterr().err
     config.write_text(settings.replace('"watch"', '"judge"'))
     run("--resume", "runs/r", "--epochs", 3, code=2)
     assert "is of another version: it differs in judge, watch" in capsys.readouterr().err
@@ -1159,7 +1159,7 @@ def test_a_full_disk_loses_no_checkpoint(tiny_model, own_reward):
     assert "state.pt could not be written" in done.stderr and "an earlier checkpoint is unharmed" in done.stderr
     assert not list(Path("runs/r").rglob("new-*"))
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
-    Path("own.py").write_text(REWARDS.replace("resource.setrlimit", "print"))  # room again
+    Path("room").touch()
     assert [row["epoch"] for row in run("--resume", "runs/r")] == [0, 1, 2, 3]
 
 

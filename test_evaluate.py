@@ -1,6 +1,5 @@
 """evaluate.py: before and after, on any prompts and rewards."""
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,7 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility"),
     (["runs/r", "runs/r", "--output", "x.png"], "--output is for one model")])
 def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
-    runs.create_run(train.RUNS, "r", "", asdict(settings.build_config({"model": str(tiny_model)})))
+    settings.save_config(runs.create_run(train.RUNS, "r", ""), settings.build_config({"model": str(tiny_model)}))
     if len(flags) > 1:
         shutil.copytree(tiny_model, "runs/r/model")
     assert evaluate.main(flags) == 2

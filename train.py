@@ -4,11 +4,15 @@
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
+import contextlib
+import hashlib
+import json
+import os
 import random
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +23,12 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import decode, to_pil
+from models import decode, fingerprint, latent_shape, notify, read_by_the_model, to_pil
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
-from settings import build_config, check, check_questions, load_config, parse, reward_options
+from settings import (PLACES, build_config, check, check_questions, load_config, make_paths_absolute, parse, reward_options,
+                      save_config)
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
@@ -43,7 +48,7 @@ def train(experiment):
     if not runs.read_rows(experiment.folder):
         tell(experiment, 0, {})  # of the pretrained weights
     for epoch in progress_bar(experiment):
-        clock = Clock()
+        clock = Clock(policy.device)
 
         # 1. Act: draw an image for each of a batch of prompts. DDPO keeps the chains.
         prompts = [experiment.prompts[i] for i in torch.randint(
@@ -88,6 +93,7 @@ def compare(experiment, texts, rewards):
                     seldom come back it stays 0, and the baseline is the batch's.
     """
     config = experiment.config
+    texts = [experiment.alike[text] for text in texts]
     if config.algorithm == "rwr":
         return rwr_weights(texts, rewards, config.beta), {}
     if config.algorithm == "rwr-sparse":
@@ -126,13 +132,13 @@ def evaluate_fixed(experiment):
     watched                            name -> mean of a watched reward over the images that it can judge. If it falls while the
                                        reward rises, the reward is being gamed.
 
-    The images are not counted as reward queries: nothing is learned from them. The global generators are put back, so that how
-    often one evaluates changes nothing.
+    The images are not counted as reward queries: nothing is learned from them. The random numbers of the trained reward are put
+    back, so that how often one evaluates changes nothing.
     """
     config, reward = experiment.config, experiment.reward
     if not is_due(experiment.epoch, config.eval_every, config.epochs):
         return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "watched", "seconds_eval"))
-    clock, states = Clock(), global_rng_states()
+    clock, states = Clock(experiment.policy.device), reward.rng_states
     prompts, images = draw_fixed(experiment.policy, experiment.prompts, config)
     texts = [prompt.text for prompt in prompts]
     rewards, notes = reward(images, prompts)
@@ -140,7 +146,7 @@ def evaluate_fixed(experiment):
     labels = ["\n".join(filter(None, (text, display(value, reward.unit), note)))
               for text, value, note in zip(texts, rewards.tolist(), notes)]
     runs.save_samples(experiment.folder, experiment.epoch, [to_pil(image) for image in images], labels)
-    set_global_rng_states(states)
+    reward.rng_states = states
     clock.lap("seconds_eval")
     return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
@@ -199,12 +205,12 @@ def progress_bar(experiment):
 class Clock:
     """Seconds by name. A lap is the time since the last one; laps of one name add up."""
 
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
+    def __init__(self, device):
+        self.laps, self.last, self.device = {}, time.perf_counter(), device
 
     def lap(self, name):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # a GPU works in the background: else a lap would time the calls alone
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # it works in the background: else a lap would time the calls alone
         now = time.perf_counter()
         self.laps[name], self.last = round(self.laps.get(name, 0) + now - self.last, 3), now
 
@@ -214,12 +220,15 @@ class Clock:
 class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
-    state_dict says what is saved and restored.
+    state_dict says what is saved and restored. alike: text of a prompt -> the first prompt that the model cannot tell from it,
+    since it reads the same tokens; to the policy they are one, and share their statistics.
     """
 
-    def __init__(self, config, policy, prompts=(), reward=None, watched=(), folder=None):
-        self.config, self.policy, self.prompts, self.folder = config, policy, prompts, folder
+    def __init__(self, config, policy, prompts=(), reward=None, watched=()):
+        self.config, self.policy, self.prompts, self.folder = config, policy, prompts, None
         self.reward, self.watched = reward, watched
+        self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
+        self.identity = identity_of(self)
         self.optimizer = torch.optim.AdamW(  # in fp32; the authors' JAX code keeps the first moment in bf16
             policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
@@ -228,7 +237,7 @@ class Experiment:
         self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip,
                                            config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # of the rewards, if they draw random numbers
             seed(config.seed)
         self.epoch, self.seconds = 0, 0.0
         self.remember()
@@ -238,12 +247,15 @@ class Experiment:
         self.remembered = self.state_dict()
 
     def state_dict(self):
-        """A copy of everything that changes, on the CPU, of plain types that torch.load takes with weights_only."""
+        """A copy of everything that changes, on the CPU, of plain types that torch.load takes with weights_only.
+
+        And the identity of what the run was given, which must not change.
+        """
         return copy_of({
             "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
-            "global_rngs": global_rng_states()})
+            "reward_rngs": [reward.rng_states for reward in self.rewards], "identity": self.identity})
 
     def load_state_dict(self, state):
         """Go back to a state_dict."""
@@ -252,24 +264,38 @@ class Experiment:
             getattr(self, name).load_state_dict(state[name])
         self.policy.unet.load_state_dict(state["unet"])
         self.rng.set_state(state["rng"])
-        set_global_rng_states(state["global_rngs"])
+        for reward, states in zip(self.rewards, state["reward_rngs"]):
+            reward.rng_states = states
         self.remember()
 
-
-def global_rng_states():
-    """The states of the libraries' own generators. We do not draw from them, but a user's reward may."""
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+    @property
+    def rewards(self):
+        """The trained reward and the watched ones."""
+        return [self.reward, *self.watched] if self.reward else []
 
 
-def set_global_rng_states(states):
-    """Restore the states that global_rng_states returned."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def texts_alike(pipeline, texts):
+    """text -> the first of the texts that the model reads as the same tokens."""
+    first = {}
+    return {text: first.setdefault(tokens, text) for text, tokens in zip(texts, read_by_the_model(pipeline, texts)[0])}
+
+
+def identity_of(experiment):
+    """setting -> hash, which tell whether a resumed run is given the same as before, wherever that is now."""
+    return {"prompts": hash_of([astuple(prompt) for prompt in experiment.prompts]), "model": model_identity(experiment.policy),
+            **{f"reward {reward.name}": hash_of(reward.identity) for reward in experiment.rewards}}
+
+
+def model_identity(policy):
+    """A hash of a pretrained model: its networks, and what its scheduler's chain is made of."""
+    pipeline, scheduler = policy.pipeline, policy.pipeline.scheduler.config
+    parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
+                                          "beta_schedule", "trained_betas", "rescale_betas_zero_snr")]
+    return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), latent_shape(pipeline), *parts])
+
+
+def hash_of(value):
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
 def copy_of(value):
@@ -286,7 +312,8 @@ def copy_of(value):
 def policy_of(config, model=None, scored=True):
     """The pretrained policy of a run's settings, or another model under the same settings."""
     return load_policy(model or config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
-                       config.precision, config.kl_weight > 0 and model is None, scored)
+                       config.precision, config.kl_weight > 0 and model is None, scored, clip_skip=config.clip_skip,
+                       height=config.height, width=config.width)
 
 
 def build_experiment(config):
@@ -303,55 +330,100 @@ def new_run(flags):
     """A new run in a new folder: its Experiment. Raises ValueError."""
     config = build_config(flags)
     experiment = build_experiment(config)
-    experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}", asdict(config))
+    experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}")
+    experiment.lock = runs.lock_run(experiment.folder)
+    save_config(experiment.folder, config)
     return experiment
+
+
+MAY_CHANGE = ("epochs", "device", *PLACES)  # with --resume: how long, and where
 
 
 def resume(folder, flags):
     """The Experiment of a run that was stopped or finished, at its last checkpoint. Raises ValueError."""
-    others = sorted(set(flags) - {"epochs"})
+    others = sorted(set(flags) - set(MAY_CHANGE))
     if others:
-        raise ValueError("--resume uses the run's own settings: only --epochs may be given with it, not "
-                         + ", ".join("--" + name.replace("_", "-") for name in others))
-    config, state = load_config(folder), runs.load_checkpoint(folder)
+        raise ValueError("--resume uses the run's own settings: only --epochs, --device and where things are now may be given with "
+                         "it, not " + ", ".join("--" + name.replace("_", "-") for name in others))
+    config = load_config(folder)
+    lock, state = runs.lock_run(folder), runs.load_checkpoint(folder, MAY_CHANGE)
     epochs = flags.get("epochs", config.epochs)
     if epochs < config.epochs:
         raise ValueError(f"--epochs {epochs}: {folder} is a run of {config.epochs} epochs, and can only be made longer")
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
-    config.epochs = epochs
+    config = replace(config, **flags)
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    make_paths_absolute(config)
     check(config)
     experiment = build_experiment(config)
-    experiment.folder = folder
+    refuse_changes(experiment, state["identity"], folder)
+    experiment.folder, experiment.lock = folder, lock
     try:
         experiment.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint of {folder} is of another model than {config.model}") from error
-    runs.save_settings(folder, asdict(config))
+    save_config(folder, config)
     runs.forget_after(folder, experiment.epoch)
     return experiment
 
 
+def refuse_changes(experiment, before, folder):
+    """Raise ValueError if the prompts, the model or a reward are not those that the run began with."""
+    places = {"prompts": experiment.config.prompts, "model": experiment.config.model,
+              **{f"reward {reward.name}": reward.source for reward in experiment.rewards}}
+    for name in dict.fromkeys([*before, *experiment.identity]):
+        if before.get(name) != experiment.identity.get(name):
+            raise ValueError(f"{folder} began with other {name} than {places.get(name, 'those given now')!r} holds now: put the old "
+                             "back, say where they are, or start a new run")
+
+
+# What saves the state and stops: Ctrl-C, a kill, a closed terminal, a batch queue's warning.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def save_on_signals():
+    """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
+    for one in SIGNALS:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, signal.default_int_handler)
+
+
 def stop(experiment, reason, code):
     """Save the state at the start of the epoch that was under way, and say how to go on. Returns the exit code."""
-    folder, handler = experiment.folder, signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
+    folder = experiment.folder
+    handlers = [(one, signal.signal(one, signal.SIG_IGN)) for one in SIGNALS]  # a second Ctrl-C must not cut this short
     try:
         runs.save_checkpoint(folder, experiment.remembered)
         kept = f"the state after {experiment.remembered['epoch']} epochs is saved"
     except OSError as error:
-        kept = f"the state could not be saved ({error}), an earlier checkpoint is unharmed"
+        unharmed = ", an earlier checkpoint is unharmed" if runs.has_checkpoint(folder) else ", and there is no earlier checkpoint"
+        kept = f"the state could not be saved ({error}){unharmed}"
     finally:
-        signal.signal(signal.SIGINT, handler)
-    print(f"\ntrain.py: {reason}; {kept}; go on with: python train.py --resume {folder}", file=sys.stderr)
+        for one, handler in handlers:
+            signal.signal(one, handler)
+    go_on = f"; go on with: python train.py --resume {folder}" if runs.has_checkpoint(folder) else ""
+    notify(f"\ntrain.py: {reason}; {kept}{go_on}")
     return code
+
+
+def not_finite(experiment, error):
+    """What to do about a latent, an image or a gradient that is not finite."""
+    if experiment.optimizer.state:
+        return f"{error}: start a new run with a smaller --learning-rate or --precision fp32"
+    precision = "" if experiment.config.precision == "fp32" else "; --precision fp32 may help"
+    return (f"{error}, and nothing was learned yet: it is the pretrained model {experiment.config.model} itself that fails, not the "
+            f"training{precision}; a VAE in fp16 is a known cause, another --model or VAE is the cure")
 
 
 # ---- The command line ----
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill saves, too
+    save_on_signals()
     try:
+        refuse_several_processes()
         flags = parse(argv, __doc__)
         folder = flags.pop("resume", None)
         experiment = resume(folder, flags) if folder else new_run(flags)
@@ -360,9 +432,9 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         return fail("the model does not fit into the GPU's memory")
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted before the run began", file=sys.stderr)
+        notify("\ntrain.py: interrupted before the run began")
         return 130
-    print(description(experiment), flush=True)
+    say(description(experiment))
     try:
         train(experiment)
         runs.save_model(experiment.folder, experiment.policy.pipeline)
@@ -370,23 +442,38 @@ def main(argv=None):
         return stop(experiment, "interrupted", 130)
     except torch.OutOfMemoryError:
         return stop(experiment, "out of GPU memory: a new run with a smaller --micro-batch or --sample-batch needs less", 2)
-    except (RewardError, FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
+        return stop(experiment, not_finite(experiment, error), 2)
+    except (RewardError, OSError) as error:
         return stop(experiment, error, 2)
     except Exception:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
         stop(experiment, "failed", 1)
         raise
-    print(outcome(experiment))
+    say(outcome(experiment))
     return 0
+
+
+def refuse_several_processes():
+    """Raise ValueError under torchrun and the like, which would start the same training several times."""
+    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several GPUs is not supported yet; start one process, "
+                         "with python train.py")
+
+
+def say(text):
+    """Print results. A reader that is gone (a closed terminal, head) must not end a run."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def fail(message):
     """One clear line on a user's mistake. Returns the exit code 2."""
-    print(f"train.py: {message}", file=sys.stderr)
+    notify(f"train.py: {message}")
     return 2
 
 
 def description(experiment):
-    """The derived numbers of a run, in three lines."""
+    """The derived numbers of a run, in three lines, and a line for each surprise in its prompts."""
     config = experiment.config
     weights = sum(weight.numel() for weight in experiment.policy.unet.parameters())
     if UPDATES[config.algorithm][1]:
@@ -400,7 +487,23 @@ def description(experiment):
             f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}, {config.precision}\n"
             f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
             f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
-            f"all, each on {share}")
+            f"all, each on {share}" + "".join(f"\n{line}" for line in prompt_surprises(experiment)))
+
+
+def prompt_surprises(experiment):
+    """A line on prompts that the text encoder cuts off, and one on prompts that it reads as the same."""
+    texts = list(experiment.alike)
+    longest = experiment.policy.pipeline.tokenizer.model_max_length
+    cut = [(text, length) for text, length in zip(texts, read_by_the_model(experiment.policy.pipeline, texts)[1]) if length > longest]
+    if cut:
+        lengths = sorted({length for _, length in cut})
+        span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        yield (f"{len(cut)} of {len(texts)} prompts have {span} tokens and are cut to the text encoder's {longest}, the first is "
+               f"{cut[0][0]!r}")
+    same = [(text, other) for text, other in experiment.alike.items() if text != other]
+    if same:
+        yield (f"{len(same)} of {len(texts)} prompts read the same to the model as another, and share its baseline, the first is "
+               f"{same[0][0]!r}, as {same[0][1]!r}")
 
 
 def outcome(experiment):

@@ -112,7 +112,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     shutil.rmtree(train.RUNS / half.name / "model")
     settings_file = train.RUNS / half.name / "config.json"
     settings_file.write_text(settings_file.read_text().replace('"epochs": 1', '"epochs": 2'))
-    runs.create_run(train.RUNS, begun.name, "", {})  # killed before its first checkpoint
+    runs.create_run(train.RUNS, begun.name, "")  # killed before its first checkpoint
 
     def in_this_process(arguments, folder, show):  # three more processes would take their time
         if train.main(arguments):
