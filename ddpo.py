@@ -114,12 +114,13 @@ class PromptStatistics:
 def whiten(reward, group):
     """How many standard deviations of its group (n,) float64 a reward lies above the group's mean.
 
-    It is 0 if the group's rewards are equal up to the rounding of float32, in which most networks compute. The usual floor of
-    1e-6 under the deviation would turn that rounding into advantages, and would shrink those of rewards that truly differ by
-    little.
+    It is 0 if the group's rewards are equal up to rounding: that of float32, in which most networks compute, if all of them are
+    numbers of float32, else that of float64. The usual floor of 1e-6 under the deviation would turn rounding into advantages, and
+    would shrink those of rewards that truly differ by little.
     """
+    rounding = 2e-7 if (group == group.astype(np.float32)).all() else 1e-14
     deviation = group.std()
-    return 0.0 if deviation <= 2e-7 * np.abs(group).max() else (reward - group.mean()) / deviation
+    return 0.0 if deviation <= rounding * np.abs(group).max() else (reward - group.mean()) / deviation
 
 
 # ---- One epoch of learning ----

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, notify, to_pil
+from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, to_pil
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
@@ -35,7 +35,7 @@ HEADER = ["model", "reward", "prompts", "images", "before", "after", "change", "
 
 
 def evaluate(target, args, loaded):
-    """The table's rows of one run or model. `loaded` keeps the rewards for the next one.
+    """The table's rows of one run or model, and an error if its image could not be written. `loaded` keeps rewards for the next one.
 
     Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError, each with a message for the user.
     """
@@ -68,9 +68,9 @@ def evaluate(target, args, loaded):
         labels = labels[:COLUMNS][:len(texts)] + labels[len(texts):][:COLUMNS]
         try:
             runs.write_atomically(output, runs.draw_grid(shown, labels, columns=len(shown) // 2).save)  # before above after
-        except OSError as error:  # the table is printed all the same
-            notify(f"evaluate.py: {error}")
-    return rows
+        except OSError as error:
+            return rows, error
+    return rows, None
 
 
 def refuse_another_base(target, policy, config):
@@ -174,7 +174,10 @@ def main(argv=None):
     rows, code, loaded = [HEADER, ["---"] * len(HEADER)], 0, {}
     for target in args.models:
         try:
-            rows += evaluate(target, args, loaded)
+            more_rows, error = evaluate(target, args, loaded)
+            rows += more_rows
+            if error:
+                raise error
         except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
             print(f"evaluate.py: {error}", file=sys.stderr)  # the others are evaluated all the same
             code = 2

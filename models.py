@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def load_parts(model):
     import transformers
     refuse_incomplete_folder(Path(model))
     with one_line_errors("model", model):
-        index = diffusers.StableDiffusionPipeline.load_config(str(model))
+        folder = model if Path(model).is_dir() else fetched(model)
+        index = diffusers.StableDiffusionPipeline.load_config(str(folder))
     parts = {}
     for part, fallback in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")):
         _, kind = index.get(part) or (None, None)
@@ -68,15 +70,26 @@ def load_parts(model):
         if loader is None or part == "unet" and kind != fallback:
             raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
                              f"{index.get('_class_name')}, whose {part} is {kind or 'missing'}, not {fallback}")
-        parts[part] = load_network(loader, model, f"the {part} of model", subfolder=part, dtype=torch.float32)
-    tokenizer = from_pretrained(transformers.CLIPTokenizer, model, "the tokenizer of model", subfolder="tokenizer")
+        parts[part] = load_network(loader, folder, f"the {part} of model", subfolder=part, dtype=torch.float32)
+    tokenizer = getattr(transformers, (index.get("tokenizer") or ["", ""])[1] or "CLIPTokenizer", transformers.CLIPTokenizer)
+    tokenizer = from_pretrained(tokenizer, folder, "the tokenizer of model", subfolder="tokenizer")
     with one_line_errors("the scheduler of model", model):
-        settings = diffusers.DDIMScheduler.load_config(str(model), subfolder="scheduler")
+        settings = diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler")
         refuse_other_schedules(settings)
-        # diffusers' constructor corrects the offset of old schedulers.
-        return diffusers.StableDiffusionPipeline(**parts, tokenizer=tokenizer,
-                                                 scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
-                                                 safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        with warnings.catch_warnings(action="ignore"):  # diffusers corrects the offset of old schedulers, and warns at length
+            return diffusers.StableDiffusionPipeline(
+                **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def fetched(model):
+    """The local copy of a hub repository. Some publish their weights in half precision alone."""
+    import diffusers
+    for variant in (None, "fp16"):
+        folder = Path(diffusers.StableDiffusionPipeline.download(str(model), variant=variant, safety_checker=None))
+        if any(folder.glob("unet/*.safetensors")) or any(folder.glob("unet/*.bin")):
+            break
+    return folder
 
 
 def refuse_incomplete_folder(folder):
@@ -89,8 +102,8 @@ def refuse_incomplete_folder(folder):
 def refuse_other_schedules(settings):
     """Raise ValueError if a scheduler's settings are of a class without betas, whose noise DDIM does not know."""
     import diffusers
-    kind = getattr(diffusers, settings.get("_class_name", ""), None)
-    if kind and "beta_schedule" not in inspect.signature(kind.__init__).parameters:
+    kind = getattr(diffusers, settings.get("_class_name", ""), diffusers.DDIMScheduler)
+    if "beta_schedule" not in {*settings, *inspect.signature(kind.__init__).parameters}:
         raise ValueError(f"it is a {kind.__name__}, which has no betas: the model is not a diffusion model as Stable Diffusion is")
 
 
@@ -183,7 +196,7 @@ def load_single_file(model):
     cached = [source for source in sources if isinstance(try_to_load_from_cache(source, "model_index.json"), str)]
     source = [*cached, *sources][0]
     with one_line_errors(f"{title} in one file, whose settings and tokenizer come from the hub ({source}), model", model), \
-            recorded_missing_weights() as missing:
+            recorded_missing_weights() as missing, warnings.catch_warnings(action="ignore"):
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(
             str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached))
     refuse_weights("model", model, missing=missing)
@@ -294,10 +307,12 @@ def scoring_head(width):
 def silence_libraries():
     """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the first loading."""
     import diffusers
+    import huggingface_hub
     import transformers
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
 
 
 def announce(network, name):
@@ -341,19 +356,16 @@ def load_network(loader, name, described_as, unused="", **options):
     Raises ValueError, in one line.
     """
     import diffusers
-    of_diffusers = issubclass(loader, diffusers.ModelMixin)
-    options |= {"low_cpu_mem_usage": False} if of_diffusers else {}  # else wrong shapes could not be told
-
-    def load(**variant):
-        return loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options, **variant)
-
+    of_diffusers, folder = issubclass(loader, diffusers.ModelMixin), Path(name) / options.get("subfolder", "")
+    if of_diffusers:
+        options |= {"low_cpu_mem_usage": False}  # else wrong shapes could not be told
+    if folder.is_dir():  # some hold pickles alone, or the weights in half precision alone
+        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+        small_alone = files and all(".fp16." in file for file in files)
+        options |= {"use_safetensors": any(file.endswith(".safetensors") for file in files),
+                    "variant": "fp16" if small_alone else None}
     with one_line_errors(described_as, name):
-        try:
-            network, info = load()
-        except OSError as error:
-            if not re.search("no file named|variant", str(error)):
-                raise
-            network, info = load(variant="fp16")  # some publish the small files alone
+        network, info = loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options)
     parts = {part for part, _ in network.named_children()}
     harmless = f"position_ids$|{unused}" if unused else "position_ids$"  # a buffer that older versions saved
     unread = [key for key in info["unexpected_keys"] if not re.search(harmless, key)

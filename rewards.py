@@ -311,9 +311,9 @@ class Reward:
         """B notes of one line. A dictionary's entries are put together, as in 'name: value; ...'. Raises RewardError."""
         columns = notes if isinstance(notes, dict) else {"": notes}
         for name, column in columns.items():
-            shape = np.shape(column) if isinstance(column, (torch.Tensor, np.ndarray)) else [len(column)] * isinstance(column, (list, tuple))
-            if not shape or shape[0] != B:
-                counted = shape[0] if shape else f"one {type(column).__name__}, not a list of"
+            is_list = isinstance(column, (list, tuple)) or getattr(column, "ndim", 0) > 0  # an array or tensor
+            if not is_list or len(column) != B:
+                counted = len(column) if is_list else f"one {type(column).__name__}, not a list of"
                 raise RewardError(f"the reward {self.name} returned {counted} notes{f' {name!r}' if name else ''} for {B} images")
         texts = [[f"{name}: {column[k]}" if name else str(column[k]) for name, column in columns.items()] for k in range(B)]
         return [" ".join("; ".join(text).split()) for text in texts]

@@ -1,7 +1,12 @@
-"""The learned rewards: each is what its authors' package or formula gives, through the real loading code, on tiny networks."""
+"""rewards.py: the learned rewards, each as its authors' package or formula gives it, on tiny networks; and a user's own."""
+import contextlib
 import json
+import os
+import random
 import re
 import shutil
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +22,9 @@ import preference_rewards
 import prompts
 import rewards
 import train
-from conftest import EMOJI, IMAGES, ROOT
+from baselines_rwr import rwr_weights, sparse_weights
+from conftest import EMOJI, IMAGES, ROOT, run, tiny_flags
+from ddpo import PromptStatistics
 
 
 @pytest.fixture(scope="session")
@@ -247,3 +254,160 @@ def test_a_run_trains_on_a_learned_reward(tiny_model, tiny_clip, tiny_head, caps
                        str(tiny_model), "--epochs", "1", "--samples-per-epoch", "4", "--updates-per-epoch", "2",
                        "--sampling-steps", "4", "--eval-prompts", "9"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("aesthetic: ")
+
+
+# ---- A user's file ----
+
+STATES = [torch.is_grad_enabled, torch.get_default_dtype, torch.get_default_device, os.getcwd, random.getstate,
+          lambda: torch.get_rng_state().tolist(), lambda: np.random.get_state()[1].tolist()]
+
+
+def loaded(text, function="reward", name="own.py", **options):
+    """The Reward of a function in a file of that text."""
+    Path(name).write_text(text)
+    return rewards.load_reward(f"{name}:{function}", **options)
+
+
+MEAN = "def reward(images, prompts): return images.mean((1, 2, 3))\n"
+
+
+def test_a_reward_that_works_in_place_gets_copies():
+    images, asked = IMAGES.clone(), [prompts.Prompt("a cat", (), {"ids": [1]})] * 3
+    loaded("def reward(images, prompts, metadata):\n    images.sub_(1)\n    prompts.clear()\n    metadata[0]['ids'].append(2)\n"
+           "    return images.mean((1, 2, 3))\n")(images, asked)
+    assert torch.equal(images, IMAGES) and asked[0] == prompts.Prompt("a cat", (), {"ids": [1]}) and len(asked) == 3
+
+
+def test_what_a_reward_changes_of_the_process_is_put_back_even_if_it_fails(monkeypatch):
+    code = ("import os, random, torch, numpy\ntorch.set_default_dtype(torch.float64)\nos.chdir('/')\nrandom.seed(1)\n"
+            "def reward(images, prompts):\n    torch.set_grad_enabled(True)\n    torch.set_default_dtype(torch.float64)\n"
+            "    torch.set_default_device('meta')\n    os.chdir('/')\n    random.random(), numpy.random.rand(), torch.manual_seed(3)\n"
+            "    if prompts[0] == 'fail': raise KeyError('weights')\n    return images.mean((1, 2, 3))\n")
+    before = [state() for state in STATES]
+    reward = loaded(code)
+    assert [state() for state in STATES] == before
+    for asked in (["a cat"] * 3, ["fail"] * 3):
+        with contextlib.suppress(rewards.RewardError):
+            reward(IMAGES, asked)
+        assert [state() for state in STATES] == before
+
+
+def test_a_reward_runs_without_gradients():
+    reward = loaded("import torch\nnetwork = torch.nn.Linear(1, 1)\ndef reward(images, prompts):\n    assert not torch.is_grad_enabled()\n"
+                    "    out = network(images.mean((1, 2, 3))[:, None])[:, 0]\n    assert not out.requires_grad\n    return out\n")
+    reward(IMAGES, ["a cat"] * 3)
+
+
+def test_a_reward_that_draws_random_numbers_has_a_stream_of_its_own():
+    reward = loaded("import torch\ndef reward(images, prompts): return torch.rand(len(images))\n")
+    first, _ = reward(IMAGES, ["a cat"] * 3)
+    states, _ = reward.rng_states, torch.rand(5)
+    second, _ = reward(IMAGES, ["a cat"] * 3)
+    assert not torch.equal(first, second)
+    reward.rng_states = states
+    assert torch.equal(reward(IMAGES, ["a cat"] * 3)[0], second)
+
+
+def test_a_file_behaves_as_python_would_run_it():
+    Path("elsewhere").mkdir()
+    Path("elsewhere/sibling.py").write_text("scale = 2.0\n")
+    Path("elsewhere/later.py").write_text("def f(x): return float(x)\n")
+    reward = loaded("from __future__ import annotations\nfrom dataclasses import dataclass\nfrom multiprocessing import Pool\n"
+                    "import sibling\n@dataclass\nclass Options:\n    scale: float = sibling.scale\n"
+                    "def one(x): return Options().scale * x\n"
+                    "def reward(images, prompts):\n    from later import f\n    with Pool(2) as pool:\n"
+                    "        return pool.map(one, map(f, images.mean((1, 2, 3))))\n", name="elsewhere/own_pool.py")
+    path = list(sys.path)
+    assert torch.allclose(reward(IMAGES, ["a cat"] * 3)[0].float(), 2 * IMAGES.mean((1, 2, 3)))
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("name", ["rewards.py", "time.py", "colorsys.py"])
+def test_a_file_with_the_name_of_another_module_does_not_replace_it(name):
+    module = __import__(name.removesuffix(".py"))
+    assert loaded(MEAN, name=name)(IMAGES, ["a cat"] * 3)[0].shape == (3,)
+    assert sys.modules[name.removesuffix(".py")] is module and hasattr(module, "__doc__")
+
+
+def test_two_functions_of_one_file_share_it_and_a_file_that_was_edited_is_run_again():
+    code = "calls = []\ndef reward(images, prompts):\n    calls.append(1)\n    return [len(calls)] * len(images)\ndef other(images, prompts): return reward(images, prompts)\n"
+    one, two = loaded(code), loaded(code, "other")
+    assert one(IMAGES, ["a"] * 3)[0][0] == 1 and two(IMAGES, ["a"] * 3)[0][0] == 2
+    assert loaded(code.replace("len(calls)]", "9]"))(IMAGES, ["a"] * 3)[0][0] == 9
+    assert loaded(code).identity != loaded(code + "#").identity
+
+
+@pytest.mark.parametrize("body, message", [
+    ("import sys; sys.exit('quota exceeded')", "failed: SystemExit: quota exceeded (own.py, line 3)"),
+    ("raise GeneratorExit", "failed: GeneratorExit"), ("x = 1\n    return {}[x]", "failed: KeyError: 1 (own.py, line 4)")])
+def test_an_exit_or_an_error_inside_a_reward_is_told_with_its_line(body, message):
+    with pytest.raises(rewards.RewardError) as caught:
+        loaded(f"\ndef reward(images, prompts):\n    {body}\n")(IMAGES, ["a cat"] * 3)
+    assert message in str(caught.value)
+
+
+def test_an_exit_while_a_file_is_loaded_is_a_users_mistake_and_ctrl_c_is_not():
+    with pytest.raises(ValueError, match="cannot be loaded: SystemExit: 3"):
+        loaded("raise SystemExit(3)")
+    with pytest.raises(KeyboardInterrupt):
+        loaded("def reward(images, prompts): raise KeyboardInterrupt")(IMAGES, ["a cat"] * 3)
+
+
+@pytest.mark.parametrize("notes, want", [
+    ("{}", ["", "", ""]), ("{'seen': ['x', 'y', 'z'], 'sure': torch.arange(3)}", ["seen: x; sure: 0", "seen: y; sure: 1", "seen: z; sure: 2"]),
+    ("['x', 'y\\n', 'z']", ["x", "y", "z"])])
+def test_notes_may_be_a_list_or_a_dictionary_of_lists(notes, want):
+    assert loaded(f"import torch\ndef reward(images, prompts): return [1.0] * 3, {notes}\n")(IMAGES, ["a cat"] * 3)[1] == want
+
+
+@pytest.mark.parametrize("notes, message", [
+    ("{'seen': ['x']}", "returned 1 notes 'seen' for 3 images"), ("{'mean': 0.5}", "returned one float, not a list of notes 'mean' for 3"),
+    ("{'seen': 'abc'}", "one str, not a list of notes 'seen'"), ("{'mean': torch.tensor(1.0)}", "notes 'mean' for 3"), ("['x']", "1 notes for 3")])
+def test_notes_of_another_number_are_refused(notes, message):
+    with pytest.raises(rewards.RewardError, match=message):
+        loaded(f"import torch\ndef reward(images, prompts): return [1.0] * 3, {notes}\n")(IMAGES, ["a cat"] * 3)
+
+
+@pytest.mark.parametrize("parameters, given", [
+    ("images, prompts, metadata", 3), ("images, prompts, more", 3), ("images, prompts, metadata=None", 3), ("images, prompts, scale=2.0", 2),
+    ("*arguments", 2), ("images, prompts, *, scale=2.0", 2), ("images, prompts, **options", 2)])
+def test_a_function_gets_metadata_if_it_has_a_third_parameter_for_it(parameters, given):
+    reward = loaded(f"seen = []\ndef reward({parameters}):\n    seen.append(len([x for x in locals().values() if isinstance(x, list) and x "
+                    "and isinstance(x[0], dict)]))\n    return [float(seen[-1])] * 3\n")
+    values, _ = reward(IMAGES, [prompts.Prompt("a cat", (), {"id": 1})] * 3)
+    assert values.tolist() == [float(given == 3)] * 3
+
+
+@pytest.mark.parametrize("parameters", ["", "images", "images, prompts, metadata, more", "images, prompts, *, scale"])
+def test_a_function_with_other_parameters_is_refused_before_anything_is_made(parameters):
+    with pytest.raises(ValueError, match=r"must take \(images, prompts\) or \(images, prompts, metadata\)"):
+        loaded(f"def reward({parameters}): return [1.0] * 3\n")
+
+
+def test_the_fields_of_a_jsonl_file_reach_a_users_reward(tiny_model):
+    Path("p.jsonl").write_text('{"prompt": "a cat", "wanted": 1}\n{"prompt": "a dog", "wanted": 5}\n')
+    Path("own.py").write_text("def wanted(images, prompts, metadata): return [fields['wanted'] for fields in metadata]\n")
+    rows = run(*tiny_flags(tiny_model, prompts="p.jsonl", reward="own.py:wanted", **{"eval-prompts": 2}))
+    assert rows[0]["eval_reward_mean"] == 3 and {note[0] for note in rows[0].get("eval_notes", [])} == set()
+
+
+# ---- Rewards of rewards ----
+
+def test_the_projects_rewards_take_plain_texts_and_the_weighted_sum_of_the_docstring_is_one(monkeypatch, tiny_clip):
+    code = re.search(r"This one adds two, with weights:\n\n(.*?)\n\nTo add a reward", rewards.__doc__, re.S)[1]
+    monkeypatch.setitem(rewards.LEARNED, "aesthetic", lambda device: lambda images, prompts: [7.0] * len(images))
+    monkeypatch.setattr(rewards, "networks_of", lambda reward: [])
+    values, _ = loaded(textwrap.dedent(code), "weighted_sum")(IMAGES, ["a cat"] * 3)
+    sizes, _ = rewards.load_reward("compressibility")(IMAGES, ["a cat"] * 3)
+    assert len(code.strip().splitlines()) <= 10 and torch.allclose(values, 7.0 + 0.1 * sizes)
+
+
+def test_small_differences_of_large_rewards_reach_advantages_and_weights():
+    reward = loaded("def reward(images, prompts): return [1e9, 1e9 + 0.25, 1e9 + 0.5]\n")
+    values, _ = reward(IMAGES, ["a cat"] * 3)
+    assert (values - 1e9).tolist() == [0, 0.25, 0.5]
+    advantages, _ = PromptStatistics(32, 1, 10.0).advantages(["a cat"] * 3, values)
+    assert torch.allclose(advantages, torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5)
+    weights = rwr_weights(["a cat"] * 3, values, beta=4.0)
+    assert torch.allclose(weights, 3 * torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0))
+    assert sparse_weights(["a cat"] * 3, values, 0.9).tolist() == [0, 0, 3]

@@ -4,7 +4,6 @@
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -385,9 +384,17 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 
 def save_on_signals():
     """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
+    trainer = os.getpid()
+
+    def interrupt(number, frame):
+        if os.getpid() != trainer:  # a process that a reward started ends as it would elsewhere
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signal.default_int_handler(number, frame)
+
     for one in SIGNALS:
         if signal.getsignal(one) != signal.SIG_IGN:
-            signal.signal(one, signal.default_int_handler)
+            signal.signal(one, interrupt)
 
 
 def stop(experiment, reason, code):
@@ -461,9 +468,11 @@ def refuse_several_processes():
 
 
 def say(text):
-    """Print results. A reader that is gone (a closed terminal, head) must not end a run."""
-    with contextlib.suppress(OSError):
+    """Print results. A reader that is gone (as head is) must not end a run."""
+    try:
         print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # tqdm would try to flush the old one again
 
 
 def fail(message):

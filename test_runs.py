@@ -1,0 +1,227 @@
+"""What a run survives, and what it refuses: other processes, moves, signals, full disks, changed files, faulty models."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import models
+import runs
+import settings
+import train
+from conftest import EMOJI, ROOT, run, tiny_flags
+
+
+def told(capsys):
+    """The lines on stderr, without progress bars."""
+    return [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.strip() and "epoch/s" not in line]
+
+
+def edit_weights(folder, edit):
+    path, = folder.glob("*.safetensors")
+    save_file({name: edit(weight) for name, weight in load_file(path).items()}, path, {"format": "pt"})
+
+
+# ---- One run, one process ----
+
+HOLDER = "import sys, runs; from pathlib import Path; lock = runs.lock_run(Path(sys.argv[1])); print('held', flush=True); input()"
+
+
+def test_a_run_that_another_process_trains_is_refused_until_that_is_dead(tiny_model, capsys):
+    run(*tiny_flags(tiny_model, epochs=1))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, "runs/r"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    capsys.readouterr()
+    run("--resume", "runs/r", "--epochs", 2, code=2)
+    line, = told(capsys)
+    assert f"runs/r is being trained by another process (process {holder.pid} on " in line
+    holder.kill()
+    holder.wait()
+    assert [row["epoch"] for row in run("--resume", "runs/r", "--epochs", 2)] == [0, 1, 2]
+
+
+def test_unnamed_runs_that_start_at_the_same_moment_never_share_a_folder():
+    with ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(lambda _: runs.create_run(Path("runs"), "", "stem"), range(64)))
+    assert len(set(folders)) == 64
+    with pytest.raises(ValueError, match="the run runs/stem-1 exists: choose another --name"):
+        runs.create_run(Path("runs"), "stem-1", "stem")
+
+
+def test_several_processes_of_torchrun_are_refused_but_one_is_not(tiny_model, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run(*tiny_flags(tiny_model), code=2)
+    line, = told(capsys)
+    assert "WORLD_SIZE is 2: training on several GPUs is not supported yet" in line and not Path("runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train.refuse_several_processes()
+
+
+# ---- Moved, or changed ----
+
+def test_a_run_and_its_project_can_be_moved(tmp_path, monkeypatch):
+    own = ROOT / "emoji" / "judge.py"
+    config = settings.build_config({"reward": f"{own}:animal", "watch": [f"{own}:number"], "reward_model": ""})
+    (tmp_path / "run").mkdir()
+    settings.save_config(tmp_path / "run", config)
+    assert str(ROOT) not in (tmp_path / "run" / "config.json").read_text()
+    assert settings.load_config(tmp_path / "run") == config
+    monkeypatch.setattr(settings, "ROOT", Path("/new"))  # where the clone has been moved to
+    moved = settings.load_config(tmp_path / "run")
+    assert (moved.model, moved.reward, moved.watch) == (
+        "/new/emoji/model", "/new/emoji/judge.py:animal", ("/new/emoji/judge.py:number",))
+
+
+def test_a_prompt_file_inside_the_run_moves_with_it(tiny_model):
+    Path("p.txt").write_text("a cat\na dog\n")
+    run(*tiny_flags(tiny_model, epochs=1, prompts="p.txt"))
+    shutil.move("p.txt", "runs/r/p.txt")
+    run("--resume", "runs/r", "--epochs", 2, "--prompts", "runs/r/p.txt")
+    assert '"prompts": "{run}/p.txt"' in Path("runs/r/config.json").read_text()
+    Path("runs/r").rename("runs/renamed")
+    assert settings.load_config(Path("runs/renamed")).prompts == str(Path("runs/renamed/p.txt").resolve())
+
+
+def test_what_has_moved_is_taken_from_where_it_is_said_to_be_now_if_it_is_the_same(tiny_model, own_reward, tmp_path, capsys):
+    shutil.copytree(tiny_model, "old")
+    Path("p.txt").write_text("a cat\na dog\n")
+    run(*tiny_flags("old", epochs=1, prompts="p.txt", reward=own_reward("redness")))
+    for old, new in (("old", "new"), ("p.txt", "q.txt"), ("own.py", "mine.py")):
+        Path(old).rename(new)
+    moved = ["--model", "new", "--prompts", "q.txt", "--reward", "mine.py:redness"]
+    capsys.readouterr()
+    run("--resume", "runs/r", "--epochs", 2, code=2)
+    assert "no prompts" in told(capsys)[0]
+    assert len(run("--resume", "runs/r", "--epochs", 2, *moved)) == 3
+    Path("again").symlink_to("new")
+    run("--resume", "runs/r", "--epochs", 3)  # the new places are kept
+    assert evaluate.main(["runs/r", "--images", "2", "--base", "again"]) == 0
+    shutil.copytree("new", "other")
+    edit_weights(Path("other/vae"), lambda weight: weight * 1.01)
+    for changed, flags in (("model", ["--model", "other"]), ("prompts", ["--prompts", "dpok"]),
+                           ("reward redness", ["--reward", "mine.py:shuffled"])):
+        capsys.readouterr()
+        run("--resume", "runs/r", "--epochs", 4, *flags, code=2)
+        line, = told(capsys)
+        assert f"runs/r began with other {changed} than" in line
+    assert evaluate.main(["runs/r", "--images", "2", "--base", "other"]) == 2
+    assert "was trained from another model than" in told(capsys)[-1]
+
+
+@pytest.mark.parametrize("file, changed", [("p.txt", "prompts"), ("own.py", "reward redness"), ("watched.py", "reward letters")])
+def test_a_file_that_changed_since_the_run_began_is_refused_by_name(file, changed, tiny_model, own_reward, capsys):
+    shutil.copy("own.py", "watched.py")
+    Path("p.txt").write_text("a cat\na dog\n")
+    run(*tiny_flags(tiny_model, epochs=1, prompts="p.txt", reward=own_reward("redness"), watch="watched.py:letters"))
+    Path(file).write_text(Path(file).read_text() + "\n# an owl\n")
+    capsys.readouterr()
+    run("--resume", "runs/r", "--epochs", 3, code=2)
+    line, = told(capsys)
+    assert f"began with other {changed} than" in line and file in line
+    assert len(runs.read_rows(Path("runs/r"))) == 2 and Path("runs/r/model").exists()
+
+
+# ---- Signals, terminals, disks ----
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_each_signal_that_ends_a_job_saves_and_says_how_to_go_on(name, tiny_model, capsys):
+    Path("sends.py").write_text(f"import os, signal\ndef reward(images, prompts):\n    if len(images) == 4 and not "
+                                f"os.path.exists('sent'):\n        open('sent', 'w')\n        os.kill(os.getpid(), signal.{name})\n"
+                                "    return images.mean((1, 2, 3))\n")
+    run(*tiny_flags(tiny_model, reward="sends.py:reward", epochs=1), code=130)
+    assert "interrupted; the state after 0 epochs is saved; go on with: python train.py --resume runs/r" in told(capsys)[-1]
+    assert len(run("--resume", "runs/r")) == 2
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_stays_ignored(tiny_model):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(*tiny_flags(tiny_model, epochs=1))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("stream, code, epoch", [("stdout", 0, 1), ("stderr", 2, 0)])
+def test_without_a_reader_of_its_results_a_run_goes_on_and_without_a_terminal_it_is_saved(stream, code, epoch, tiny_model, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, stream, os.fdopen(write, "w", buffering=1))
+    run(*tiny_flags(tiny_model, epochs=1), code=code)
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == epoch
+
+
+def test_a_full_disk_is_called_so_and_no_earlier_checkpoint_is_claimed(tiny_model, capsys):
+    experiment = train.new_run(settings.parse(tiny_flags(tiny_model), ""))
+    (experiment.folder / "checkpoint").mkdir()
+    (experiment.folder / "checkpoint" / "new-state.pt").symlink_to("/dev/full")  # where each write fails as on a full disk
+    assert train.stop(experiment, "interrupted", 130) == 130
+    line, = told(capsys)
+    assert "No space left on device" in line and "there is no earlier checkpoint" in line and "--resume" not in line
+
+
+def test_evaluate_prints_its_table_where_it_cannot_write_its_image(tiny_model, tmp_path, capsys):
+    run(*tiny_flags(tiny_model, epochs=1))
+    (tmp_path / "new-out.png").symlink_to("/dev/full")
+    assert evaluate.main(["runs/r", "--output", "out.png"]) == 2
+    printed = capsys.readouterr()
+    assert "out.png could not be written: No space left on device" in printed.err and "| runs/r | compressibility" in printed.out
+
+
+# ---- What goes wrong in the numbers ----
+
+@pytest.mark.parametrize("part, what", [("vae", "an image"), ("unet", "a latent"), ("text_encoder", "a latent")])
+def test_a_pretrained_model_that_draws_nan_is_told_as_that(part, what, tiny_model, capsys):
+    shutil.copytree(tiny_model, "broken")
+    edit_weights(Path("broken") / part, lambda weight: weight * float("inf"))
+    run(*tiny_flags("broken"), code=2)
+    assert f"{what} is not finite, and nothing was learned yet: it is the pretrained model" in told(capsys)[-1]
+
+
+def test_nan_after_learning_blames_the_step(tiny_model, capsys):
+    run(*tiny_flags(tiny_model, **{"learning-rate": 1e30}), code=2)
+    assert "not finite: start a new run with a smaller --learning-rate" in told(capsys)[-1]
+
+
+def test_prompts_that_are_cut_are_counted_and_those_that_become_the_same_share_a_baseline(tiny_model, capsys):
+    long = "a cat and a dog and a bird and a fish and a "
+    Path("p.txt").write_text(f"{long}frog\n{long}goat and a fox\na cat\nA  CAT\n")
+    run(*tiny_flags(tiny_model, prompts="p.txt", epochs=1, **{"eval-prompts": 4, "samples-per-epoch": 16}))
+    out = capsys.readouterr().out
+    lengths = [len(tokens) for tokens in models.load_pipeline(tiny_model).tokenizer([f"{long}frog", f"{long}goat and a fox"]).input_ids]
+    assert 16 < lengths[0] < lengths[1]
+    assert (f"2 of 4 prompts have {lengths[0]} to {lengths[1]} tokens and are cut to the text encoder's 16, the first is "
+            f"'{long}frog'") in out
+    assert f"2 of 4 prompts read the same to the model as another, and share its baseline, the first is '{long}goat and a fox'" in out
+    statistics = runs.load_checkpoint(Path("runs/r"))["statistics"]
+    assert set(statistics) == {f"{long}frog", "a cat"} and sum(map(len, statistics.values())) == 16
+
+
+# ---- Devices ----
+
+@pytest.mark.parametrize("name, gpus, message", [
+    ("cuda:7", 2, "torch sees only 2 of them"), ("cuda", 0, "torch sees no GPU; use --device cpu"), ("tpu", 0, "choose auto, cpu"),
+    ("meta", 0, "choose auto, cpu"), ("mps", 0, "--device mps"), ("cpu:1", 0, "--device cpu:1")])
+def test_a_device_that_torch_does_not_have_is_refused(name, gpus, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=message):
+        settings.check_device(name)
+
+
+def test_a_second_gpu_and_mps_are_taken_where_torch_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name in ("cpu", "cuda", "cuda:1", "mps"):
+        settings.check_device(name)
+    settings.check(settings.Config(device="cuda:1"))  # in fp16, the default
+    with pytest.raises(ValueError, match="fp16 needs a GPU with CUDA"):
+        settings.check(settings.Config(device="mps"))
