@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from models import PRECISIONS, clip_pixels, image_embeddings, load_clip, to_pil
+from models import PRECISIONS, cut_prompts
+from networks import clip_pixels, image_embeddings, load_clip, to_pil
+from process import notify
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
@@ -49,6 +51,8 @@ def evaluate(target, args, loaded):
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
     policies = [policy_of(config, which, scored=False) for which in (config.model, model)]
     refuse_another_base(target, policies[0], config)
+    if cut := cut_prompts(policies[0].pipeline, [prompt.text for prompt in prompts]):
+        notify(cut)
     try:
         drawn = [draw_fixed(policy, prompts, config) for policy in policies]
     except FloatingPointError as error:

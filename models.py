@@ -1,26 +1,22 @@
-"""Pretrained networks: where they come from, which ones are accepted, and how they turn texts and latents into tensors.
+"""The policy's text-to-image pipeline: loading it, which ones are accepted, encoding prompts, decoding latents.
 
-First the policy's pipeline: loading it, encoding prompts, decoding latents. Differences between architectures are handled there.
-Then networks that several rewards use. Then what all networks need: files from a folder or from the hub, and one clear line
-when something goes wrong.
+Differences between architectures are handled here. What all pretrained networks need is in networks.py.
 
 B images or prompts, latents of (C, H, W), prompts of L tokens and E features.
 """
 import contextlib
-import hashlib
 import inspect
-import re
-import sys
 import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
+from networks import (from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
+                      wrong_names_hint)
+from process import notify
+
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the network of a learned reward
 PIPELINE_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -239,6 +235,18 @@ def read_by_the_model(pipeline, prompts):
     return [tuple(row) for row in cut[:-1]], [len(row) for row in whole[:-1]]
 
 
+def cut_prompts(pipeline, prompts):
+    """A line that says which of B texts the text encoder cuts off, or None if it reads all to their ends."""
+    longest, prompts = pipeline.tokenizer.model_max_length, list(prompts)
+    cut = [(text, length) for text, length in zip(prompts, read_by_the_model(pipeline, prompts)[1]) if length > longest]
+    if not cut:
+        return None
+    lengths = sorted({length for _, length in cut})
+    span = " to ".join(str(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
+    return (f"{len(cut)} of {len(prompts)} prompts have {span} tokens and are cut to the text encoder's {longest}, the first is "
+            f"{cut[0][0]!r}")
+
+
 @torch.no_grad()
 def decode(pipeline, x_0, precision="fp32"):
     """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W in Stable Diffusion), fp32 in [0, 1].
@@ -253,209 +261,3 @@ def decode(pipeline, x_0, precision="fp32"):
             raise FloatingPointError("an image is not finite")
         parts.append((images / 2 + 0.5).clamp(0, 1))
     return torch.cat(parts)
-
-
-def to_pil(image):
-    """An image (3, H, W), float in [0, 1] or uint8 -> 8-bit RGB image of Pillow, rounded, not truncated."""
-    if image.dtype != torch.uint8:
-        image = (image.float() * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
-
-
-# ---- Networks that several rewards use: CLIP, and a scoring head ----
-
-def load_clip(model, device, described_as, processor=""):
-    """A CLIP's image processor and its network, in fp32, by hub name or folder. The processor may come from another model."""
-    announce("CLIP", model)
-    from transformers import AutoImageProcessor, CLIPModel
-    return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
-            load_network(CLIPModel, model, described_as, dtype=torch.float32).to(device))
-
-
-def clip_pixels(processor, images):
-    """B images, each of Pillow or (3, H, W), uint8 or float in [0, 1] -> CLIP's input (B, 3, 224, 224).
-
-    All become 8-bit images first. A processor takes floats for bytes, and would divide [0, 1] by 255 once more.
-    """
-    images = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
-    return processor(images, return_tensors="pt").pixel_values
-
-
-@torch.no_grad()
-def image_embeddings(clip, pixels):
-    """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised. 32 images go through at a time."""
-    parts = [clip_embedding(clip.get_image_features(part.to(clip.device, clip.dtype))) for part in pixels.split(32)]
-    return torch.cat(parts).float()
-
-
-def clip_embedding(features):
-    """The tensor in what CLIP returns: older versions of transformers return it, newer ones an object that holds it."""
-    return features if isinstance(features, torch.Tensor) else features.pooler_output
-
-
-def scoring_head(width):
-    """The MLP of Aesthetic and ImageReward, on `width` features.
-
-    The dropout layers do nothing in eval mode. They are kept because the published weights are numbered with them.
-    """
-    return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
-                         nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))
-
-
-# ---- Files and errors ----
-
-def silence_libraries():
-    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the first loading."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
-
-
-def announce(network, name):
-    """Tell the user what is being loaded: it may take minutes, and gigabytes."""
-    silence_libraries()
-    notify(f"loading {network}: {name}")
-
-
-def notify(line):
-    """Print a line for the user beside the results. A terminal that is gone must not end a run."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def one_line_errors(described_as, name):
-    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and the reason."""
-    try:
-        yield
-    except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
-        reason = "its files cannot be loaded"
-        if isinstance(error, OSError) and not Path(name).exists():
-            reason = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
-        raise ValueError(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
-
-
-def from_pretrained(loader, name, described_as, **options):
-    """loader.from_pretrained(name, **options), for a hub name or a folder, of what has no weights: a tokenizer, a processor.
-
-    described_as: see one_line_errors, which it raises.
-    """
-    with one_line_errors(described_as, name):
-        return loader.from_pretrained(str(name), **options)
-
-
-def load_network(loader, name, described_as, unused="", **options):
-    """A network of diffusers or transformers, by hub name or folder, with all of its weights. It is in eval mode.
-
-    The libraries leave weights random that a file does not hold. Here that is refused. A file may hold more, if that belongs to
-    a larger network that contains this one. unused: pattern of weights that may be missing or left over, since nothing reads them.
-    Raises ValueError, in one line.
-    """
-    import diffusers
-    of_diffusers, folder = issubclass(loader, diffusers.ModelMixin), Path(name) / options.get("subfolder", "")
-    if of_diffusers:
-        options |= {"low_cpu_mem_usage": False}  # else wrong shapes could not be told
-    if folder.is_dir():  # some hold pickles alone, or the weights in half precision alone
-        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-        small_alone = files and all(".fp16." in file for file in files)
-        options |= {"use_safetensors": any(file.endswith(".safetensors") for file in files),
-                    "variant": "fp16" if small_alone else None}
-    with one_line_errors(described_as, name):
-        network, info = loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    parts = {part for part, _ in network.named_children()}
-    harmless = f"position_ids$|{unused}" if unused else "position_ids$"  # a buffer that older versions saved
-    unread = [key for key in info["unexpected_keys"] if not re.search(harmless, key)
-              and (of_diffusers or key.removeprefix("text_model.").split(".")[0] in parts or wrong_names_hint([key]))]
-    missing = [key for key in info["missing_keys"] if not re.search(harmless, key)]
-    refuse_weights(described_as, name, missing, unread, [key for key, *_ in info["mismatched_keys"]])
-    return network.eval()
-
-
-def refuse_weights(described_as, name, missing=(), unread=(), misshapen=()):
-    """Raise ValueError, in one line, if any of these lists of weights' names is not empty."""
-    for problem, keys in (("are missing", missing), ("have another shape", misshapen), ("have no place in the network", unread)):
-        if keys:
-            raise ValueError(f"{described_as} {str(name)!r}: {len(keys)} of its weights {problem}, the first is {min(keys)}"
-                             + wrong_names_hint([*missing, *unread]))
-
-
-def wrong_names_hint(keys):
-    """What probably happened to a file whose weights have such names, or an empty text."""
-    hints = {r"\bbase_layer\b|lora_|\.lora\.": "it was saved with a LoRA attached: fuse_lora() and unload_lora_weights(), then save again",
-             r"^module\.": "it was saved from DataParallel: save the network in its .module",
-             r"^_orig_mod\.": "it was saved from torch.compile: save the network in its ._orig_mod",
-             r"^model\.diffusion_model\.": "it has the layout of a single file: give that file itself"}
-    return next((f" ({hint})" for pattern, hint in hints.items() if any(re.search(pattern, key) for key in keys)), "")
-
-
-def fingerprint(network):
-    """A text that differs if the weights' names, shapes or values differ. Of each weight up to 4,096 values are looked at.
-
-    They are rounded to half precision, in which a GPU holds some networks and a CPU does not.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        values = weight.detach().flatten()[::max(1, weight.numel() // 4096)][:4096].half().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def hub_file(name, filename, described_as):
-    """The path of one file of a folder, or of a hub repository. Raises ValueError, in one line."""
-    from huggingface_hub import hf_hub_download
-    try:
-        path = Path(name) / filename
-        if Path(name).is_dir() and not path.is_file():
-            raise FileNotFoundError(f"there is no {filename} in it")
-        return path if path.is_file() else hf_hub_download(str(name), filename)
-    except Exception as error:
-        raise ValueError(f"{described_as} {str(name)!r}: {filename} is neither here nor reachable on the hub: "
-                         f"{short_message(error)}") from error
-
-
-def read_weights(path):
-    """A state dict, from a file of safetensors or of torch (weights only). Raises ValueError."""
-    try:
-        weights = load_file(path) if str(path).endswith(".safetensors") else torch.load(
-            path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a missing file, safetensors' own, pickle's own
-        raise ValueError(f"the weights {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
-    if not isinstance(weights, dict):
-        raise ValueError(f"the weights {str(path)!r} are a {type(weights).__name__}, not a state dict")
-    return weights
-
-
-def load_weights(network, weights, prefix, described_as, new_names=None):
-    """Put into the network those weights whose published name begins with `prefix`. Returns it in eval mode.
-
-    `new_names` maps patterns of the published names to what the network calls them. Raises ValueError if a weight is missing,
-    is left over, or has another shape.
-    """
-    renamed = {}
-    for name, weight in weights.items():
-        if name.startswith(prefix) and not name.endswith("position_ids"):  # a buffer that older versions saved
-            name = name.removeprefix(prefix)
-            for published, ours in (new_names or {}).items():
-                name = re.sub(published, ours, name)
-            renamed[name] = weight
-    try:
-        network.load_state_dict(renamed)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}"
-                         + wrong_names_hint(weights)) from error
-    return network.eval()
-
-
-def type_and_message(error):
-    """'KeyError: the first line of its message'."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-
-
-def short_message(error):
-    """The first line of an error's message, at most 200 characters, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

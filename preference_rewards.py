@@ -14,8 +14,8 @@ import re
 import torch
 import torch.nn.functional as F
 
-from models import (REWARD_MODEL, announce, clip_embedding, clip_pixels, from_pretrained, hub_file, image_embeddings, load_clip,
-                    load_weights, read_weights, scoring_head)
+from networks import (REWARD_MODEL, announce, clip_embedding, clip_pixels, from_pretrained, hub_file, image_embeddings,
+                      load_clip, load_weights, read_weights, scoring_head)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 

@@ -29,28 +29,25 @@ Rewards can be called from a function of your own, with plain texts. This one ad
 To add a reward, write a function here and name it in REWARDS; or a class that loads a network, and name it in LEARNED. Its options
 belong in settings.REWARD_SETTINGS, its unit in UNITS, its prompts in DEFAULT_PROMPTS.
 """
-import contextlib
 import copy
 import functools
 import hashlib
 import importlib.util
 import inspect
 import io
-import os
-import random
 import re
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import (REWARD_MODEL, announce, clip_pixels, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
-                    load_network, load_weights, read_weights, scoring_head, to_pil, type_and_message)
+from networks import (REWARD_MODEL, announce, clip_pixels, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
+                      load_network, load_weights, read_weights, scoring_head, to_pil, type_and_message)
 from preference_rewards import HPSv2, ImageReward, PickScore
+from process import global_rng_states, importable, process_unchanged, set_global_rng_states
 from prompts import Prompt
 
 BERT_MODEL = "BERTScore's encoder (--bert-model)"
@@ -419,50 +416,6 @@ def called_as_it_asks(function, folder):
             return function(*given[:takes])
 
     return reward
-
-
-@contextlib.contextmanager
-def importable(folder):
-    """The context in which the modules of a folder can be imported, as they can for a script in it."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
-
-
-@contextlib.contextmanager
-def process_unchanged(folder=None):
-    """The context of a user's code: what it changes of the process is put back. With a folder, its modules can be imported."""
-    grad, dtype, device, states = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), global_rng_states()
-    here = os.getcwd()
-    try:
-        with importable(folder) if folder else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
-        os.chdir(here)
-        set_global_rng_states(states)
-
-
-def global_rng_states():
-    """The states of the libraries' own generators. We do not draw from them, but a user's reward may."""
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_global_rng_states(states):
-    """Restore the states that global_rng_states returned."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():  # a run may go on where there are other GPUs
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 # ---- Names and units ----

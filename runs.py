@@ -213,7 +213,7 @@ def save_samples(folder, epoch, images, labels):
     write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(images, labels).save)
     paths = sorted((folder / "samples").glob("epoch_*.png"))
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
-    strips = [first_row(path, min(COLUMNS, len(images))) for path in paths]
+    strips = [first_row(path, min(COLUMNS, len(images)), images[0].height / images[0].width) for path in paths]
     write_atomically(folder / "progress.png", stack_rows(strips, labels).save)
     shown = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})  # of many, some
     write_atomically(folder / "progress.gif", lambda path: save_gif(
@@ -222,23 +222,24 @@ def save_samples(folder, epoch, images, labels):
 
 def draw_grid(images, labels, columns=COLUMNS):
     """Pillow images in rows, each with its label under it. An image is 128 to 256 pixels wide there."""
-    tile, height = min(max(128, images[0].width), 256), LINE_HEIGHT * max(label.count("\n") + 1 for label in labels)
+    width, text_height = min(max(128, images[0].width), 256), LINE_HEIGHT * max(label.count("\n") + 1 for label in labels)
+    height = round(width * images[0].height / images[0].width)
     columns = min(columns, len(images))
-    grid = Image.new("RGB", (columns * (tile + 4), -(-len(images) // columns) * (tile + height + 4)), "white")
+    grid = Image.new("RGB", (columns * (width + 4), -(-len(images) // columns) * (height + text_height + 4)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels)):
-        x, y = k % columns * (tile + 4), k // columns * (tile + height + 4)
-        label = "\n".join(line if len(line) <= tile // 5 else line[:tile // 5 - 1] + "…" for line in label.split("\n"))
-        grid.paste(image.resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
-        pen.multiline_text((x + tile / 2, y + tile + 1), label, fill="black", anchor="ma", align="center", spacing=1,
+        x, y = k % columns * (width + 4), k // columns * (height + text_height + 4)
+        label = "\n".join(line if len(line) <= width // 5 else line[:width // 5 - 1] + "…" for line in label.split("\n"))
+        grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        pen.multiline_text((x + width / 2, y + height + 1), label, fill="black", anchor="ma", align="center", spacing=1,
                            font_size=10)
     return grid
 
 
-def first_row(path, columns=COLUMNS):
-    """The first row of a grid of that many columns, without its labels."""
+def first_row(path, columns=COLUMNS, aspect=1.0):
+    """The first row of a grid of that many columns, without its labels. aspect: height / width of its images."""
     with Image.open(path) as grid:
-        return grid.convert("RGB").crop((0, 0, grid.width, grid.width // columns - 4))  # less the gap
+        return grid.convert("RGB").crop((0, 0, grid.width, round(aspect * (grid.width // columns - 4))))  # less the gap
 
 
 def stack_rows(strips, labels):

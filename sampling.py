@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from models import autocast, encode_prompts, latent_shape, load_pipeline, notify
+from models import autocast, encode_prompts, latent_shape, load_pipeline
+from process import notify
 
 
 @dataclass(frozen=True)

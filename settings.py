@@ -261,8 +261,8 @@ def shared_settings(config):
 
 def check(config):
     """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
-    may_be_zero = ("weight_decay", "seed", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta", "percentile", "skip_last_steps",
-                   "bert_baseline")
+    may_be_zero = ("weight_decay", "seed", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
+                   "percentile", "skip_last_steps", "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         zero = item.name in may_be_zero

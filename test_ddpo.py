@@ -27,13 +27,14 @@ from PIL import Image
 import baselines_rwr
 import ddpo
 import models
+import networks
 import prompts
 import rewards
 import runs
 import sampling
 import settings
 import train
-from conftest import EMOJI, EMOJI_VLM, REWARDS, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights
+from conftest import EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights
 
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
@@ -145,7 +146,7 @@ def test_the_authors_jpeg_sizes():
     theirs = AUTHORS["jpeg"]["outputs"]
     for k, formula in enumerate(AUTHORS["jpeg"]["inputs"]["formulas"]):
         image = torch.from_numpy(eval(formula, {"c": c, "y": y, "x": x}).astype(np.float32) / 1023)
-        assert np.asarray(models.to_pil(image)).sum(dtype=int) == theirs["sum_rounded"][k]
+        assert np.asarray(networks.to_pil(image)).sum(dtype=int) == theirs["sum_rounded"][k]
         assert 1000 * rewards.jpeg_kilobytes(image) == pytest.approx(theirs["bytes_rounded"][k])
 
 

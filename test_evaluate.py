@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 import models
+import networks
 import prompts
 import rewards
 import runs
@@ -67,8 +68,8 @@ def test_a_rewards_options_are_those_asked_for_or_the_runs_or_the_presets(monkey
 def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     images = torch.stack([torch.zeros(3, 40, 40), torch.ones(3, 40, 40), torch.ones(3, 40, 40)])
     assert evaluate.variety(images, None) == pytest.approx(2 / 3)  # distances 1, 1 and 0
-    clip = models.load_clip(str(tiny_clip), "cpu", "CLIP")
-    x, y, _ = (models.image_embeddings(clip[1], models.clip_pixels(clip[0], images)))
+    clip = networks.load_clip(str(tiny_clip), "cpu", "CLIP")
+    x, y, _ = (networks.image_embeddings(clip[1], networks.clip_pixels(clip[0], images)))
     assert evaluate.variety(images, clip) == pytest.approx(2 / 3 * (1 - torch.cosine_similarity(x, y, dim=0).item()), abs=1e-5)
     kilobytes = rewards.UNITS["compressibility"]
     before, after, change, improved = evaluate.reward_cells(torch.tensor([-2.0, -3.0]), torch.tensor([-1.0, -2.0]), kilobytes)

@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
+import networks
 import rewards
 import sampling
-from conftest import EMOJI, EMOJI_VLM, IMAGES, TINY_CLIP, tiny_flags
+from conftest import EMOJI
 
 
 def copied(folder, tmp_path):
@@ -378,7 +379,7 @@ def test_a_rectangular_model_and_height_and_width_give_images_of_diffusers_size(
     policies = [sampling.load_policy(folder, 2, 1.0, 5.0), sampling.load_policy(tiny_model, 2, 1.0, 5.0, width=24)]
     for policy in policies:
         trajectory = sampling.rollout(policy, ["a cat"], torch.Generator(), 1)
-        image = models.to_pil(models.decode(policy.pipeline, trajectory.x_0)[0])
+        image = networks.to_pil(models.decode(policy.pipeline, trajectory.x_0)[0])
         assert image.size == drawn.images[0].size == (24, 16)
     policies[1].pipeline.save_pretrained(tmp_path / "wide")
     assert models.latent_shape(models.load_pipeline(tmp_path / "wide")) == (4, 8, 12)

@@ -18,6 +18,7 @@ from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImagePro
                           CLIPTokenizer, DebertaConfig, DebertaModel)
 
 import models
+import networks
 import preference_rewards
 import prompts
 import rewards
@@ -44,7 +45,7 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
     reward = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head))
     values, _ = reward(IMAGES, [prompts.Prompt("a cat")] * 3)
     clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
-    pixels = processor([models.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
+    pixels = processor([networks.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
     with torch.no_grad():
         x = clip.visual_projection(clip.vision_model(pixels).pooler_output)
         x, head = x / x.norm(dim=1, keepdim=True), torch.load(tiny_head)
@@ -59,9 +60,9 @@ def test_the_aesthetic_reward_is_a_linear_chain_on_the_normalised_clip_embedding
 
 def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
     processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
-    pil_images = [models.to_pil(image) for image in IMAGES]
+    pil_images = [networks.to_pil(image) for image in IMAGES]
     uint8_images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pil_images]
-    seen = [models.clip_pixels(processor, images) for images in (pil_images, uint8_images, IMAGES)]
+    seen = [networks.clip_pixels(processor, images) for images in (pil_images, uint8_images, IMAGES)]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert seen[0].std() > 0.3  # scaled down once, not twice
 
@@ -73,7 +74,7 @@ def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):
     clip, processor = CLIPModel.from_pretrained(tiny_clip), CLIPImageProcessorPil.from_pretrained(tiny_clip)
     tokens = CLIPTokenizer.from_pretrained(tiny_clip)([prompt.text for prompt in texts], padding="max_length", max_length=77,
                                                       return_tensors="pt")
-    pixels = processor([models.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
+    pixels = processor([networks.to_pil(image) for image in IMAGES], return_tensors="pt").pixel_values
     with torch.no_grad():
         theirs = clip(**tokens, pixel_values=pixels).logits_per_image.diag() / clip.logit_scale.exp()
     torch.testing.assert_close(values.float(), theirs, rtol=1e-4, atol=1e-6)
@@ -115,7 +116,7 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
     torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "HPS_v2_compressed.pt")
     clip = preference_rewards.HPSv2("cpu", str(tmp_path)).clip
     with torch.no_grad():
-        images, texts = map(models.clip_embedding, (clip.get_image_features(pixels), clip.get_text_features(tokens)))
+        images, texts = map(networks.clip_embedding, (clip.get_image_features(pixels), clip.get_text_features(tokens)))
     theirs = json.loads((ROOT / "oracles" / "hpsv2.json").read_text())["scores"]
     assert torch.cosine_similarity(images, texts).tolist() == pytest.approx(theirs, abs=1e-5)
     assert max(theirs) - min(theirs) > 0.1
@@ -124,7 +125,7 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
 def test_networks_saved_in_half_precision_are_used_in_full(tiny_clip, tmp_path):
     CLIPModel.from_pretrained(tiny_clip).half().save_pretrained(tmp_path / "clip")
     CLIPImageProcessorPil.from_pretrained(tiny_clip).save_pretrained(tmp_path / "clip")
-    assert models.load_clip(str(tmp_path / "clip"), "cpu", "CLIP")[1].dtype == torch.float32
+    assert networks.load_clip(str(tmp_path / "clip"), "cpu", "CLIP")[1].dtype == torch.float32
     CLIPTextModel.from_pretrained(EMOJI / "text_encoder").half().save_pretrained(tmp_path / "bert")
     CLIPTokenizer.from_pretrained(EMOJI / "tokenizer").save_pretrained(tmp_path / "bert")
     assert rewards.BertRecall("cpu", str(tmp_path / "bert")).encoder.dtype == torch.float32
@@ -156,7 +157,7 @@ def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm, monkeyp
     assert together == alone and all(together)
     assert vlm.answer(IMAGES.repeat(4, 1, 1, 1), questions * 4) == together * 4  # more than go through at a time
     text = rewards.dialogue(vlm.processor, "what?")
-    tokens = vlm.processor(images=[models.to_pil(IMAGES[0])], text=[text], return_tensors="pt")
+    tokens = vlm.processor(images=[networks.to_pil(IMAGES[0])], text=[text], return_tensors="pt")
     assert (tokens.input_ids == 4).sum() == 16  # one for each 8 x 8 patch
 
 

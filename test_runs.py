@@ -17,7 +17,7 @@ import models
 import runs
 import settings
 import train
-from conftest import EMOJI, ROOT, run, tiny_flags
+from conftest import ROOT, run, tiny_flags
 
 
 def told(capsys):

@@ -6,7 +6,6 @@
 """
 import hashlib
 import json
-import os
 import random
 import signal
 import sys
@@ -22,7 +21,9 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import decode, fingerprint, latent_shape, notify, read_by_the_model, to_pil
+from models import cut_prompts, decode, latent_shape, read_by_the_model
+from networks import fingerprint, to_pil
+from process import SIGNALS, notify, refuse_several_processes, save_on_signals, say
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
@@ -378,25 +379,6 @@ def refuse_changes(experiment, before, folder):
                              "back, say where they are, or start a new run")
 
 
-# What saves the state and stops: Ctrl-C, a kill, a closed terminal, a batch queue's warning.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
-def save_on_signals():
-    """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
-    trainer = os.getpid()
-
-    def interrupt(number, frame):
-        if os.getpid() != trainer:  # a process that a reward started ends as it would elsewhere
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        signal.default_int_handler(number, frame)
-
-    for one in SIGNALS:
-        if signal.getsignal(one) != signal.SIG_IGN:
-            signal.signal(one, interrupt)
-
-
 def stop(experiment, reason, code):
     """Save the state at the start of the epoch that was under way, and say how to go on. Returns the exit code."""
     folder = experiment.folder
@@ -460,21 +442,6 @@ def main(argv=None):
     return 0
 
 
-def refuse_several_processes():
-    """Raise ValueError under torchrun and the like, which would start the same training several times."""
-    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several GPUs is not supported yet; start one process, "
-                         "with python train.py")
-
-
-def say(text):
-    """Print results. A reader that is gone (as head is) must not end a run."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # tqdm would try to flush the old one again
-
-
 def fail(message):
     """One clear line on a user's mistake. Returns the exit code 2."""
     notify(f"train.py: {message}")
@@ -500,19 +467,13 @@ def description(experiment):
 
 
 def prompt_surprises(experiment):
-    """A line on prompts that the text encoder cuts off, and one on prompts that it reads as the same."""
-    texts = list(experiment.alike)
-    longest = experiment.policy.pipeline.tokenizer.model_max_length
-    cut = [(text, length) for text, length in zip(texts, read_by_the_model(experiment.policy.pipeline, texts)[1]) if length > longest]
-    if cut:
-        lengths = sorted({length for _, length in cut})
-        span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        yield (f"{len(cut)} of {len(texts)} prompts have {span} tokens and are cut to the text encoder's {longest}, the first is "
-               f"{cut[0][0]!r}")
+    """A line on prompts that the text encoder cuts off, and one on prompts that it reads as the same, where there are such."""
+    if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
+        yield cut
     same = [(text, other) for text, other in experiment.alike.items() if text != other]
     if same:
-        yield (f"{len(same)} of {len(texts)} prompts read the same to the model as another, and share its baseline, the first is "
-               f"{same[0][0]!r}, as {same[0][1]!r}")
+        yield (f"{len(same)} of {len(experiment.alike)} prompts read the same to the model as another, and share its baseline, the "
+               f"first is {same[0][0]!r}, as {same[0][1]!r}")
 
 
 def outcome(experiment):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
-from models import to_pil
+from networks import to_pil
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, dialogue
 

@@ -42,8 +42,8 @@ MUTATIONS = [
     ("baselines_rwr.py", "kept = (r >= r.quantile(percentile))", "kept = (r > r.quantile(percentile))", METHOD),
     ("baselines_rwr.py", "torch.softmax(beta * r, 0) * len(r)", "torch.softmax(r / beta, 0) * len(r)", METHOD),
     ("baselines_rwr.py", "if not config.guided_training:", "if config.guided_training:", METHOD),  # a test was added
-    # models.py, rewards.py, preference_rewards.py
-    ("models.py", "* 255).round()", "* 255)", METHOD),
+    # models.py, networks.py, rewards.py, preference_rewards.py
+    ("networks.py", "* 255).round()", "* 255)", METHOD),
     ("models.py", "parts.append((images / 2 + 0.5)", "parts.append((images + 0.5)", METHOD),
     ("rewards.py", "quality=95", "quality=90", METHOD),
     ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", METHOD),

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
-from models import PRECISIONS, decode, silence_libraries
+from models import PRECISIONS, decode
+from networks import silence_libraries
 from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import runs
-from models import scoring_head
+from networks import scoring_head
 from settings import PRESET_REWARDS, PRESETS
 
 # The embedded model's tokenizer, padded to the other's length: a random model reads any words alike.
