@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import evaluate
-import models
 import networks
 import prompts
 import rewards

@@ -89,8 +89,16 @@ def test_a_text_encoder_out_of_a_whole_clip_with_an_old_buffer_is_accepted_and_i
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("name, part", [("pickscore", ""), ("aesthetic", ""), ("counting", "")])
-def test_a_learned_reward_with_a_weight_missing_is_refused(name, part, tiny_clip, tiny_vlm, tmp_path):
+def test_a_vae_of_the_old_layout_is_accepted_and_is_the_same(tiny_model, tmp_path):
+    folder, old = copied(tiny_model, tmp_path), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    edit_weights(folder / "vae", lambda weights: {
+        re.sub(r"\b(to_q|to_k|to_v|to_out\.0)\b", lambda match: old[match[0]], name): weight for name, weight in weights.items()})
+    one, two = (models.load_pipeline(model).vae.state_dict() for model in (tiny_model, folder))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "aesthetic", "counting"])
+def test_a_learned_reward_with_a_weight_missing_is_refused(name, tiny_clip, tiny_vlm, tmp_path):
     folder = copied(tiny_vlm if name == "counting" else tiny_clip, tmp_path)
     edit_weights(folder, without_first)
     rewards.load_vlm.cache_clear()

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel,
                           CLIPTokenizer, DebertaConfig, DebertaModel)
 
-import models
 import networks
 import preference_rewards
 import prompts

@@ -255,7 +255,7 @@ class Experiment:
             "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
-            "reward_rngs": [reward.rng_states for reward in self.rewards], "identity": self.identity})
+            "reward_rngs": {reward.name: reward.rng_states for reward in self.rewards}, "identity": self.identity})
 
     def load_state_dict(self, state):
         """Go back to a state_dict."""
@@ -264,8 +264,8 @@ class Experiment:
             getattr(self, name).load_state_dict(state[name])
         self.policy.unet.load_state_dict(state["unet"])
         self.rng.set_state(state["rng"])
-        for reward, states in zip(self.rewards, state["reward_rngs"]):
-            reward.rng_states = states
+        for reward in self.rewards:
+            reward.rng_states = state["reward_rngs"][reward.name]
         self.remember()
 
     @property
