@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import models
+import process
 import runs
 import settings
 import train
@@ -63,7 +65,7 @@ def test_several_processes_of_torchrun_are_refused_but_one_is_not(tiny_model, mo
     line, = told(capsys)
     assert "WORLD_SIZE is 2: training on several GPUs is not supported yet" in line and not Path("runs").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    train.refuse_several_processes()
+    process.refuse_several_processes()
 
 
 # ---- Moved, or changed ----
@@ -149,6 +151,20 @@ def test_a_signal_that_is_ignored_as_under_nohup_stays_ignored(tiny_model):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_a_reward_started_ends_at_a_kill_as_it_would_elsewhere():
+    process.save_on_signals()
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, b"ready")
+        time.sleep(60)
+        os._exit(0)
+    os.read(read, 5)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("stream, code, epoch", [("stdout", 0, 1), ("stderr", 2, 0)])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD, REWARDS, EVALUATE = "test_ddpo.py", "test_rewards.py", "test_evaluate.py"
+MODELS, PROMPTS, RUNS = "test_models.py", "test_prompts.py", "test_runs.py"
 EMOJI, STUDIES = "emoji/test_emoji.py", "studies/test_studies.py"
 
 # (file, the line as it is, the line as it must not be, the tests that must notice)
@@ -56,7 +57,7 @@ MUTATIONS = [
     ("settings.py", "or name in config.watch and config.reward not in readers", "or name in config.watch", METHOD),
     ("runs.py", 'row["epoch"] <= epoch]', 'row["epoch"] < epoch]', METHOD),
     # train.py
-    ("train.py", "    set_global_rng_states(states)\n    clock", "    clock", METHOD),  # a test was added
+    ("train.py", "    reward.rng_states = states\n    clock", "    clock", METHOD),  # a test was added
     ("train.py", "experiment.reward(images, prompts[part])", "experiment.reward(images, prompts[:len(images)])", METHOD),  # a test was added
     ("train.py", "torch.Generator().manual_seed(EVAL_SEED)", "torch.Generator().manual_seed(config.seed)", METHOD),
     ("train.py", "known = values[~values.isnan()]", "known = values.nan_to_num()", METHOD),
@@ -68,6 +69,23 @@ MUTATIONS = [
     ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]", STUDIES),
     ("studies/compare.py", "return self.seed, json.dumps(", "return 0, json.dumps(", STUDIES),  # a test was added
     ("studies/variance.py", "((N - 1) * leave_one_out.var())", "(leave_one_out.var())", STUDIES),
+    # what would go wrong in silence
+    ("networks.py", 'missing = [key for key in info["missing_keys"]', "missing = [key for key in []", MODELS),
+    ("networks.py", "and (of_diffusers or key", "and (False or key", MODELS),
+    ("models.py", "tokenizer.model_max_length = min(", "tokenizer.model_max_length = max(", MODELS),
+    ("models.py", "del layers[-more:]", "del layers[:more]", MODELS),
+    ("sampling.py", 'spacing = "trailing" if', 'spacing = "leading" if', MODELS),
+    ("prompts.py", 'line.strip(" \\t\\ufeff")', "line.strip()", PROMPTS),
+    ("prompts.py", 're.split("\\r\\n|\\n|\\r", text)', "text.splitlines()", PROMPTS),
+    ("rewards.py", "given = images.clone(),", "given = images,", REWARDS),
+    ("rewards.py", "with process_unchanged(), torch.no_grad():", "with process_unchanged():", REWARDS),
+    ("process.py", "if os.getpid() != trainer:", "if False:", RUNS),
+    ("runs.py", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", RUNS),
+    ("train.py", "if experiment.optimizer.state:", "if True:", RUNS),
+    ("train.py", "if before.get(name) != experiment.identity.get(name):", "if False:", RUNS),
+    ("train.py", "texts = [experiment.alike[text] for text in texts]", "texts = list(texts)", RUNS),
+    ("settings.py", 'if value.startswith(f"{old}{os.sep}"):', "if False:", RUNS),
+    ("ddpo.py", "rounding = 2e-7 if (group ==", "rounding = 2e-7 if True or (group ==", REWARDS),
 ]
 
 
