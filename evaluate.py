@@ -29,7 +29,7 @@ from process import notify
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
-                      load_config, make_paths_absolute, reward_options)
+                      chosen_device, load_config, make_paths_absolute, reward_options)
 from train import draw_fixed, model_identity, policy_of
 
 COLUMNS = 12
@@ -37,7 +37,7 @@ HEADER = ["model", "reward", "prompts", "images", "before", "after", "change", "
 
 
 def evaluate(target, args, loaded):
-    """The table's rows of one run or model, and an error if its image could not be written. `loaded` keeps rewards for the next one.
+    """The table's rows of one run or model, and an error if its image could not be written. `loaded` keeps the rewards.
 
     Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError, each with a message for the user.
     """
@@ -155,7 +155,8 @@ def main(argv=None):
     parser.add_argument("--sampling-steps", type=int, help="denoising steps T (default: the run's)")
     parser.add_argument("--eta", type=float, help="noise of the DDIM chain, from 0 (default: the run's)")
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
-    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="for a model that is not a run: whose base model and settings")
+    parser.add_argument("--preset", choices=PRESETS, default="emoji",
+                        help="for a model that is not a run: whose base model and settings")
     parser.add_argument("--base", metavar="MODEL", help="what to compare with (default: the model that the run began with)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the image goes (default: before_after.png of a run)")
     parser.add_argument("--device", help="where to draw: auto, cpu, cuda, cuda:1, mps (default: the run's)")
@@ -173,8 +174,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = args.device and chosen_device(args.device)
     rows, code, loaded = [HEADER, ["---"] * len(HEADER)], 0, {}
     for target in args.models:
         try:

@@ -92,7 +92,8 @@ def refuse_incomplete_folder(folder):
     """Raise ValueError if this is a folder, but not one of a whole pipeline."""
     missing = [part for part in PIPELINE_PARTS if folder.is_dir() and not (folder / part).exists()]
     if missing:
-        raise ValueError(f"model {str(folder)!r} is a folder, but not of a Stable Diffusion pipeline: it has no {', '.join(missing)}")
+        raise ValueError(f"model {str(folder)!r} is a folder, but not of a Stable Diffusion pipeline: it has no "
+                         f"{', '.join(missing)}")
 
 
 def refuse_other_schedules(settings):
@@ -182,12 +183,12 @@ def load_single_file(model):
         weights = weights["state_dict"]
     if not any(name.startswith("model.diffusion_model.") for name in weights):
         what = "a LoRA" if any("lora" in name for name in weights) else "a part of a model, or of another architecture"
-        raise ValueError(f"model {str(model)!r} is {what}: it has no weights model.diffusion_model.*, as a whole Stable Diffusion has"
-                         + wrong_names_hint(weights))
+        raise ValueError(f"model {str(model)!r} is {what}: it has no weights model.diffusion_model.*, as a whole Stable Diffusion "
+                         f"has{wrong_names_hint(weights)}")
     kind = infer_diffusers_model_type(weights)
     if kind not in SINGLE_FILE_KINDS:
-        raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: by the names of its weights "
-                         f"it is of the kind {kind}")
+        raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: by the names of its "
+                         f"weights it is of the kind {kind}")
     title, sources = SINGLE_FILE_KINDS[kind]
     cached = [source for source in sources if isinstance(try_to_load_from_cache(source, "model_index.json"), str)]
     source = [*cached, *sources][0]

@@ -97,7 +97,8 @@ def refuse_weights(described_as, name, missing=(), unread=(), misshapen=()):
 
 def wrong_names_hint(keys):
     """What probably happened to a file whose weights have such names, or an empty text."""
-    hints = {r"\bbase_layer\b|lora_|\.lora\.": "it was saved with a LoRA attached: fuse_lora() and unload_lora_weights(), then save again",
+    hints = {r"\bbase_layer\b|lora_|\.lora\.": "it was saved with a LoRA attached: fuse_lora() and unload_lora_weights(), and "
+                                               "save again",
              r"^module\.": "it was saved from DataParallel: save the network in its .module",
              r"^_orig_mod\.": "it was saved from torch.compile: save the network in its ._orig_mod",
              r"^model\.diffusion_model\.": "it has the layout of a single file: give that file itself"}

@@ -30,8 +30,8 @@ def save_on_signals():
 def refuse_several_processes():
     """Raise ValueError under torchrun and the like, which would start the same training several times."""
     if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several GPUs is not supported yet; start one process, "
-                         "with python train.py")
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several GPUs is not supported yet; start one "
+                         "process, with python train.py")
 
 
 def say(text):
@@ -64,8 +64,8 @@ def importable(folder):
 @contextlib.contextmanager
 def process_unchanged(folder=None):
     """The context of a user's code: what it changes of the process is put back. With a folder, its modules can be imported."""
-    grad, dtype, device, states = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), global_rng_states()
-    here = os.getcwd()
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    states, here = global_rng_states(), os.getcwd()
     try:
         with importable(folder) if folder else contextlib.nullcontext():
             yield

@@ -183,8 +183,8 @@ def read_prompts(path):
         raise ValueError(f"{told} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
                          "prompts.py)")
     if any(looks_like_json(line) for _, line in numbered) or looks_like_json(text.strip("\ufeff \t\r\n")):
-        raise ValueError(f"{told} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it as "
-                         "text, one prompt a line")
+        raise ValueError(f"{told} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it "
+                         "as text, one prompt a line")
     return [Prompt(line) for _, line in numbered]
 
 
@@ -212,8 +212,8 @@ def prompt_of_json(line, told):
         raise ValueError(f"{told} has no text in a field \"prompt\" or \"text\"")
     questions = fields.pop("questions", None) or []
     try:
-        questions = tuple((question, tuple(str(answer).lower() for answer in ([right] if isinstance(right, (str, int)) else right)))
-                          for question, right in questions)
+        questions = [(question, [right] if isinstance(right, (str, int)) else right) for question, right in questions]
+        questions = tuple((question, tuple(str(answer).lower() for answer in right)) for question, right in questions)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{told}: questions must be a list of [question, [right answers]]") from error
     for question, right in questions:

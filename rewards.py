@@ -334,7 +334,8 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
         return Reward(name, REWARDS[name], unit_of(name), nan_allowed, name, name)
     function, path = user_function(name), Path(name.rpartition(":")[0]).resolve()
     identity = f"{short_name(name)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    return Reward(short_name(name), called_as_it_asks(function, path.parent), user_unit(function), nan_allowed, str(path), identity)
+    called = called_as_it_asks(function, path.parent)
+    return Reward(short_name(name), called, user_unit(function), nan_allowed, str(path), identity)
 
 
 def networks_of(reward):

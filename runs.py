@@ -97,7 +97,8 @@ def create_run(parent, name, stem):
             return folder
         except FileExistsError as error:
             if name:
-                raise ValueError(f"the run {folder} exists: choose another --name, or continue it with --resume {folder}") from error
+                raise ValueError(f"the run {folder} exists: choose another --name, or continue it with "
+                                 f"--resume {folder}") from error
             number += 1
 
 

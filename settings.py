@@ -160,8 +160,7 @@ def build_config(flags):
     if config.watch == ("none",):
         config.watch = ()
     take_options_of_watched(config, flags)
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.device = chosen_device(config.device)
     check(config)
     return config
 
@@ -178,6 +177,11 @@ def take_options_of_watched(config, flags):
         for name in watched:
             if option not in flags:
                 setattr(config, option, preset_reward(config.preset, name).get(option, getattr(Config, option)))
+
+
+def chosen_device(name):
+    """The device that "auto" means here, or the one that was named."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def make_paths_absolute(config):
@@ -218,7 +222,8 @@ def reward_options(config, name):
 
 def save_config(folder, config):
     """Write the settings of a run. A path inside the run or the project is kept relative to it, so that both may be moved."""
-    runs.save_settings(folder, replace_in_places(asdict(config), [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]))
+    folders = [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]
+    runs.save_settings(folder, replace_in_places(asdict(config), folders))
 
 
 def load_config(folder):
@@ -340,8 +345,9 @@ def parse(argv, description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = _refuse  # one line, not the usage of forty flags
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, and "
-                        "where things are now that have moved (" + ", ".join("--" + name.replace("_", "-") for name in PLACES) + ")")
+    places = ", ".join("--" + name.replace("_", "-") for name in PLACES)
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, "
+                        f"and where things are now that have moved ({places})")
     choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
                "baseline": BASELINES}
     for item in fields(Config):

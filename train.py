@@ -27,7 +27,7 @@ from process import SIGNALS, notify, refuse_several_processes, save_on_signals, 
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
-from settings import (PLACES, build_config, check, check_questions, load_config, make_paths_absolute, parse, reward_options,
+from settings import (PLACES, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse, reward_options,
                       save_config)
 
 RUNS = Path("runs")
@@ -353,8 +353,7 @@ def resume(folder, flags):
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
     config = replace(config, **flags)
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.device = chosen_device(config.device)
     make_paths_absolute(config)
     check(config)
     experiment = build_experiment(config)
@@ -387,8 +386,8 @@ def stop(experiment, reason, code):
         runs.save_checkpoint(folder, experiment.remembered)
         kept = f"the state after {experiment.remembered['epoch']} epochs is saved"
     except OSError as error:
-        unharmed = ", an earlier checkpoint is unharmed" if runs.has_checkpoint(folder) else ", and there is no earlier checkpoint"
-        kept = f"the state could not be saved ({error}){unharmed}"
+        earlier = "an earlier checkpoint is unharmed" if runs.has_checkpoint(folder) else "and there is no earlier checkpoint"
+        kept = f"the state could not be saved ({error}), {earlier}"
     finally:
         for one, handler in handlers:
             signal.signal(one, handler)
@@ -423,8 +422,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         notify("\ntrain.py: interrupted before the run began")
         return 130
-    say(description(experiment))
     try:
+        say(description(experiment))
         train(experiment)
         runs.save_model(experiment.folder, experiment.policy.pipeline)
     except KeyboardInterrupt:
