@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import runs
-from models import PRECISIONS, cut_prompts
+from models import PRECISIONS, cut_prompts, image_size
 from networks import clip_pixels, image_embeddings, load_clip, to_pil
 from process import notify
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
-                      chosen_device, load_config, make_paths_absolute, reward_options)
+                      chosen_device, load_config, make_paths_absolute, refuse, reward_options)
 from train import draw_fixed, model_identity, policy_of
 
 COLUMNS = 12
@@ -49,7 +50,9 @@ def evaluate(target, args, loaded):
     rewards = [reward_for(config, name, given if name in asked else {}, loaded)
                for name in dict.fromkeys([*asked, *config.watch])]
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
-    policies = [policy_of(config, which, scored=False) for which in (config.model, model)]
+    trained = policy_of(config, model, scored=False)
+    height, width = image_size(trained.pipeline)  # also if a model alone is given, which knows its size
+    policies = [policy_of(replace(config, height=height, width=width), config.model, scored=False), trained]
     refuse_another_base(target, policies[0], config)
     if cut := cut_prompts(policies[0].pipeline, [prompt.text for prompt in prompts]):
         notify(cut)
@@ -165,10 +168,13 @@ def main(argv=None):
     parser.add_argument("--bert-baseline", type=float, help="alignment: as in train.py")
     for flag in ("--reward-model", "--aesthetic-head", "--bert-model"):
         parser.add_argument(flag, help="for the rewards that read it: as in train.py")
-    args = parser.parse_args(argv)
+    parser.error = refuse  # one line, not the usage of all flags
     try:
+        args = parser.parse_args(argv)
         if args.output and len(args.models) > 1:
             raise ValueError("--output is for one model: each would overwrite the last")
+        if args.output and args.output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--output {args.output}: must be the name of an image, as before_after.png")
         if args.images is not None and args.images < 1:
             raise ValueError(f"--images {args.images}: must be at least 1")
     except ValueError as error:

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks import (from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
+from networks import (Refused, from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
                       wrong_names_hint)
 from process import notify
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VOCABULARIES = ("tokenizer.json",), ("vocab.json", "merges.txt")  # without one, transformers makes a vocabulary of two tokens
 PIPELINE_PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -37,7 +38,10 @@ def load_pipeline(model, device="cpu", precision="fp32", clip_skip=0, height=0, 
     # A model is published with any sampler. The betas and offsets are the model's own, the step is DDIM's.
     with one_line_errors("the scheduler of model", model):
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config  # not every folder says how long a prompt may be
+    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config
+    if max(tokenizer.get_vocab().values()) >= text.vocab_size:
+        raise Refused(f"model {str(model)!r}: its tokenizer knows more tokens than its text encoder has embeddings ({text.vocab_size})")
+    # Not every folder says how long a prompt may be.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     leave_out_layers(pipeline.text_encoder, clip_skip)
     set_image_size(pipeline, height, width)
@@ -57,21 +61,23 @@ def load_parts(model):
     import transformers
     refuse_incomplete_folder(Path(model))
     with one_line_errors("model", model):
-        folder = model if Path(model).is_dir() else fetched(model)
+        folder = Path(model) if Path(model).is_dir() else fetched(model)
         index = diffusers.StableDiffusionPipeline.load_config(str(folder))
+        kinds = {part: index[part][1] or "" for part in ("unet", "vae", "text_encoder", "tokenizer") if part in index}
     parts = {}
     for part, fallback in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")):
-        _, kind = index.get(part) or (None, None)
-        loader = getattr(diffusers, kind or "", None) or getattr(transformers, kind or "", None)
-        if loader is None or part == "unet" and kind != fallback:
-            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
-                             f"{index.get('_class_name')}, whose {part} is {kind or 'missing'}, not {fallback}")
+        kind = kinds.get(part, "")
+        loader = getattr(diffusers, kind, None) or getattr(transformers, kind, None)
+        if not hasattr(loader, "from_pretrained") or part == "unet" and kind != fallback:
+            raise Refused(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
+                          f"{index.get('_class_name')}, whose {part} is {kind or 'missing'}, not {fallback}")
         parts[part] = load_network(loader, folder, f"the {part} of model", subfolder=part, dtype=torch.float32)
-    tokenizer = getattr(transformers, (index.get("tokenizer") or ["", ""])[1] or "CLIPTokenizer", transformers.CLIPTokenizer)
+    if not any(all((folder / "tokenizer" / name).is_file() for name in names) for names in VOCABULARIES):
+        raise Refused(f"the tokenizer of model {str(model)!r} has no vocabulary: neither {' nor '.join(map(' with '.join, VOCABULARIES))}")
+    tokenizer = getattr(transformers, kinds.get("tokenizer", ""), transformers.CLIPTokenizer)
     tokenizer = from_pretrained(tokenizer, folder, "the tokenizer of model", subfolder="tokenizer")
     with one_line_errors("the scheduler of model", model):
-        settings = diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler")
-        refuse_other_schedules(settings)
+        settings = with_its_defaults(diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler"))
         with warnings.catch_warnings(action="ignore"):  # diffusers corrects the offset of old schedulers, and warns at length
             return diffusers.StableDiffusionPipeline(
                 **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
@@ -96,12 +102,19 @@ def refuse_incomplete_folder(folder):
                          f"{', '.join(missing)}")
 
 
-def refuse_other_schedules(settings):
-    """Raise ValueError if a scheduler's settings are of a class without betas, whose noise DDIM does not know."""
+def with_its_defaults(settings):
+    """A scheduler's settings, with the defaults of its class where it does not say what noise the model was trained with.
+
+    Raises Refused if its class has no betas, so that DDIM does not know its noise.
+    """
     import diffusers
     kind = getattr(diffusers, settings.get("_class_name", ""), diffusers.DDIMScheduler)
-    if "beta_schedule" not in {*settings, *inspect.signature(kind.__init__).parameters}:
-        raise ValueError(f"it is a {kind.__name__}, which has no betas: the model is not a diffusion model as Stable Diffusion is")
+    defaults = {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
+    if "beta_schedule" not in {*settings, *defaults}:
+        raise Refused(f"the scheduler is a {kind.__name__}, which has no betas: the model is not a diffusion model as Stable "
+                      "Diffusion is")
+    trained = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
+    return {**{name: defaults[name] for name in trained if name in defaults}, **settings}
 
 
 def refuse_architecture(model, pipeline):
@@ -122,7 +135,7 @@ def refuse_architecture(model, pipeline):
             set(widths) != {text.hidden_size}}
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net {reason}")
+            raise Refused(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net {reason}")
 
 
 def leave_out_layers(text_encoder, clip_skip):
@@ -161,6 +174,11 @@ def latent_shape(pipeline):
     return config.in_channels, *(size if isinstance(size, (list, tuple)) else (size, size))
 
 
+def image_size(pipeline):
+    """(height, width) in pixels of the images that it draws."""
+    return tuple(side * pipeline.vae_scale_factor for side in latent_shape(pipeline)[1:])
+
+
 # ---- A pipeline in one file ----
 
 # What such a file does not hold (the networks' settings, the tokenizer) comes from one of these, by the kind that diffusers reads
@@ -197,6 +215,12 @@ def load_single_file(model):
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(
             str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached))
     refuse_weights("model", model, missing=missing)
+    for prefix, network in (("model.diffusion_model.", pipeline.unet), ("first_stage_model.", pipeline.vae),
+                            ("cond_stage_model.transformer.", pipeline.text_encoder)):
+        names = [name for name in weights if name.startswith(prefix) and not name.endswith("position_ids")]
+        if len(names) > len(network.state_dict()):
+            raise Refused(f"model {str(model)!r}: {len(names) - len(network.state_dict())} of its weights {prefix}* have no place in "
+                          f"a {title}")
     notify(f"model {model}: {title} by the names of its weights; settings and tokenizer of {source} "
          f"({pipeline.scheduler.config.prediction_type})")
     return pipeline

@@ -6,6 +6,9 @@ B images, patches of E features.
 """
 import contextlib
 import hashlib
+import inspect
+import json
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -28,7 +31,7 @@ def silence_libraries():
     import huggingface_hub
     import transformers
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too, and told in our one line
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
 
@@ -39,16 +42,22 @@ def announce(network, name):
     notify(f"loading {network}: {name}")
 
 
+class Refused(ValueError):
+    """A model is refused; the message says all."""
+
+
 @contextlib.contextmanager
 def one_line_errors(described_as, name):
-    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and the reason."""
+    """Any error becomes a Refused of one line: how the network is called (with its flag), its name, and the reason."""
     try:
         yield
+    except Refused:
+        raise
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
         reason = "its files cannot be loaded"
         if isinstance(error, OSError) and not Path(name).exists():
             reason = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
-        raise ValueError(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
+        raise Refused(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
 
 
 def from_pretrained(loader, name, described_as, **options):
@@ -71,28 +80,39 @@ def load_network(loader, name, described_as, unused="", **options):
     of_diffusers, folder = issubclass(loader, diffusers.ModelMixin), Path(name) / options.get("subfolder", "")
     if of_diffusers:
         options |= {"low_cpu_mem_usage": False}  # else wrong shapes could not be told
-    if folder.is_dir():  # some hold pickles alone, or the weights in half precision alone
-        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-        small_alone = files and all(".fp16." in file for file in files)
-        options |= {"use_safetensors": any(file.endswith(".safetensors") for file in files),
-                    "variant": "fp16" if small_alone else None}
+    if folder.is_dir():
+        options |= variant_of(folder)
     with one_line_errors(described_as, name):
         network, info = loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options)
     parts = {part for part, _ in network.named_children()}
+    prefixes = ("", "text_model.", f"{getattr(network, 'base_model_prefix', '')}.")  # of a larger network's names
     harmless = f"position_ids$|{unused}" if unused else "position_ids$"  # a buffer that older versions saved
     unread = [key for key in info["unexpected_keys"] if not re.search(harmless, key)
-              and (of_diffusers or key.removeprefix("text_model.").split(".")[0] in parts or wrong_names_hint([key]))]
+              and (of_diffusers or any(key.removeprefix(prefix).split(".")[0] in parts for prefix in prefixes)
+                   or wrong_names_hint([key]))]
     missing = [key for key in info["missing_keys"] if not re.search(harmless, key)]
     refuse_weights(described_as, name, missing, unread, [key for key, *_ in info["mismatched_keys"]])
     return network.eval()
+
+
+def variant_of(folder):
+    """Which of a folder's files to load, as from_pretrained's options: the full weights if they are there, else another variant."""
+    found = {}  # (variant, whether safetensors) of the files that the libraries write
+    for path in folder.iterdir():
+        match = re.fullmatch(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)", path.name)
+        if match:
+            found[(match[2] or "").strip("."), match[4] == "safetensors"] = True
+    order = [("", True), ("", False), ("fp16", True), ("fp16", False), *found]
+    variant, safe = next((key for key in order if key in found), ("", True))
+    return {"variant": variant or None, "use_safetensors": safe}
 
 
 def refuse_weights(described_as, name, missing=(), unread=(), misshapen=()):
     """Raise ValueError, in one line, if any of these lists of weights' names is not empty."""
     for problem, keys in (("are missing", missing), ("have another shape", misshapen), ("have no place in the network", unread)):
         if keys:
-            raise ValueError(f"{described_as} {str(name)!r}: {len(keys)} of its weights {problem}, the first is {min(keys)}"
-                             + wrong_names_hint([*missing, *unread]))
+            raise Refused(f"{described_as} {str(name)!r}: {len(keys)} of its weights {problem}, the first is {min(keys)}"
+                          + wrong_names_hint([*missing, *unread]))
 
 
 def wrong_names_hint(keys):
@@ -106,15 +126,30 @@ def wrong_names_hint(keys):
 
 
 def fingerprint(network):
-    """A text that differs if the weights' names, shapes or values differ. Of each weight up to 4,096 values are looked at.
+    """A text that differs if the network's settings or its weights' names, shapes or values differ.
 
-    They are rounded to half precision, in which a GPU holds some networks and a CPU does not.
+    Of each weight up to 4,096 values are looked at. They are rounded to half precision, in which a GPU holds some networks and a
+    CPU does not. Settings that have the libraries' defaults do not count, since a later version may have more of them.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(own_settings(network), sort_keys=True, default=str).encode())
     for name, weight in sorted(network.state_dict().items()):
         values = weight.detach().flatten()[::max(1, weight.numel() // 4096)][:4096].half().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def own_settings(network):
+    """The settings of a network of diffusers or transformers that are not the library's defaults, and that change what it computes."""
+    def kept(settings):
+        return {key: kept(value) if isinstance(value, dict) else value for key, value in settings.items()
+                if not key.startswith("_") and key not in ("dtype", "torch_dtype", "transformers_version", "architectures")}
+
+    config = getattr(network, "config", {})
+    if hasattr(config, "to_diff_dict"):
+        return kept(config.to_diff_dict())
+    defaults = {name: one.default for name, one in inspect.signature(type(network).__init__).parameters.items()}
+    return kept({key: value for key, value in dict(config).items()
+                 if key not in defaults or json.dumps(defaults[key], default=str) != json.dumps(value, default=str)})
 
 
 def hub_file(name, filename, described_as):
@@ -140,7 +175,7 @@ def read_weights(path):
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is no file of weights, or holds other objects, too: save the state dict alone, best as .safetensors"
         raise ValueError(f"the weights {str(path)!r} cannot be loaded: {reason}") from error
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"the weights {str(path)!r} are a {type(weights).__name__}, not a state dict")
     return weights
 

@@ -1,9 +1,11 @@
 """The process that the training runs in, and shares with a user's reward: signals, the terminal, random states, folders."""
 import contextlib
+import functools
 import os
 import random
 import signal
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -50,32 +52,72 @@ def notify(line):
 
 # ---- What a user's code may change ----
 
+MODULES = {}  # folder -> its modules that were imported, by name
+
+
 @contextlib.contextmanager
 def importable(folder):
-    """The context in which the modules of a folder can be imported, as they can for a script in it."""
+    """The context in which the modules of a folder can be imported under their own names, as a script in it imports them.
+
+    Outside of it these names are those of other modules. So two folders may each have a helper.py, or one with the name of a
+    module of this project.
+    """
+    def is_here(module):
+        return str(getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}")
+
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    known = [name for name in sys.modules if name.split(".")[0] in names]
+    stay = [name for name in known if is_here(sys.modules[name])]
+    others = {name: sys.modules.pop(name) for name in known if not is_here(sys.modules.get(name.split(".")[0]))}
+    sys.modules.update(MODULES.setdefault(folder, {}))
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
+        MODULES[folder] = {name: sys.modules.pop(name) for name in list(sys.modules)
+                           if name.split(".")[0] in names and name not in stay}
+        sys.modules.update(others)
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
 
 
+def _global_states():
+    """Pairs of a state of the process, and the function that sets it."""
+    cudnn = torch.backends.cudnn
+    yield torch.is_grad_enabled(), torch.set_grad_enabled
+    yield torch.get_default_dtype(), torch.set_default_dtype
+    yield torch.get_default_device(), torch.set_default_device
+    yield torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision
+    yield torch.get_num_threads(), torch.set_num_threads
+    yield torch.are_deterministic_algorithms_enabled(), torch.use_deterministic_algorithms
+    yield torch.is_anomaly_enabled(), torch.set_anomaly_enabled
+    for device in ("cpu", "cuda"):
+        yield torch.is_autocast_enabled(device), functools.partial(torch.set_autocast_enabled, device)
+        yield torch.get_autocast_dtype(device), functools.partial(torch.set_autocast_dtype, device)
+    for name in ("enabled", "benchmark", "deterministic", "allow_tf32"):
+        yield getattr(cudnn, name), functools.partial(setattr, cudnn, name)
+    if threading.current_thread() is threading.main_thread():
+        for one in SIGNALS:
+            yield signal.getsignal(one), functools.partial(signal.signal, one)
+    yield os.getcwd(), os.chdir
+
+
 @contextlib.contextmanager
 def process_unchanged(folder=None):
-    """The context of a user's code: what it changes of the process is put back. With a folder, its modules can be imported."""
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    states, here = global_rng_states(), os.getcwd()
+    """The context of a user's code: what it changes of `_global_states` and of the random states is put back.
+
+    With a folder, its modules can be imported.
+    """
+    before, rngs = list(_global_states()), global_rng_states()
     try:
         with importable(folder) if folder else contextlib.nullcontext():
             yield
     finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(device)
-        os.chdir(here)
-        set_global_rng_states(states)
+        os.chdir(before[-1][0])  # first, since a working folder that was deleted has no name
+        for (value, put_back), (now, _) in zip(before, _global_states()):
+            if now != value:
+                put_back(value)
+        set_global_rng_states(rngs)
 
 
 def global_rng_states():

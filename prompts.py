@@ -182,19 +182,19 @@ def read_prompts(path):
     if path.suffix.lower() in (".json", ".csv", ".tsv"):
         raise ValueError(f"{told} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
                          "prompts.py)")
-    if any(looks_like_json(line) for _, line in numbered) or looks_like_json(text.strip("\ufeff \t\r\n")):
+    if any(looks_like_json(line) for _, line in numbered):
         raise ValueError(f"{told} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it "
                          "as text, one prompt a line")
     return [Prompt(line) for _, line in numbered]
 
 
-def looks_like_json(text):
-    """Whether a text is a JSON object or list."""
-    if text[:1] not in tuple("{["):
-        return False
+def looks_like_json(line):
+    """Whether a line is a JSON object or list, or one of the lines of such a thing: a bracket, a field."""
+    if re.fullmatch(r"[\[\]{}]+,?", line) or re.match(r"""\[\s*["'{]|[\[{]*\s*(["'])\w+\1\s*:""", line):
+        return True
     try:
-        return isinstance(json.loads(text.rstrip(",")), (dict, list))
-    except ValueError:
+        return isinstance(json.loads(line.rstrip(",")), (dict, list))
+    except (ValueError, RecursionError):
         return False
 
 
@@ -202,7 +202,8 @@ def prompt_of_json(line, told):
     """The Prompt of a line of JSON. told: how error messages call the line. Raises ValueError."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # half a Unicode character, too, is a ValueError
         raise ValueError(f"{told} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{told} is not a JSON object")

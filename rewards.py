@@ -29,6 +29,8 @@ Rewards can be called from a function of your own, with plain texts. This one ad
 To add a reward, write a function here and name it in REWARDS; or a class that loads a network, and name it in LEARNED. Its options
 belong in settings.REWARD_SETTINGS, its unit in UNITS, its prompts in DEFAULT_PROMPTS.
 """
+import ast
+import contextlib
 import copy
 import functools
 import hashlib
@@ -38,9 +40,11 @@ import io
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -288,10 +292,16 @@ class Reward:
             raise
         except BaseException as error:  # sys.exit in a reward is an error of the reward, too
             raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}{self.line_of(error)}") from error
-        has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple, dict))
-        values, notes = result if has_notes else (result, [""] * len(images))
+        if torch.is_inference_mode_enabled():
+            raise RewardError(f"the reward {self.name} left torch's inference mode on, in which nothing can be learned")
+        has_notes = isinstance(result, tuple) and len(result) == 2 and is_notes(result[1])
+        values, notes = result if has_notes else (result, None)
         try:
+            if isinstance(values, Iterator) or getattr(values, "dtype", None) == object:  # a generator, an array of objects
+                values = list(values)
             values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+            if np.iscomplexobj(values):  # torch would drop the imaginary part
+                raise TypeError("complex numbers have no order")
             values = torch.as_tensor(values, dtype=torch.float64)
         except Exception as error:
             raise RewardError(f"the reward {self.name} returned {type(values).__name__}, not numbers") from error
@@ -302,13 +312,13 @@ class Reward:
         if wrong.any():
             k = wrong.nonzero()[0].item()
             raise RewardError(f"the reward {self.name} returned {values[k].item()} for image {k} ({prompts[k].text!r})")
-        return values, self.one_note_an_image(notes, len(images))
+        return values, self.one_note_an_image({} if notes is None else notes, len(images))
 
     def one_note_an_image(self, notes, B):
         """B notes of one line. A dictionary's entries are put together, as in 'name: value; ...'. Raises RewardError."""
         columns = notes if isinstance(notes, dict) else {"": notes}
         for name, column in columns.items():
-            is_list = isinstance(column, (list, tuple)) or getattr(column, "ndim", 0) > 0  # an array or tensor
+            is_list = not isinstance(column, dict) and column is not None and is_notes(column)
             if not is_list or len(column) != B:
                 counted = len(column) if is_list else f"one {type(column).__name__}, not a list of"
                 raise RewardError(f"the reward {self.name} returned {counted} notes{f' {name!r}' if name else ''} for {B} images")
@@ -319,6 +329,11 @@ class Reward:
         """' (red.py, line 3)': where in the user's file an error came from, or an empty text."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.source]
         return f" ({Path(self.source).name}, line {lines[-1]})" if lines else ""
+
+
+def is_notes(value):
+    """Whether the second of two returned things can be notes: none, a list, an array, or a dictionary of such."""
+    return value is None or isinstance(value, (list, tuple, dict)) or getattr(value, "ndim", 0) > 0
 
 
 def load_reward(name, device="cpu", nan_allowed=False, **options):
@@ -333,7 +348,7 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     if name in REWARDS:
         return Reward(name, REWARDS[name], unit_of(name), nan_allowed, name, name)
     function, path = user_function(name), Path(name.rpartition(":")[0]).resolve()
-    identity = f"{short_name(name)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    identity = " ".join([short_name(name), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(path))])
     called = called_as_it_asks(function, path.parent)
     return Reward(short_name(name), called, user_unit(function), nan_allowed, str(path), identity)
 
@@ -367,54 +382,78 @@ def user_function(name):
         raise ValueError(f"the reward file {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
     if not callable(function):
         raise ValueError(f"the reward file {str(path)!r} has no function {name.rpartition(':')[2]!r}")
-    parameters_of(function)
+    takes_metadata(function)
     return function
+
+
+def files_of(path):
+    """A Python file and those of its folder that it imports, and that these import. A reward with another helper is another."""
+    files, to_do = [], [path]
+    while to_do:
+        file = to_do.pop()
+        if file in files or not file.is_file() or str(file) == getattr(sys.modules.get(file.stem), "__file__", None):
+            continue  # the last: a module of this project, if the file is in its folder
+        files.append(file)
+        with contextlib.suppress(SyntaxError):
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in getattr(node, "names", ())
+                                                                                      if isinstance(node, ast.Import)]
+                for place in (path.parent / name.split(".")[0] for name in names):
+                    to_do += [place.with_suffix(".py"), *place.glob("*.py")]
+    return [path, *sorted(set(files) - {path})]
 
 
 @functools.cache
 def user_module(path, text):
     """The module of a Python file of that text. Two functions of one file share it, as they would if it were imported."""
-    # Under its own name other processes can import it, as those of a pool do. Not where another module has that name.
-    other = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
-    origin = getattr(other, "__file__", None) or getattr(other, "origin", None)
-    name = path.stem if other is None or origin == str(path) else f"reward_file_{path.stem}"
+    name = path.stem.replace(".", "_")
     spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        with process_unchanged(path.parent):
+    module = importlib.util.module_from_spec(spec)
+    with process_unchanged(path.parent):
+        sys.modules[name] = module  # where dataclasses and the processes of a pool look for it
+        try:
             spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        except BaseException:
+            del sys.modules[name]
+            raise
     return module
 
 
-def parameters_of(function):
-    """Whether a user's function takes two parameters, (images, prompts), or three, with metadata. Raises ValueError if neither."""
+def takes_metadata(function):
+    """Whether a user's function asks for metadata: "" if not, "third" if as its third parameter, or "named" if by name alone.
+
+    Raises ValueError if it cannot be called with images and prompts.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some callables in C have none
-        return 2
+        return ""
+    parameters = signature.parameters.values()
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    named = {one.name: one for one in parameters if one.kind == one.KEYWORD_ONLY}
     needed = sum(one.default is one.empty for one in positional)
-    takes = 3 if needed == 3 or len(positional) > 2 and positional[2].name == "metadata" else 2
+    third = len(positional) > 2 and (needed > 2 or positional[2].name == "metadata")
     starred = any(one.kind == one.VAR_POSITIONAL for one in parameters)
-    keywords = [one.name for one in parameters if one.kind == one.KEYWORD_ONLY and one.default is one.empty]
-    if needed > takes or len(positional) < takes and not starred or keywords:
-        raise ValueError(f"the reward {getattr(function, '__name__', function)} must take (images, prompts) or (images, prompts, "
-                         f"metadata), but its parameters are ({', '.join(map(str, parameters))})")
-    return takes
+    unknown = [name for name, one in named.items() if one.default is one.empty and name != "metadata"]
+    swapped = any(one.name == "metadata" for one in positional[:2])
+    if needed > 3 or len(positional) < 2 and not starred or unknown or swapped or inspect.iscoroutinefunction(function):
+        raise ValueError(f"the reward {getattr(function, '__name__', function)} must be a plain function of (images, prompts) or "
+                         f"(images, prompts, metadata), but is one of {signature}")
+    return "third" if third else "named" if "metadata" in named else ""
 
 
 def called_as_it_asks(function, folder):
     """A user's function in the shape of this project's: it gets a copy of the images, texts, and metadata if it asks for them."""
-    takes = parameters_of(function)
+    asks = takes_metadata(function)
 
     def reward(images, prompts):
         # Copies: a function that works in place would spoil the images that are saved, or judged by the next reward.
-        given = images.clone(), [prompt.text for prompt in prompts], [copy.deepcopy(prompt.metadata) for prompt in prompts]
+        given = images.clone(), [prompt.text for prompt in prompts]
+        metadata = [copy.deepcopy(prompt.metadata) for prompt in prompts]
         with importable(folder):
-            return function(*given[:takes])
+            if asks == "named":
+                return function(*given, metadata=metadata)
+            return function(*given, metadata) if asks else function(*given)
 
     return reward
 
@@ -435,7 +474,7 @@ def user_unit(function):
     """The factor and the unit's name of a user's function, by its attribute `unit`. Raises ValueError if that is not a word."""
     unit = getattr(function, "unit", "")
     if not isinstance(unit, str) or len(unit.split()) > 1:
-        raise ValueError(f"the unit of the reward {function.__name__} is {unit!r}, but must be a word, as in .unit = \"%\"")
+        raise ValueError(f"the unit of the reward {getattr(function, '__name__', function)} is {unit!r}, but must be a word, as in .unit = \"%\"")
     return (100 if unit == "%" else 1), unit
 
 

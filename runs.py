@@ -79,9 +79,12 @@ def read_lines(path):
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is damaged: a line is not an object")
+    return rows
 
 
 # ---- Settings, log, checkpoint, model ----
@@ -132,7 +135,7 @@ def load_settings(folder):
     """The settings of a run. Raises ValueError if the folder is not that of a run."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json") from error
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
@@ -149,8 +152,7 @@ def read_rows(folder):
 
 
 def save_checkpoint(folder, state):
-    """Write all that changes during a run in one file, with the settings it belongs to. Raises OSError; the old file is kept."""
-    state = {"settings": load_settings(folder), **state}
+    """Write all that changes during a run in one file, "settings" that it belongs to included. Raises OSError; the old file is kept."""
     def write(path):
         with open(path, "wb") as file:  # torch would say of a full disk "unexpected pos", a file of Python's says what it is
             torch.save(state, file)
@@ -183,7 +185,12 @@ def saved_identity(folder):
     """What the checkpoint of a run says of its model, prompts and rewards, without reading its weights; {} if there is none."""
     if not has_checkpoint(folder):
         return {}
-    return torch.load(folder / "checkpoint" / "state.pt", map_location="cpu", weights_only=True, mmap=True)["identity"]
+    path = folder / "checkpoint" / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+    except Exception as error:
+        raise ValueError(f"the checkpoint {path} is damaged, so that the run's base model cannot be checked: delete it to go on "
+                         "without the check") from error
 
 
 def has_checkpoint(folder):
@@ -195,7 +202,7 @@ def forget_after(folder, epoch):
     """Delete the log's rows, the images and the model of epochs after `epoch`: a resumed run makes them again."""
     rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for path in (folder / "samples").glob("epoch_*.png"):
+    for path in sample_files(folder):
         if int(path.stem[6:]) > epoch:
             path.unlink()
     remove(folder / "model")
@@ -212,13 +219,18 @@ def save_model(folder, pipeline):
 def save_samples(folder, epoch, images, labels):
     """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.png and progress.gif anew."""
     write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(images, labels).save)
-    paths = sorted((folder / "samples").glob("epoch_*.png"))
+    paths = sample_files(folder)
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
     strips = [first_row(path, min(COLUMNS, len(images)), images[0].height / images[0].width) for path in paths]
     write_atomically(folder / "progress.png", stack_rows(strips, labels).save)
     shown = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})  # of many, some
     write_atomically(folder / "progress.gif", lambda path: save_gif(
         [strips[k] for k in shown], [labels[k] for k in shown], path))
+
+
+def sample_files(folder):
+    """The images of a run's evaluations, in their order. Other files in that folder are left alone."""
+    return sorted(path for path in (folder / "samples").glob("epoch_*.png") if path.stem[6:].isdecimal())
 
 
 def draw_grid(images, labels, columns=COLUMNS):

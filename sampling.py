@@ -131,6 +131,8 @@ def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
     if config.clip_sample or config.thresholding:
         raise ValueError("the scheduler clips its prediction of x_0 (clip_sample or thresholding): the mean of the policy "
                          "would not be the one that is scored; set both to False")
+    if len(scheduler.alphas_cumprod) != config.num_train_timesteps or not scheduler.alphas_cumprod.isfinite().all():
+        raise ValueError(f"the scheduler's betas are not those of {config.num_train_timesteps} timesteps of noise")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.cpu().long()
     if timesteps.max() >= config.num_train_timesteps:

@@ -3,6 +3,7 @@
 Later sources override earlier ones: the defaults of Config, ALGORITHMS, PRESETS, PRESET_REWARDS, PRESET_ALGORITHMS, the flags.
 """
 import argparse
+import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -84,7 +85,7 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)")
 
     def __post_init__(self):
-        self.watch = tuple(self.watch)  # JSON and the command line give a list
+        self.watch = () if list(self.watch) == ["none"] else tuple(self.watch)  # JSON and the command line give a list
 
 
 # ---- What algorithms and presets ask for ----
@@ -157,8 +158,6 @@ def build_config(flags):
     make_paths_absolute(config)
     if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained
         config.watch = tuple(name for name in config.watch if short_name(name) != short_name(config.reward))
-    if config.watch == ("none",):
-        config.watch = ()
     take_options_of_watched(config, flags)
     config.device = chosen_device(config.device)
     check(config)
@@ -221,9 +220,14 @@ def reward_options(config, name):
 
 
 def save_config(folder, config):
-    """Write the settings of a run. A path inside the run or the project is kept relative to it, so that both may be moved."""
+    """Write the settings of a run, and return them as written.
+
+    A path inside the run or the project is kept relative to it, so that both may be moved.
+    """
     folders = [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]
-    runs.save_settings(folder, replace_in_places(asdict(config), folders))
+    settings = json.loads(json.dumps(replace_in_places(asdict(config), folders)))  # lists for tuples, as they are read again
+    runs.save_settings(folder, settings)
+    return settings
 
 
 def load_config(folder):
@@ -233,6 +237,10 @@ def load_config(folder):
     if differing:
         others = f" and {len(differing) - 3} others" if len(differing) > 3 else ""
         raise ValueError(f"{folder / 'config.json'} is of another version: it differs in {', '.join(differing[:3])}{others}")
+    for item in fields(Config):
+        kinds = {float: (int, float), tuple: list}.get(item.type, item.type)
+        if not isinstance(settings[item.name], kinds) or isinstance(settings[item.name], bool) != (item.type is bool):
+            raise ValueError(f"{folder / 'config.json'} is damaged: {item.name} is {settings[item.name]!r}")
     return Config(**replace_in_places(settings, [("{run}", str(Path(folder).resolve())), ("{project}", str(ROOT))]))
 
 
@@ -344,7 +352,7 @@ def parse(argv, description):
     names = {"names": ", ".join(REWARDS), "sets": ", ".join(PROMPT_SETS), "algorithms": ", ".join(ALGORITHMS)}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = _refuse  # one line, not the usage of forty flags
+    parser.error = refuse  # one line, not the usage of forty flags
     places = ", ".join("--" + name.replace("_", "-") for name in PLACES)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, "
                         f"and where things are now that have moved ({places})")
@@ -361,7 +369,8 @@ def parse(argv, description):
     return vars(parser.parse_args(argv))
 
 
-def _refuse(message):
+def refuse(message):
+    """What argparse is to do with a mistake."""
     raise ValueError(message)
 
 

@@ -14,6 +14,7 @@ import models
 import networks
 import rewards
 import sampling
+import train
 from conftest import EMOJI
 
 
@@ -120,7 +121,51 @@ def test_bertscores_encoder_may_lack_the_pooler_that_nothing_reads_but_no_other_
         rewards.BertRecall("cpu", str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_learned_reward_with_fewer_layers_in_its_config_than_in_its_file_is_refused(part, tiny_clip, tmp_path):
+    folder = copied(tiny_clip, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", **{part: {**config[part], "num_hidden_layers": 1}})
+    with pytest.raises(ValueError, match="of its weights have no place in the network"):
+        rewards.load_reward("pickscore", reward_model=str(folder))
+
+
+def test_a_tokenizer_without_its_vocabulary_or_with_too_large_a_one_is_refused(tiny_model, tmp_path):
+    folder = copied(tiny_model, tmp_path)
+    (folder / "tokenizer" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert "has no vocabulary: neither tokenizer.json nor vocab.json with merges.txt" in refused(folder)
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer" / "tokenizer.json")
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=100)
+    edit_weights(folder / "text_encoder", lambda weights: {
+        name: weight[:100].clone() if "token_embedding" in name else weight for name, weight in weights.items()})
+    assert "its tokenizer knows more tokens than its text encoder has embeddings (100)" in refused(folder)
+
+
+@pytest.mark.parametrize("part, change", [
+    ("unet", {"attention_head_dim": 1}), ("unet", {"center_input_sample": True}), ("vae", {"scaling_factor": 1.0}),
+    ("text_encoder", {"hidden_act": "gelu"}), ("text_encoder", {"use_attention_mask": True}), ("scheduler", {"num_train_timesteps": 500})])
+def test_a_model_with_another_setting_is_another_model(part, change, tiny_model, tmp_path):
+    folder = copied(tiny_model, tmp_path)
+    identities = [train.model_identity(sampling.load_policy(model, 4, 1.0, 5.0)) for model in (tiny_model, folder)]
+    edit_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **change)
+    identities.append(train.model_identity(sampling.load_policy(folder, 4, 1.0, 5.0)))
+    assert identities[0] == identities[1] != identities[2]
+
+
 # ---- Which files ----
+
+FILES = {"full": ["model.safetensors"], "pickle": ["pytorch_model.bin"], "fp16": ["model.fp16.safetensors"],
+         "shards": ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"], "bf16": ["model.bf16.safetensors"]}
+
+
+@pytest.mark.parametrize("kinds, want", [
+    (["full", "fp16", "pickle"], (None, True)), (["pickle", "fp16"], (None, False)), (["fp16"], ("fp16", True)), (["shards"], ("fp16", True)),
+    (["bf16"], ("bf16", True)), (["bf16", "fp16"], ("fp16", True)), ([], (None, True))])
+def test_full_weights_are_preferred_to_other_variants(kinds, want, tmp_path):
+    for name in [file for kind in kinds for file in FILES[kind]] + ["ema.safetensors", "config.json"]:
+        (tmp_path / name).touch()
+    assert tuple(networks.variant_of(tmp_path)[key] for key in ("variant", "use_safetensors")) == want
+
 
 def test_small_files_alone_or_pickles_alone_are_loaded_without_a_word(tiny_model, tmp_path, capfd):
     small, pickled = copied(tiny_model, tmp_path), shutil.copytree(tiny_model, tmp_path / "pickled")
@@ -222,6 +267,13 @@ def test_a_single_file_without_a_weight_is_refused(tiny_model, tmp_path, cached_
     del weights["model.diffusion_model.out.2.bias"]
     save_file(weights, tmp_path / "dreams.safetensors")
     assert "1 of its weights are missing, the first is conv_out.bias" in refused(tmp_path / "dreams.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.diffusion_model.middle_block.3.in_layers.0.weight",
+                                  "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight"])
+def test_a_single_file_with_a_weight_too_many_is_refused(name, tiny_model, tmp_path, cached_settings):
+    save_file({**single_file(tiny_model), name: torch.zeros(2)}, tmp_path / "dreams.safetensors")
+    assert "1 of its weights " in refused(tmp_path / "dreams.safetensors")
 
 
 def test_a_single_file_without_network_or_cache_says_what_it_needs(tiny_model, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_json_lines_give_prompts_with_questions_and_metadata(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("{", "line 2 is not JSON"), ("[1]", "line 2 is not a JSON object"), ('{"caption": "a cat"}', 'line 2 has no text in a field "prompt"'),
-    ('{"prompt": 3}', "line 2 has no text"), ('{"prompt": " "}', "line 2 has no text"),
+    ('{"prompt": "\\ud800"}', "line 2 is not JSON"), ('{"a":' * 9999, "line 2 is not JSON"), ('{"prompt": 3}', "line 2 has no text"), ('{"prompt": " "}', "line 2 has no text"),
     ('{"prompt": "a", "questions": "how many?"}', "questions must be a list"), ('{"prompt": "a", "questions": [["how?"]]}', "must be a list"),
     ('{"prompt": "a", "questions": [["how?", ["polar bear"]]]}', "must be single words, not ['polar bear']"),
     ('{"prompt": "a", "questions": [["how?", []]]}', "must be single words"), ('{"prompt": "a", "questions": 7}', "must be a list")])
@@ -48,7 +48,9 @@ def test_a_malformed_json_line_is_refused_by_its_number(line, message, tmp_path)
 @pytest.mark.parametrize("name, content, message", [
     ("p.json", '["a cat"]', "save it as text"), ("p.csv", "prompt,id\na cat,1", "save it as text"), ("P.TSV", "a cat\t1", "save it as text"),
     ("p.txt", '{"prompt": "a cat"}\n{"prompt": "a dog"}', "looks like JSON"), ("p.txt", '[\n  "a cat",\n  "a dog"\n]', "looks like JSON"),
-    ("p.txt", 'a cat\n{"prompt": "a dog"},', "looks like JSON"), ("p.txt", "a cat".encode("utf-16"), "not UTF-8"),
+    ("p.txt", 'a cat\n{"prompt": "a dog"},', "looks like JSON"),
+    ("p.txt", '[\n  "a cat",\n  "a dog",\n]', "looks like JSON"), ("p.txt", '{\n  "prompt": "a cat"\n}\n{', "looks like JSON"),
+    ("p.txt", "{'prompt': 'a cat'}", "looks like JSON"), ("p.txt", '["a cat",\n"a dog"', "looks like JSON"), ("p.txt", "a cat".encode("utf-16"), "not UTF-8"),
     ("p.txt", "a cat".encode("utf-16-le"), "not UTF-8"), ("p.txt", "\ufeff\n \n", "is empty"), ("p.jsonl", "", "is empty")])
 def test_a_file_of_another_kind_is_refused_with_what_to_do(name, content, message, tmp_path):
     with pytest.raises(ValueError) as caught:

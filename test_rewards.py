@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -322,6 +323,64 @@ def test_a_file_behaves_as_python_would_run_it():
     assert sys.path == path
 
 
+def test_two_folders_may_each_have_a_helper_even_of_a_name_of_this_project():
+    values = []
+    for folder in ("one", "two"):
+        Path(folder).mkdir()
+        Path(folder, "models.py").write_text(f"VALUE = {len(values) + 1}\n")
+        Path(folder, "later.py").write_text(f"VALUE = {len(values) + 1}\n")
+        values.append(loaded("from models import VALUE\ndef reward(images, prompts):\n    import later\n"
+                             "    return [VALUE + 10 * later.VALUE] * 3\n", name=f"{folder}/own_{folder}.py"))
+    assert [reward(IMAGES, ["a"] * 3)[0][0].item() for reward in values * 2] == [11, 22, 11, 22]
+    import models
+    assert hasattr(models, "load_pipeline") and "later" not in sys.modules
+
+
+def test_a_changed_helper_is_another_reward():
+    code = "from helper import f\ndef reward(images, prompts):\n    import package.part\n    return f(images)\n"
+    Path("helper.py").write_text("def f(images): return images.mean((1, 2, 3))\n")
+    Path("package").mkdir()
+    Path("package/__init__.py").touch()
+    Path("package/part.py").touch()
+    identities = [loaded(code).identity, loaded(code).identity]
+    for file in ("helper.py", "package/part.py"):
+        Path(file).write_text(Path(file).read_text() + "#")
+        identities.append(loaded(code).identity)
+    assert identities[0] == identities[1] and len(set(identities)) == 3
+
+
+@pytest.mark.parametrize("change, name", [
+    ("torch.set_float32_matmul_precision('medium')", "get_float32_matmul_precision"), ("torch.set_num_threads(1)", "get_num_threads"),
+    ("torch.use_deterministic_algorithms(True)", "are_deterministic_algorithms_enabled"),
+    ("torch.set_autocast_enabled('cpu', True)", "is_autocast_enabled"), ("torch.autograd.set_detect_anomaly(True)", "is_anomaly_enabled")])
+def test_the_policys_arithmetic_is_not_changed_by_a_reward(change, name):
+    state = getattr(torch, name)
+    before = state()
+    loaded(f"import torch\n{change}\ndef reward(images, prompts):\n    {change}\n    return [1.0] * 3\n")(IMAGES, ["a"] * 3)
+    assert state() == before
+
+
+def test_a_reward_cannot_take_away_the_signals_that_save():
+    before = signal.getsignal(signal.SIGTERM)
+    loaded("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)\n" + MEAN.replace(":", ":\n    signal.signal(signal.SIGTERM, "
+           "signal.SIG_IGN);", 1))(IMAGES, ["a"] * 3)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("returned, want", [
+    ("(x for x in (1.0, 2.0, 3.0))", [1, 2, 3]), ("map(float, '123')", [1, 2, 3]), ("numpy.array([1, 2, 3], object)", [1, 2, 3]),
+    ("([1.0, 2.0, 3.0], None)", [1, 2, 3]), ("([1.0, 2.0, 3.0], numpy.array(['x', 'y', 'z']))", [1, 2, 3]), ("(1.0, 2.0, 3.0)", [1, 2, 3])])
+def test_any_b_numbers_are_rewards(returned, want):
+    reward = loaded(f"import numpy\ndef reward(images, prompts): return {returned}\n")
+    assert reward(IMAGES, ["a"] * 3)[0].tolist() == want
+
+
+@pytest.mark.parametrize("returned", ["[1j] * 3", "torch.ones(3) * 1j", "numpy.ones(3) * 1j", "'abc'", "{'a': 1}", "[[1.0]] * 3"])
+def test_what_is_not_b_numbers_is_refused(returned):
+    with pytest.raises(rewards.RewardError, match="not numbers|shape"):
+        loaded(f"import numpy, torch\ndef reward(images, prompts): return {returned}\n")(IMAGES, ["a"] * 3)
+
+
 @pytest.mark.parametrize("name", ["rewards.py", "time.py", "colorsys.py"])
 def test_a_file_with_the_name_of_another_module_does_not_replace_it(name):
     module = __import__(name.removesuffix(".py"))
@@ -370,7 +429,7 @@ def test_notes_of_another_number_are_refused(notes, message):
 
 @pytest.mark.parametrize("parameters, given", [
     ("images, prompts, metadata", 3), ("images, prompts, more", 3), ("images, prompts, metadata=None", 3), ("images, prompts, scale=2.0", 2),
-    ("*arguments", 2), ("images, prompts, *, scale=2.0", 2), ("images, prompts, **options", 2)])
+    ("*arguments", 2), ("images, prompts, *, scale=2.0", 2), ("images, prompts, **options", 2), ("images, prompts, *, metadata=None", 3)])
 def test_a_function_gets_metadata_if_it_has_a_third_parameter_for_it(parameters, given):
     reward = loaded(f"seen = []\ndef reward({parameters}):\n    seen.append(len([x for x in locals().values() if isinstance(x, list) and x "
                     "and isinstance(x[0], dict)]))\n    return [float(seen[-1])] * 3\n")
@@ -378,10 +437,16 @@ def test_a_function_gets_metadata_if_it_has_a_third_parameter_for_it(parameters,
     assert values.tolist() == [float(given == 3)] * 3
 
 
-@pytest.mark.parametrize("parameters", ["", "images", "images, prompts, metadata, more", "images, prompts, *, scale"])
+@pytest.mark.parametrize("parameters", ["", "images", "images, prompts, metadata, more", "images, prompts, *, scale",
+                                        "images, metadata, prompts"])
 def test_a_function_with_other_parameters_is_refused_before_anything_is_made(parameters):
-    with pytest.raises(ValueError, match=r"must take \(images, prompts\) or \(images, prompts, metadata\)"):
+    with pytest.raises(ValueError, match=r"must be a plain function of \(images, prompts\) or"):
         loaded(f"def reward({parameters}): return [1.0] * 3\n")
+
+
+def test_an_async_function_is_refused():
+    with pytest.raises(ValueError, match="must be a plain function"):
+        loaded("async def reward(images, prompts): return [1.0] * 3\n")
 
 
 def test_the_fields_of_a_jsonl_file_reach_a_users_reward(tiny_model):

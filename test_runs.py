@@ -107,10 +107,11 @@ def test_what_has_moved_is_taken_from_where_it_is_said_to_be_now_if_it_is_the_sa
     Path("again").symlink_to("new")
     run("--resume", "runs/r", "--epochs", 3)  # the new places are kept
     assert evaluate.main(["runs/r", "--images", "2", "--base", "again"]) == 0
+    Path("other.py").write_text(Path("mine.py").read_text() + "#")
     shutil.copytree("new", "other")
     edit_weights(Path("other/vae"), lambda weight: weight * 1.01)
     for changed, flags in (("model", ["--model", "other"]), ("prompts", ["--prompts", "dpok"]),
-                           ("reward redness", ["--reward", "mine.py:shuffled"])):
+                           ("reward redness", ["--reward", "other.py:redness"])):
         capsys.readouterr()
         run("--resume", "runs/r", "--epochs", 4, *flags, code=2)
         line, = told(capsys)

@@ -120,7 +120,7 @@ def tell(experiment, epoch, metrics):
     experiment.seconds += sum(value or 0 for name, value in row.items() if name.startswith("seconds_"))
     experiment.remember()
     if epoch and is_due(epoch, config.checkpoint_every, config.epochs):
-        runs.save_checkpoint(folder, experiment.remembered)
+        runs.save_checkpoint(folder, {"settings": experiment.settings, **experiment.remembered})
         runs.draw_curve(folder, experiment.reward.name, experiment.reward.unit,
                         {reward.name: reward.unit for reward in experiment.watched})
 
@@ -290,8 +290,9 @@ def model_identity(policy):
     """A hash of a pretrained model: its networks, and what its scheduler's chain is made of."""
     pipeline, scheduler = policy.pipeline, policy.pipeline.scheduler.config
     parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
-                                          "beta_schedule", "trained_betas", "rescale_betas_zero_snr")]
-    return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), latent_shape(pipeline), *parts])
+                                          "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
+    parts += [latent_shape(pipeline), sorted(pipeline.tokenizer.get_vocab().items()), pipeline.tokenizer.model_max_length]
+    return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), *parts])
 
 
 def hash_of(value):
@@ -331,8 +332,12 @@ def new_run(flags):
     config = build_config(flags)
     experiment = build_experiment(config)
     experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}")
-    experiment.lock = runs.lock_run(experiment.folder)
-    save_config(experiment.folder, config)
+    try:
+        experiment.lock = runs.lock_run(experiment.folder)
+        experiment.settings = save_config(experiment.folder, config)
+    except BaseException:  # a folder without settings would only block its name
+        runs.remove(experiment.folder)
+        raise
     return experiment
 
 
@@ -352,6 +357,9 @@ def resume(folder, flags):
         raise ValueError(f"--epochs {epochs}: {folder} is a run of {config.epochs} epochs, and can only be made longer")
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
+    logged = [row["epoch"] for row in runs.read_rows(folder)]
+    if state["epoch"] and logged[:state["epoch"] + 1] != list(range(state["epoch"] + 1)):
+        raise ValueError(f"the log of {folder} lacks epochs up to {state['epoch']}: put log.jsonl back, or start a new run")
     config = replace(config, **flags)
     config.device = chosen_device(config.device)
     make_paths_absolute(config)
@@ -363,7 +371,7 @@ def resume(folder, flags):
         experiment.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint of {folder} is of another model than {config.model}") from error
-    save_config(folder, config)
+    experiment.settings = save_config(folder, config)
     runs.forget_after(folder, experiment.epoch)
     return experiment
 
@@ -373,9 +381,12 @@ def refuse_changes(experiment, before, folder):
     places = {"prompts": experiment.config.prompts, "model": experiment.config.model,
               **{f"reward {reward.name}": reward.source for reward in experiment.rewards}}
     for name in dict.fromkeys([*before, *experiment.identity]):
-        if before.get(name) != experiment.identity.get(name):
-            raise ValueError(f"{folder} began with other {name} than {places.get(name, 'those given now')!r} holds now: put the old "
-                             "back, say where they are, or start a new run")
+        if name not in experiment.identity or name not in before:
+            raise ValueError(f"{folder} began {'with' if name in before else 'without'} the {name}: give the same rewards, or start a "
+                             "new run")
+        if before[name] != experiment.identity[name]:
+            raise ValueError(f"{folder} began with other {name} than {places[name]!r} holds now: put the old back, say where they "
+                             "are, or start a new run")
 
 
 def stop(experiment, reason, code):
@@ -383,7 +394,7 @@ def stop(experiment, reason, code):
     folder = experiment.folder
     handlers = [(one, signal.signal(one, signal.SIG_IGN)) for one in SIGNALS]  # a second Ctrl-C must not cut this short
     try:
-        runs.save_checkpoint(folder, experiment.remembered)
+        runs.save_checkpoint(folder, {"settings": experiment.settings, **experiment.remembered})
         kept = f"the state after {experiment.remembered['epoch']} epochs is saved"
     except OSError as error:
         earlier = "an earlier checkpoint is unharmed" if runs.has_checkpoint(folder) else "and there is no earlier checkpoint"
@@ -391,7 +402,8 @@ def stop(experiment, reason, code):
     finally:
         for one, handler in handlers:
             signal.signal(one, handler)
-    go_on = f"; go on with: python train.py --resume {folder}" if runs.has_checkpoint(folder) else ""
+    finished = experiment.remembered["epoch"] == experiment.config.epochs and (folder / "model").exists()
+    go_on = f"; go on with: python train.py --resume {folder}" if runs.has_checkpoint(folder) and not finished else ""
     notify(f"\ntrain.py: {reason}; {kept}{go_on}")
     return code
 
@@ -426,6 +438,7 @@ def main(argv=None):
         say(description(experiment))
         train(experiment)
         runs.save_model(experiment.folder, experiment.policy.pipeline)
+        say(outcome(experiment))
     except KeyboardInterrupt:
         return stop(experiment, "interrupted", 130)
     except torch.OutOfMemoryError:
@@ -437,7 +450,6 @@ def main(argv=None):
     except Exception:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
         stop(experiment, "failed", 1)
         raise
-    say(outcome(experiment))
     return 0
 
 
