@@ -135,7 +135,7 @@ def test_a_file_that_changed_since_the_run_began_is_refused_by_name(file, change
 
 # ---- Signals, terminals, disks ----
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])  # Ctrl-C: test_ddpo.py
 def test_each_signal_that_ends_a_job_saves_and_says_how_to_go_on(name, tiny_model, capsys):
     Path("sends.py").write_text(f"import os, signal\ndef reward(images, prompts):\n    if len(images) == 4 and not "
                                 f"os.path.exists('sent'):\n        open('sent', 'w')\n        os.kill(os.getpid(), signal.{name})\n"
@@ -184,6 +184,39 @@ def test_a_full_disk_is_called_so_and_no_earlier_checkpoint_is_claimed(tiny_mode
     assert train.stop(experiment, "interrupted", 130) == 130
     line, = told(capsys)
     assert "No space left on device" in line and "there is no earlier checkpoint" in line and "--resume" not in line
+
+
+def test_a_log_that_is_gone_is_not_taken_for_a_run_that_never_began(tiny_model, capsys):
+    run(*tiny_flags(tiny_model, epochs=1))
+    Path("runs/r/log.jsonl").unlink()
+    capsys.readouterr()
+    run("--resume", "runs/r", "--epochs", 2, code=2)
+    line, = told(capsys)
+    assert "the log of runs/r lacks epochs up to 1: put log.jsonl back" in line
+
+
+def test_settings_that_are_edited_or_damaged_while_a_run_trains_do_not_become_its_own(tiny_model):
+    Path("edits.py").write_text("def reward(images, prompts):\n    with open('runs/r/config.json', 'w') as file: file.write('{')\n"
+                                "    return images.mean((1, 2, 3))\n")
+    run(*tiny_flags(tiny_model, epochs=1, reward="edits.py:reward"))
+    state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
+    assert state["epoch"] == 1 and state["settings"]["learning_rate"] == 2e-4
+
+
+def test_a_run_that_cannot_write_its_settings_leaves_no_folder_that_blocks_its_name(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(train, "save_config", lambda *_: open("/dev/full", "w").write("x" * 10**6))
+    run(*tiny_flags(tiny_model), code=2)
+    assert "No space left" in told(capsys)[0] and not Path("runs/r").exists()
+
+
+def test_files_of_other_names_among_the_images_and_a_damaged_checkpoint_end_in_no_traceback(tiny_model, capsys):
+    run(*tiny_flags(tiny_model, epochs=1))
+    Path("runs/r/samples/epoch_final (1).png").touch()
+    run("--resume", "runs/r", "--epochs", 2)
+    Path("runs/r/checkpoint/state.pt").write_bytes(b"garbage")
+    capsys.readouterr()
+    assert evaluate.main(["runs/r"]) == 2
+    assert "state.pt is damaged, so that the run's base model cannot be checked" in told(capsys)[-1]
 
 
 def test_evaluate_prints_its_table_where_it_cannot_write_its_image(tiny_model, tmp_path, capsys):

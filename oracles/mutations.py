@@ -63,7 +63,7 @@ MUTATIONS = [
     ("train.py", "known = values[~values.isnan()]", "known = values.nan_to_num()", METHOD),
     # evaluate.py, emoji/, studies/
     ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
-    ("evaluate.py", "for which in (config.model, model)]", "for which in (model, config.model)]", EVALUATE),  # a test was added
+    ("evaluate.py", "config.model, scored=False), trained]", "config.model, scored=False), trained][::-1]", EVALUATE),  # a test was added
     ("emoji/judge.py", "seen[1] == asked[1]", "seen[0] == asked[0]", EMOJI),
     ("studies/report.py", "(reward[:-1] * np.diff(queries))", "(reward[1:] * np.diff(queries))", STUDIES),
     ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]", STUDIES),
@@ -71,7 +71,7 @@ MUTATIONS = [
     ("studies/variance.py", "((N - 1) * leave_one_out.var())", "(leave_one_out.var())", STUDIES),
     # what would go wrong in silence
     ("networks.py", 'missing = [key for key in info["missing_keys"]', "missing = [key for key in []", MODELS),
-    ("networks.py", "and (of_diffusers or key", "and (False or key", MODELS),
+    ("networks.py", "and (of_diffusers or any(", "and (any(", MODELS),
     ("models.py", "tokenizer.model_max_length = min(", "tokenizer.model_max_length = max(", MODELS),
     ("models.py", "del layers[-more:]", "del layers[:more]", MODELS),
     ("sampling.py", 'spacing = "trailing" if', 'spacing = "leading" if', MODELS),
@@ -82,7 +82,7 @@ MUTATIONS = [
     ("process.py", "if os.getpid() != trainer:", "if False:", RUNS),
     ("runs.py", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", RUNS),
     ("train.py", "if experiment.optimizer.state:", "if True:", RUNS),
-    ("train.py", "if before.get(name) != experiment.identity.get(name):", "if False:", RUNS),
+    ("train.py", "if before[name] != experiment.identity[name]:", "if False:", RUNS),
     ("train.py", "texts = [experiment.alike[text] for text in texts]", "texts = list(texts)", RUNS),
     ("settings.py", 'if value.startswith(f"{old}{os.sep}"):', "if False:", RUNS),
     ("ddpo.py", "rounding = 2e-7 if (group ==", "rounding = 2e-7 if True or (group ==", REWARDS),
