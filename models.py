@@ -78,7 +78,8 @@ def load_parts(model):
     tokenizer = from_pretrained(tokenizer, folder, "the tokenizer of model", subfolder="tokenizer")
     with one_line_errors("the scheduler of model", model):
         settings = with_its_defaults(diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler"))
-        with warnings.catch_warnings(action="ignore"):  # diffusers corrects the offset of old schedulers, and warns at length
+        with warnings.catch_warnings():  # diffusers corrects the offset of old schedulers, and warns at length
+            warnings.simplefilter("ignore")
             return diffusers.StableDiffusionPipeline(
                 **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -211,7 +212,8 @@ def load_single_file(model):
     cached = [source for source in sources if isinstance(try_to_load_from_cache(source, "model_index.json"), str)]
     source = [*cached, *sources][0]
     with one_line_errors(f"{title} in one file, whose settings and tokenizer come from the hub ({source}), model", model), \
-            recorded_missing_weights() as missing, warnings.catch_warnings(action="ignore"):
+            recorded_missing_weights() as missing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(
             str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached))
     refuse_weights("model", model, missing=missing)
