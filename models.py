@@ -98,6 +98,8 @@ def fetched(model):
 def refuse_incomplete_folder(folder):
     """Raise ValueError if this is a folder, but not one of a whole pipeline."""
     missing = [part for part in PIPELINE_PARTS if folder.is_dir() and not (folder / part).exists()]
+    if is_lora(folder):
+        raise ValueError(f"model {str(folder)!r} is a LoRA, not a whole model: give the model that it was trained beside")
     if missing:
         raise ValueError(f"model {str(folder)!r} is a folder, but not of a Stable Diffusion pipeline: it has no "
                          f"{', '.join(missing)}")
@@ -245,13 +247,84 @@ def recorded_missing_weights():
         nn.Module.load_state_dict = load
 
 
+# ---- LoRA ----
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def add_lora(unet, rank, seed):
+    """Freeze the U-Net and put adapters of that rank beside its attention projections (Hu et al. 2021), in fp32. Only they train.
+
+    alpha is the rank, so that an adapter adds B A x. A is drawn from `seed`, B is 0: the U-Net begins as the pretrained one.
+    """
+    from peft import LoraConfig
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU from the global generator, which is the rewards'
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for weight in unet.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def is_lora(folder):
+    """Whether a folder holds adapters, which need the model that they were trained beside."""
+    return (Path(folder) / LORA_FILE).is_file()
+
+
+def load_lora(pipeline, folder):
+    """Put the adapters of a folder beside the U-Net's weights, frozen. Raises ValueError, in one line, if they do not fit."""
+    with one_line_errors("LoRA", folder):
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
+    pipeline.unet.requires_grad_(False)
+
+
+def save_pipeline(pipeline, folder):
+    """Write a pipeline, or its U-Net's adapters alone if it has any, as plain diffusers loads them: with their rank and alpha."""
+    unet = pipeline.unet
+    if not getattr(unet, "peft_config", None):
+        pipeline.save_pretrained(folder)
+        return
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+    pipeline.save_lora_weights(folder, get_peft_model_state_dict(unet), **_collate_lora_metadata({"unet": unet}))
+
+
+class WithoutLora:
+    """A U-Net with its adapters off: the pretrained one, without a second copy. It is called as the U-Net is."""
+
+    def __init__(self, unet):
+        self.unet, self.device, self.config = unet, unet.device, unet.config
+
+    def __call__(self, *inputs):
+        self.unet.disable_adapters()
+        try:
+            return self.unet(*inputs)
+        finally:
+            self.unet.enable_adapters()
+
+
 # ---- Texts and images ----
 
+PROMPTS_KEPT = 4096  # 1 GB of Stable Diffusion's states
+
+
 def encode_prompts(pipeline, prompts):
-    """B texts -> the text encoder's last hidden states (B, L, E), and those of the empty prompt (1, L, E)."""
-    with torch.no_grad():
-        states, _ = pipeline.encode_prompt([*prompts, ""], pipeline.unet.device, 1, do_classifier_free_guidance=False)
-    return states[:-1], states[-1:]
+    """B texts -> the text encoder's last hidden states (B, L, E), and those of the empty prompt (1, L, E).
+
+    Each text is encoded once, since the text encoder does not train. Its states are kept on the CPU.
+    """
+    known, device = pipeline.__dict__.setdefault("states_of_prompts", {}), pipeline.unet.device
+    new = [text for text in dict.fromkeys([*prompts, ""]) if text not in known]
+    if len(known) + len(new) > PROMPTS_KEPT:
+        known.clear()
+        new = list(dict.fromkeys([*prompts, ""]))
+    if new:
+        with torch.no_grad():
+            states, _ = pipeline.encode_prompt(new, device, 1, do_classifier_free_guidance=False)
+        known.update(zip(new, states.cpu()))
+    return torch.stack([known[text] for text in prompts]).to(device), known[""][None].to(device)
 
 
 def read_by_the_model(pipeline, prompts):
@@ -280,8 +353,9 @@ def decode(pipeline, x_0, precision="fp32"):
 
     Raises FloatingPointError if an image is not finite. As 8-bit pixels it would look like a black one.
     """
-    vae, parts = pipeline.vae, []
-    for part in x_0.split(8):  # at 512 x 512 pixels the decoder's activations need more memory than anything else
+    vae, parts, (height, width) = pipeline.vae, [], image_size(pipeline)
+    # The decoder's activations need more memory than anything else: 1 GB an image of 512 x 512 pixels.
+    for part in x_0.split(min(8, max(1, 2**19 // (height * width)))):
         with autocast(vae.device, precision):
             images = vae.decode(part / vae.config.scaling_factor).sample.float()
         if not images.isfinite().all():

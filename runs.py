@@ -6,7 +6,7 @@
     progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint/state.pt         everything that --resume needs
-    model/                      the trained pipeline, which plain diffusers loads
+    model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
     lock                        held by the process that trains the run
 """
 import errno
@@ -208,10 +208,10 @@ def forget_after(folder, epoch):
     remove(folder / "model")
 
 
-def save_model(folder, pipeline):
-    """Write the pipeline as model/, in fp32, so that `StableDiffusionPipeline.from_pretrained` draws what the policy drew."""
+def save_model(folder, save):
+    """Write the trained model as model/, by save(path)."""
     remove(folder / "model")
-    write_atomically(folder / "model", pipeline.save_pretrained)
+    write_atomically(folder / "model", save)
 
 
 # ---- Images ----

@@ -15,11 +15,12 @@ B images, T denoising steps, N (image, step) pairs, latents of (C, H, W).
 import copy
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from models import autocast, encode_prompts, latent_shape, load_pipeline
+from models import PRECISIONS, WithoutLora, add_lora, autocast, encode_prompts, latent_shape, load_pipeline
 from process import notify
 
 
@@ -56,7 +57,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Policy:
-    """A text-to-image pipeline as a policy. Only the weights of the U-Net train."""
+    """A text-to-image pipeline as a policy. Only weights of the U-Net train: all, or LoRA's."""
     pipeline: object          # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer, scheduler
     schedule: Schedule
     guidance_scale: float     # w; at 1 the conditional prediction alone
@@ -71,23 +72,35 @@ class Policy:
     def device(self):
         return self.unet.device
 
+    @property
+    def trained(self):
+        """name -> weight, of those that train."""
+        return {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
 
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True, **loading):
+
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True, lora_rank=0,
+                seed=0, gradient_checkpointing=False, **loading):
     """A pipeline by hub name, folder or file (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
 
     eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it.
-    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory. scored: see ddim_schedule.
-    loading: more options of load_pipeline. Raises ValueError, in one line, if the model is refused or if its schedule is.
+    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory (with LoRA: the same one). scored: see ddim_schedule.
+    lora_rank: only adapters of that rank train (see models.add_lora), 0: all weights of the U-Net do. seed: of the adapters.
+    gradient_checkpointing: compute activations twice instead of keeping them. loading: more options of load_pipeline. Raises ValueError, in one line, if the model is refused or if its schedule is.
     """
     pipeline = load_pipeline(model, device, precision, **loading)
     pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
     schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
     policy = Policy(pipeline, schedule, float(guidance_scale), precision)
+    if lora_rank:
+        pipeline.unet.to(PRECISIONS[precision])  # what does not train needs no more
+        add_lora(pipeline.unet, lora_rank, seed)
     if keep_reference:
-        frozen = copy.copy(pipeline)  # shares all but the U-Net
-        frozen.unet = copy.deepcopy(pipeline.unet)
+        frozen = SimpleNamespace(unet=WithoutLora(pipeline.unet) if lora_rank else copy.deepcopy(pipeline.unet))
         policy = replace(policy, reference=replace(policy, pipeline=frozen))
-    policy.unet.requires_grad_(True)
+    if not lora_rank:
+        pipeline.unet.requires_grad_(True)
+    if gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
     return policy
 
 

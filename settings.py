@@ -34,7 +34,8 @@ class Config:
     Ours: epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16 autocast), the
     settings of memory and speed, and how often to evaluate and to save.
     """
-    preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16")
+    preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: likewise, v1.5 "
+                                   "and LoRA of rank 4")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. An option that the trained reward reads is not its")
@@ -42,6 +43,7 @@ class Config:
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2: hub name, folder, or one .safetensors or "
                                                           ".ckpt file")
+    lora_rank: int = setting(0, "train adapters of this rank beside the U-Net's attention (LoRA); 0: all weights of the U-Net")
     clip_skip: int = setting(0, "last layers of the text encoder to leave out, as diffusers counts them")
     height: int = setting(0, "of the images, in pixels; 0: the model's own")
     width: int = setting(0, "of the images, in pixels; 0: the model's own")
@@ -79,6 +81,7 @@ class Config:
     precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; the weights stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
     micro_batch: int = setting(4, "(image, step) pairs (RWR: images) in a forward pass of learning: memory and speed only")
+    gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
@@ -106,7 +109,9 @@ PRESETS = {
         "skip_last_steps": 2,
         "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes once or twice an epoch: its own statistics come late
         "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
-    "paper": {}}
+    "paper": {},
+    "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}}  # appendix C, and the authors' port
+LORA_LEARNING_RATE = 3e-4  # the authors' port; 1e-5, the paper's for all weights, moves adapters too little
 
 # What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
@@ -154,6 +159,8 @@ def build_config(flags):
             raise ValueError(f"--{name.replace('_', '-')} is read by {', '.join(ALGORITHM_SETTINGS[name])}, not by {algorithm}")
     of_reward, of_algorithm = preset_reward(preset, reward), PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {})
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
+    if config.lora_rank and "learning_rate" not in flags:
+        config.learning_rate = LORA_LEARNING_RATE
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     make_paths_absolute(config)
     if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained
@@ -264,7 +271,7 @@ def shared_settings(config):
     def published(value):
         return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
-    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "checkpoint_every")
+    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "gradient_checkpointing", "checkpoint_every")
     return {name: list(map(published, value)) if name == "watch" else published(value)  # of types that JSON has
             for name, value in asdict(config).items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
@@ -274,7 +281,7 @@ def shared_settings(config):
 
 def check(config):
     """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
-    may_be_zero = ("weight_decay", "seed", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
+    may_be_zero = ("weight_decay", "seed", "lora_rank", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
                    "percentile", "skip_last_steps", "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import cut_prompts, decode, latent_shape, read_by_the_model
+from models import cut_prompts, decode, is_lora, latent_shape, load_lora, read_by_the_model, save_pipeline
 from networks import fingerprint, to_pil
 from process import SIGNALS, notify, refuse_several_processes, save_on_signals, say
 from prompts import load_prompts
@@ -230,7 +230,7 @@ class Experiment:
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
         self.optimizer = torch.optim.AdamW(  # in fp32; the authors' JAX code keeps the first moment in bf16
-            policy.unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            policy.trained.values(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay)
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=config.precision == "fp16")
@@ -252,7 +252,7 @@ class Experiment:
         And the identity of what the run was given, which must not change.
         """
         return copy_of({
-            "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.unet.state_dict(),
+            "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.trained,
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
             "reward_rngs": {reward.name: reward.rng_states for reward in self.rewards}, "identity": self.identity})
@@ -262,7 +262,9 @@ class Experiment:
         self.epoch, self.seconds = state["epoch"], state["seconds"]
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
-        self.policy.unet.load_state_dict(state["unet"])
+        if state["unet"].keys() != self.policy.trained.keys():
+            raise ValueError("the checkpoint holds other weights")
+        self.policy.unet.load_state_dict(state["unet"], strict=False)
         self.rng.set_state(state["rng"])
         for reward in self.rewards:
             reward.rng_states = state["reward_rngs"][reward.name]
@@ -311,10 +313,15 @@ def copy_of(value):
 # ---- The run: new, resumed, stopped ----
 
 def policy_of(config, model=None, scored=True):
-    """The pretrained policy of a run's settings, or another model under the same settings."""
-    return load_policy(model or config.model, config.sampling_steps, config.eta, config.guidance_scale, config.device,
-                       config.precision, config.kl_weight > 0 and model is None, scored, clip_skip=config.clip_skip,
-                       height=config.height, width=config.width)
+    """The policy of a run's settings before its training; or another model, or another folder's adapters, under these settings."""
+    adapters = model if model and is_lora(model) else None
+    policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta,
+                         config.guidance_scale, config.device, config.precision, config.kl_weight > 0 and model is None, scored,
+                         0 if model else config.lora_rank, config.seed, config.gradient_checkpointing,
+                         clip_skip=config.clip_skip, height=config.height, width=config.width)
+    if adapters:
+        load_lora(policy.pipeline, adapters)
+    return policy
 
 
 def build_experiment(config):
@@ -437,7 +444,7 @@ def main(argv=None):
     try:
         say(description(experiment))
         train(experiment)
-        runs.save_model(experiment.folder, experiment.policy.pipeline)
+        runs.save_model(experiment.folder, partial(save_pipeline, experiment.policy.pipeline))
         say(outcome(experiment))
     except KeyboardInterrupt:
         return stop(experiment, "interrupted", 130)
@@ -460,9 +467,9 @@ def fail(message):
 
 
 def description(experiment):
-    """The derived numbers of a run, in three lines, and a line for each surprise in its prompts."""
+    """The derived numbers of a run, in three lines, and a line for each surprise."""
     config = experiment.config
-    weights = sum(weight.numel() for weight in experiment.policy.unet.parameters())
+    weights = sum(weight.numel() for weight in experiment.policy.trained.values())
     if UPDATES[config.algorithm][1]:
         images = config.samples_per_epoch // config.updates_per_epoch
         steps = config.sampling_steps - config.skip_last_steps
@@ -474,11 +481,17 @@ def description(experiment):
             f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}, {config.precision}\n"
             f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
             f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
-            f"all, each on {share}" + "".join(f"\n{line}" for line in prompt_surprises(experiment)))
+            f"all, each on {share}" + "".join(f"\n{line}" for line in surprises(experiment)))
 
 
-def prompt_surprises(experiment):
-    """A line on prompts that the text encoder cuts off, and one on prompts that it reads as the same, where there are such."""
+def surprises(experiment):
+    """Lines on what may not be meant: a learning rate of the other mode, prompts that are cut off or read as the same."""
+    config = experiment.config
+    if config.preset != "emoji" and not config.lora_rank and config.learning_rate > 1e-4:
+        yield (f"--learning-rate {config.learning_rate:g} is LoRA's: with it all weights of Stable Diffusion soon draw black images; "
+               "the paper has 1e-5")
+    if config.lora_rank and config.learning_rate < 5e-5:
+        yield f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next to nothing with it; try 3e-4"
     if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
         yield cut
     same = [(text, other) for text, other in experiment.alike.items() if text != other]
