@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -52,6 +53,12 @@ def tiny_model(tmp_path_factory):
     StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(folder)
     return folder
+
+
+def edit_weights(folder, edit):
+    """Replace the weights of a network's folder by edit(weights)."""
+    path, = folder.glob("*.safetensors")
+    save_file(edit(load_file(path)), path, {"format": "pt"})
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from PIL import Image
 import runs
 from models import PRECISIONS, cut_prompts, image_size
 from networks import clip_pixels, image_embeddings, load_clip, to_pil
-from process import notify
+from process import notify, say
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
@@ -178,7 +178,7 @@ def main(argv=None):
         if args.images is not None and args.images < 1:
             raise ValueError(f"--images {args.images}: must be at least 1")
     except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        notify(f"evaluate.py: {error}")
         return 2
     args.device = args.device and chosen_device(args.device)
     rows, code, loaded = [HEADER, ["---"] * len(HEADER)], 0, {}
@@ -189,9 +189,9 @@ def main(argv=None):
             if error:
                 raise error
         except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)  # the others are evaluated all the same
+            notify(f"evaluate.py: {error}")  # the others are evaluated all the same
             code = 2
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    say("\n".join("| " + " | ".join(row) + " |" for row in rows))
     return code
 
 

@@ -1,6 +1,6 @@
 """The policy's text-to-image pipeline: loading it, which ones are accepted, encoding prompts, decoding latents.
 
-Differences between architectures are handled here. What all pretrained networks need is in networks.py.
+Models of another architecture than Stable Diffusion 1 and 2 are refused here. How any pretrained network is loaded is in networks.py.
 
 B images or prompts, latents of (C, H, W), prompts of L tokens and E features.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks import (Refused, from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
+from networks import (from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
                       wrong_names_hint)
 from process import notify
 
@@ -40,7 +40,7 @@ def load_pipeline(model, device="cpu", precision="fp32", clip_skip=0, height=0, 
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config
     if max(tokenizer.get_vocab().values()) >= text.vocab_size:
-        raise Refused(f"model {str(model)!r}: its tokenizer knows more tokens than its text encoder has embeddings ({text.vocab_size})")
+        raise ValueError(f"model {str(model)!r}: its tokenizer knows more tokens than its text encoder has embeddings ({text.vocab_size})")
     # Not every folder says how long a prompt may be.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
     leave_out_layers(pipeline.text_encoder, clip_skip)
@@ -69,11 +69,11 @@ def load_parts(model):
         kind = kinds.get(part, "")
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind, None)
         if not hasattr(loader, "from_pretrained") or part == "unet" and kind != fallback:
-            raise Refused(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
+            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: it is a "
                           f"{index.get('_class_name')}, whose {part} is {kind or 'missing'}, not {fallback}")
-        parts[part] = load_network(loader, folder, f"the {part} of model", subfolder=part, dtype=torch.float32)
+        parts[part] = load_network(loader, folder, f"the {part} of model {str(model)!r} in", subfolder=part, dtype=torch.float32)
     if not any(all((folder / "tokenizer" / name).is_file() for name in names) for names in VOCABULARIES):
-        raise Refused(f"the tokenizer of model {str(model)!r} has no vocabulary: neither {' nor '.join(map(' with '.join, VOCABULARIES))}")
+        raise ValueError(f"the tokenizer of model {str(model)!r} has no vocabulary: neither {' nor '.join(map(' with '.join, VOCABULARIES))}")
     tokenizer = getattr(transformers, kinds.get("tokenizer", ""), transformers.CLIPTokenizer)
     tokenizer = from_pretrained(tokenizer, folder, "the tokenizer of model", subfolder="tokenizer")
     with one_line_errors("the scheduler of model", model):
@@ -81,7 +81,7 @@ def load_parts(model):
         with warnings.catch_warnings():  # diffusers corrects the offset of old schedulers, and warns at length
             warnings.simplefilter("ignore")
             return diffusers.StableDiffusionPipeline(
-                **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings, clip_sample=False),
+                **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings),
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
@@ -108,14 +108,13 @@ def refuse_incomplete_folder(folder):
 def with_its_defaults(settings):
     """A scheduler's settings, with the defaults of its class where it does not say what noise the model was trained with.
 
-    Raises Refused if its class has no betas, so that DDIM does not know its noise.
+    Raises ValueError if its class has no betas, so that DDIM does not know its noise.
     """
     import diffusers
     kind = getattr(diffusers, settings.get("_class_name", ""), diffusers.DDIMScheduler)
     defaults = {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
     if "beta_schedule" not in {*settings, *defaults}:
-        raise Refused(f"the scheduler is a {kind.__name__}, which has no betas: the model is not a diffusion model as Stable "
-                      "Diffusion is")
+        raise ValueError(f"it is a {kind.__name__}, which has no betas as Stable Diffusion's have")
     trained = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
     return {**{name: defaults[name] for name in trained if name in defaults}, **settings}
 
@@ -138,7 +137,7 @@ def refuse_architecture(model, pipeline):
             set(widths) != {text.hidden_size}}
     for reason, applies in reasons.items():
         if applies:
-            raise Refused(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net {reason}")
+            raise ValueError(f"model {str(model)!r} is not a text-to-image model of Stable Diffusion 1 or 2: its U-Net {reason}")
 
 
 def leave_out_layers(text_encoder, clip_skip):
@@ -217,22 +216,28 @@ def load_single_file(model):
             recorded_missing_weights() as missing, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(
-            str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached))
+            str(model), config=source, torch_dtype=torch.float32, safety_checker=None, local_files_only=bool(cached),
+            low_cpu_mem_usage=False)
+    missing += [name for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder)  # accelerate leaves them without data
+                for name, weight in network.named_parameters() if weight.is_meta]
     refuse_weights("model", model, missing=missing)
     for prefix, network in (("model.diffusion_model.", pipeline.unet), ("first_stage_model.", pipeline.vae),
                             ("cond_stage_model.transformer.", pipeline.text_encoder)):
         names = [name for name in weights if name.startswith(prefix) and not name.endswith("position_ids")]
         if len(names) > len(network.state_dict()):
-            raise Refused(f"model {str(model)!r}: {len(names) - len(network.state_dict())} of its weights {prefix}* have no place in "
+            raise ValueError(f"model {str(model)!r}: {len(names) - len(network.state_dict())} of its weights {prefix}* have no place in "
                           f"a {title}")
     notify(f"model {model}: {title} by the names of its weights; settings and tokenizer of {source} "
-         f"({pipeline.scheduler.config.prediction_type})")
+           f"({pipeline.scheduler.config.prediction_type})")
     return pipeline
 
 
 @contextlib.contextmanager
 def recorded_missing_weights():
-    """A list of the weights that load_state_dict did not find. diffusers' from_single_file does not tell."""
+    """The context in which load_state_dict never refuses a missing weight, but notes it in the list that is yielded.
+
+    diffusers' from_single_file does not tell of them.
+    """
     missing, load = [], nn.Module.load_state_dict
 
     def load_and_record(network, weights, strict=True, assign=False):
@@ -327,18 +332,17 @@ def encode_prompts(pipeline, prompts):
     return torch.stack([known[text] for text in prompts]).to(device), known[""][None].to(device)
 
 
-def read_by_the_model(pipeline, prompts):
-    """B texts -> what the text encoder reads of each: B tuples of tokens, cut at its length; and B lengths without the cut."""
-    tokenizer = pipeline.tokenizer
-    texts = pipeline.maybe_convert_prompt([*prompts, ""], tokenizer)
-    whole, cut = tokenizer(texts).input_ids, tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True).input_ids
-    return [tuple(row) for row in cut[:-1]], [len(row) for row in whole[:-1]]
+def tokens_of(pipeline, prompts, whole=False):
+    """B texts -> B tuples of tokens: those that the text encoder reads, or with `whole` those that it cuts off, too."""
+    options = {} if whole else {"max_length": pipeline.tokenizer.model_max_length, "truncation": True}
+    texts = pipeline.maybe_convert_prompt([*prompts, ""], pipeline.tokenizer)  # "", since a tokenizer refuses an empty list
+    return [tuple(row) for row in pipeline.tokenizer(texts, **options).input_ids[:-1]]
 
 
 def cut_prompts(pipeline, prompts):
     """A line that says which of B texts the text encoder cuts off, or None if it reads all to their ends."""
     longest, prompts = pipeline.tokenizer.model_max_length, list(prompts)
-    cut = [(text, length) for text, length in zip(prompts, read_by_the_model(pipeline, prompts)[1]) if length > longest]
+    cut = [(text, len(tokens)) for text, tokens in zip(prompts, tokens_of(pipeline, prompts, whole=True)) if len(tokens) > longest]
     if not cut:
         return None
     lengths = sorted({length for _, length in cut})

@@ -72,9 +72,10 @@ def from_pretrained(loader, name, described_as, **options):
 def load_network(loader, name, described_as, unused="", **options):
     """A network of diffusers or transformers, by hub name or folder, with all of its weights. It is in eval mode.
 
-    The libraries leave weights random that a file does not hold. Here that is refused. A file may hold more, if that belongs to
-    a larger network that contains this one. unused: pattern of weights that may be missing or left over, since nothing reads them.
-    Raises ValueError, in one line.
+    The libraries leave a weight random if the file lacks it. Here a missing or misshapen weight is refused, and so is one without a
+    place in the network. One exception: a file of transformers may hold a larger network that contains this one, as a whole CLIP
+    holds a text encoder. unused: pattern of weights that nothing reads, so that they may be missing or left over. options: of
+    from_pretrained. Raises ValueError, in one line.
     """
     import diffusers
     of_diffusers, folder = issubclass(loader, diffusers.ModelMixin), Path(name) / options.get("subfolder", "")

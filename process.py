@@ -57,10 +57,10 @@ MODULES = {}  # folder -> its modules that were imported, by name
 
 @contextlib.contextmanager
 def importable(folder):
-    """The context in which the modules of a folder can be imported under their own names, as a script in it imports them.
+    """The context in which a folder's modules and packages can be imported by name, as by a script in that folder.
 
-    Outside of it these names are those of other modules. So two folders may each have a helper.py, or one with the name of a
-    module of this project.
+    Outside, such a name is free for another folder's module, or for one of this project. So two folders may each have a helper.py.
+    Modules of the folder that were imported before stay.
     """
     def is_here(module):
         return str(getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}")
@@ -74,6 +74,8 @@ def importable(folder):
     try:
         yield
     finally:
+        names |= {path.name for path in folder.iterdir()  # folders without __init__.py, too, if they were imported
+                  if list(getattr(sys.modules.get(path.name), "__path__", ())) == [str(path)]}
         MODULES[folder] = {name: sys.modules.pop(name) for name in list(sys.modules)
                            if name.split(".")[0] in names and name not in stay}
         sys.modules.update(others)
@@ -103,15 +105,11 @@ def _global_states():
 
 
 @contextlib.contextmanager
-def process_unchanged(folder=None):
-    """The context of a user's code: what it changes of `_global_states` and of the random states is put back.
-
-    With a folder, its modules can be imported.
-    """
+def process_unchanged():
+    """The context of a user's code: what it changes of `_global_states` and of the random states is put back."""
     before, rngs = list(_global_states()), global_rng_states()
     try:
-        with importable(folder) if folder else contextlib.nullcontext():
-            yield
+        yield
     finally:
         os.chdir(before[-1][0])  # first, since a working folder that was deleted has no name
         for (value, put_back), (now, _) in zip(before, _global_states()):

@@ -167,23 +167,23 @@ def load_prompts(name):
 
 def read_prompts(path):
     """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank. Raises ValueError."""
-    told = f"the prompt file {str(path)!r}"
+    described_as = f"the prompt file {str(path)!r}"
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{told} is not UTF-8 text") from error
+        raise ValueError(f"{described_as} is not UTF-8 text") from error
     if "\0" in text:
-        raise ValueError(f"{told} is not UTF-8 text: it holds zero bytes")
+        raise ValueError(f"{described_as} is not UTF-8 text: it holds zero bytes")
     # A byte-order mark, which Windows writes, is not part of a prompt. str.splitlines would also split at U+2028 and the like.
     lines = [line.strip(" \t\ufeff") for line in re.split("\r\n|\n|\r", text)]
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix.lower() == ".jsonl":
-        return [prompt_of_json(line, f"{told}, line {number}") for number, line in numbered]
+        return [prompt_of_json(line, f"{described_as}, line {number}") for number, line in numbered]
     if path.suffix.lower() in (".json", ".csv", ".tsv"):
-        raise ValueError(f"{told} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
+        raise ValueError(f"{described_as} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
                          "prompts.py)")
     if any(looks_like_json(line) for _, line in numbered):
-        raise ValueError(f"{told} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it "
+        raise ValueError(f"{described_as} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it "
                          "as text, one prompt a line")
     return [Prompt(line) for _, line in numbered]
 
@@ -198,29 +198,31 @@ def looks_like_json(line):
         return False
 
 
-def prompt_of_json(line, told):
-    """The Prompt of a line of JSON. told: how error messages call the line. Raises ValueError."""
+def prompt_of_json(line, described_as):
+    """The Prompt of a line of JSON. described_as: how error messages call the line. Raises ValueError."""
     try:
         fields = json.loads(line)
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half a Unicode character, too, is a ValueError
-        raise ValueError(f"{told} is not JSON: {error}") from error
+        raise ValueError(f"{described_as} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{told} is not a JSON object")
+        raise ValueError(f"{described_as} is not a JSON object")
     name = "prompt" if "prompt" in fields else "text"
     text = fields.pop(name, None)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{told} has no text in a field \"prompt\" or \"text\"")
+        raise ValueError(f"{described_as} has no text in a field \"prompt\" or \"text\"")
     questions = fields.pop("questions", None) or []
     try:
         questions = [(question, [right] if isinstance(right, (str, int)) else right) for question, right in questions]
         questions = tuple((question, tuple(str(answer).lower() for answer in right)) for question, right in questions)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{told}: questions must be a list of [question, [right answers]]") from error
+        raise ValueError(f"{described_as}: questions must be a list of [question, [right answers]]") from error
     for question, right in questions:
+        if not isinstance(question, str):
+            raise ValueError(f"{described_as}: a question must be a text, not {question!r}")
         wrong = [answer for answer in right if not re.fullmatch("[a-z0-9]+", answer)]  # the counting reward compares such words
-        if not isinstance(question, str) or not right or wrong:
-            raise ValueError(f"{told}: the right answers of a question must be single words, not {wrong or right!r}")
+        if not right or wrong:
+            raise ValueError(f"{described_as}: the right answers of a question must be single words, not {wrong or right!r}")
     return Prompt(text.strip(), questions, fields)
 
 

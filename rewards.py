@@ -6,14 +6,14 @@ The contract, for every reward here and for your own:
 
     images   (B, 3, H, W) float32 in [0, 1], on the policy's device, for any B
     prompts  B prompts.Prompt for the rewards of this project; B texts for a function of your own
-    values   B numbers, higher is better; anything that torch.as_tensor takes
+    values   B real numbers, higher is better: a tensor, an array, a list or a generator
     notes    B strings, for example the answers of a vision-language model; those of the trained reward are logged, and drawn
              under the images. Or a dictionary of lists of length B
 
 A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your own may have a third
 parameter, `metadata`: B dictionaries, the other fields of a JSON-lines prompt file. It may say its unit, in which its values are
 shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1. It runs without gradients, on a copy of the images. What it
-changes of the process (working folder, default dtype, random states, ...) is put back when it returns.
+changes of the working folder, torch's settings, the random states and the signals is put back when it returns.
 
 Rewards can be called from a function of your own, with plain texts. This one adds two, with weights:
 
@@ -267,7 +267,10 @@ UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB"), "countin
 
 @dataclass
 class Reward:
-    """A loaded reward. It checks that its function keeps the contract, and lets it change nothing of the process."""
+    """A loaded reward. It checks that its function keeps the contract, and puts back what the function changed of the process.
+
+    process.process_unchanged says what.
+    """
     name: str               # in REWARDS, or a function's own
     function: object        # images (B, 3, H, W) and B prompts.Prompt -> values, or (values, notes)
     unit: tuple = (1, "")   # see unit_of
@@ -294,6 +297,11 @@ class Reward:
             raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}{self.line_of(error)}") from error
         if torch.is_inference_mode_enabled():
             raise RewardError(f"the reward {self.name} left torch's inference mode on, in which nothing can be learned")
+        return self.checked(result, prompts)
+
+    def checked(self, result, prompts):
+        """What the function returned for B prompts -> values (B,) float64 and B notes. Raises RewardError."""
+        B = len(prompts)
         has_notes = isinstance(result, tuple) and len(result) == 2 and is_notes(result[1])
         values, notes = result if has_notes else (result, None)
         try:
@@ -305,14 +313,13 @@ class Reward:
             values = torch.as_tensor(values, dtype=torch.float64)
         except Exception as error:
             raise RewardError(f"the reward {self.name} returned {type(values).__name__}, not numbers") from error
-        if values.shape != (len(images),):
-            raise RewardError(f"the reward {self.name} returned shape {tuple(values.shape)} for {len(images)} images; "
-                              f"({len(images)},) was expected")
+        if values.shape != (B,):
+            raise RewardError(f"the reward {self.name} returned shape {tuple(values.shape)} for {B} images; ({B},) was expected")
         wrong = values.isinf() if self.nan_allowed else ~values.isfinite()
         if wrong.any():
             k = wrong.nonzero()[0].item()
             raise RewardError(f"the reward {self.name} returned {values[k].item()} for image {k} ({prompts[k].text!r})")
-        return values, self.one_note_an_image({} if notes is None else notes, len(images))
+        return values, self.one_note_an_image({} if notes is None else notes, B)
 
     def one_note_an_image(self, notes, B):
         """B notes of one line. A dictionary's entries are put together, as in 'name: value; ...'. Raises RewardError."""
@@ -382,12 +389,14 @@ def user_function(name):
         raise ValueError(f"the reward file {str(path)!r} cannot be loaded: {type_and_message(error)}") from error
     if not callable(function):
         raise ValueError(f"the reward file {str(path)!r} has no function {name.rpartition(':')[2]!r}")
-    takes_metadata(function)
     return function
 
 
 def files_of(path):
-    """A Python file and those of its folder that it imports, and that these import. A reward with another helper is another."""
+    """A Python file, and the modules and packages beside it that it imports, with what these import.
+
+    If one of them changes, the reward is another.
+    """
     files, to_do = [], [path]
     while to_do:
         file = to_do.pop()
@@ -396,20 +405,24 @@ def files_of(path):
         files.append(file)
         with contextlib.suppress(SyntaxError):
             for node in ast.walk(ast.parse(file.read_bytes())):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in getattr(node, "names", ())
-                                                                                      if isinstance(node, ast.Import)]
+                names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:  # a relative import stays in a package that is here whole
+                    names = [node.module]
                 for place in (path.parent / name.split(".")[0] for name in names):
-                    to_do += [place.with_suffix(".py"), *place.glob("*.py")]
+                    to_do += [place.with_suffix(".py"), *place.rglob("*.py")]
     return [path, *sorted(set(files) - {path})]
 
 
 @functools.cache
 def user_module(path, text):
-    """The module of a Python file of that text. Two functions of one file share it, as they would if it were imported."""
+    """The module of a Python file. text: what it holds now; only the cache looks at it, so that an edited file is loaded anew.
+
+    Two functions of one file share the module.
+    """
     name = path.stem.replace(".", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    with process_unchanged(path.parent):
+    with process_unchanged(), importable(path.parent):
         sys.modules[name] = module  # where dataclasses and the processes of a pool look for it
         try:
             spec.loader.exec_module(module)
@@ -419,8 +432,8 @@ def user_module(path, text):
     return module
 
 
-def takes_metadata(function):
-    """Whether a user's function asks for metadata: "" if not, "third" if as its third parameter, or "named" if by name alone.
+def metadata_parameter(function):
+    """How a user's function takes metadata: "third" parameter, "named" (by keyword only), or "" if not at all.
 
     Raises ValueError if it cannot be called with images and prompts.
     """
@@ -444,7 +457,7 @@ def takes_metadata(function):
 
 def called_as_it_asks(function, folder):
     """A user's function in the shape of this project's: it gets a copy of the images, texts, and metadata if it asks for them."""
-    asks = takes_metadata(function)
+    asks = metadata_parameter(function)
 
     def reward(images, prompts):
         # Copies: a function that works in place would spoil the images that are saved, or judged by the next reward.

@@ -5,9 +5,10 @@
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
     progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
     curve.png                   reward against reward queries, and the watched rewards
-    checkpoint/state.pt         everything that --resume needs
+    checkpoint/state.pt         all that training changes, and what --resume compares: settings; hashes of model, prompts, rewards
     model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
     lock                        held by the process that trains the run
+    before_after.png            the images of evaluate.py
 """
 import errno
 import json
@@ -147,17 +148,20 @@ def append_row(folder, row):
 
 
 def read_rows(folder):
-    """The log: a list of one dict an epoch."""
-    return read_lines(folder / "log.jsonl")
+    """The log: a list of one dict an epoch. Raises ValueError if it is damaged."""
+    rows = read_lines(folder / "log.jsonl")
+    if any("epoch" not in row for row in rows):
+        raise ValueError(f"{folder / 'log.jsonl'} is damaged: a row has no epoch")
+    return rows
 
 
 def save_checkpoint(folder, state):
-    """Write all that changes during a run in one file, "settings" that it belongs to included. Raises OSError; the old file is kept."""
+    """Write the state of a run in one file. It holds the "settings" that it belongs to. Raises OSError; the old file is kept."""
     def write(path):
         with open(path, "wb") as file:  # torch would say of a full disk "unexpected pos", a file of Python's says what it is
             torch.save(state, file)
 
-    write_atomically(folder / "checkpoint" / "state.pt", write)
+    write_atomically(checkpoint_file(folder), write)
 
 
 def load_checkpoint(folder, may_differ=()):
@@ -165,7 +169,7 @@ def load_checkpoint(folder, may_differ=()):
 
     may_differ: names of settings that may be others now than when it was saved.
     """
-    path = folder / "checkpoint" / "state.pt"
+    path = checkpoint_file(folder)
     if not path.exists():
         raise ValueError(f"{folder} has no checkpoint yet: start the run again under another name")
     try:
@@ -182,10 +186,13 @@ def load_checkpoint(folder, may_differ=()):
 
 
 def saved_identity(folder):
-    """What the checkpoint of a run says of its model, prompts and rewards, without reading its weights; {} if there is none."""
+    """What the checkpoint of a run says of its model, prompts and rewards, without reading its weights; {} if there is none.
+
+    Raises ValueError if it is damaged.
+    """
     if not has_checkpoint(folder):
         return {}
-    path = folder / "checkpoint" / "state.pt"
+    path = checkpoint_file(folder)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
     except Exception as error:
@@ -193,9 +200,14 @@ def saved_identity(folder):
                          "without the check") from error
 
 
+def checkpoint_file(folder):
+    """Where a run's state is."""
+    return folder / "checkpoint" / "state.pt"
+
+
 def has_checkpoint(folder):
     """Whether the run has saved a state."""
-    return (folder / "checkpoint" / "state.pt").exists()
+    return checkpoint_file(folder).exists()
 
 
 def forget_after(folder, epoch):
@@ -230,7 +242,8 @@ def save_samples(folder, epoch, images, labels):
 
 def sample_files(folder):
     """The images of a run's evaluations, in their order. Other files in that folder are left alone."""
-    return sorted(path for path in (folder / "samples").glob("epoch_*.png") if path.stem[6:].isdecimal())
+    paths = [path for path in (folder / "samples").glob("epoch_*.png") if path.stem[6:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[6:]))
 
 
 def draw_grid(images, labels, columns=COLUMNS):

@@ -121,7 +121,7 @@ def scheduler_with_density(model, scheduler, steps):
                                            thresholding=False)
         ddim_schedule(ours, steps, 1.0)
     notify(f"model {model}: its sampler's settings give a chain without a density; Stable Diffusion's are taken "
-         f"(timestep_spacing {spacing}, steps_offset 1, set_alpha_to_one False)")
+           f"(timestep_spacing {spacing}, steps_offset 1, set_alpha_to_one False)")
     return ours
 
 

@@ -38,7 +38,8 @@ class Config:
                                    "and LoRA of rank 4")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
-                               "replaces the preset's; none: watch nothing. An option that the trained reward reads is not its")
+                               "replaces the preset's; none: watch nothing. Options such as --reward-model go to the trained reward if it "
+                               "reads them, else to the watched one")
     prompts: str = setting("", "%(sets)s, or a file: text with one prompt a line, or .jsonl; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
     model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2: hub name, folder, or one .safetensors or "
@@ -193,7 +194,7 @@ def chosen_device(name):
 def make_paths_absolute(config):
     """Keep whole paths, so that a run can be resumed from any folder. Hub names and prompt sets stay as they are."""
     config.reward, config.watch = absolute_reward(config.reward), tuple(absolute_reward(name) for name in config.watch)
-    for name in ("model", "prompts", "reward_model", "bert_model", "aesthetic_head"):
+    for name in sorted({*PLACES} - {"reward", "watch"}):
         value = getattr(config, name)
         if value and value not in PROMPT_SETS and Path(value).exists():
             setattr(config, name, str(Path(value).resolve()))
@@ -232,13 +233,13 @@ def save_config(folder, config):
     A path inside the run or the project is kept relative to it, so that both may be moved.
     """
     folders = [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]
-    settings = json.loads(json.dumps(replace_in_places(asdict(config), folders)))  # lists for tuples, as they are read again
+    settings = json.loads(json.dumps(moved_paths(asdict(config), folders)))  # lists for tuples, as they are read again
     runs.save_settings(folder, settings)
     return settings
 
 
 def load_config(folder):
-    """The settings of a run under runs/. Raises ValueError if there are none, or if they are of another version."""
+    """The settings of a run under runs/. Raises ValueError if there are none, or if they are damaged or of another version."""
     settings = runs.load_settings(folder)
     differing = sorted(set(settings) ^ {item.name for item in fields(Config)})
     if differing:
@@ -248,11 +249,11 @@ def load_config(folder):
         kinds = {float: (int, float), tuple: list}.get(item.type, item.type)
         if not isinstance(settings[item.name], kinds) or isinstance(settings[item.name], bool) != (item.type is bool):
             raise ValueError(f"{folder / 'config.json'} is damaged: {item.name} is {settings[item.name]!r}")
-    return Config(**replace_in_places(settings, [("{run}", str(Path(folder).resolve())), ("{project}", str(ROOT))]))
+    return Config(**moved_paths(settings, [("{run}", str(Path(folder).resolve())), ("{project}", str(ROOT))]))
 
 
-def replace_in_places(settings, folders):
-    """A dict of settings, in whose places each path in one folder is in another: `folders` are pairs of old and new."""
+def moved_paths(settings, folders):
+    """The settings, with the paths in PLACES moved. folders: pairs (old, new); a path inside old becomes the same inside new."""
     def moved(value):
         for old, new in folders:
             if value.startswith(f"{old}{os.sep}"):

@@ -15,18 +15,12 @@ import networks
 import rewards
 import sampling
 import train
-from conftest import EMOJI
+from conftest import EMOJI, edit_weights
 
 
 def copied(folder, tmp_path):
     """A copy of a model's folder, to spoil."""
     return shutil.copytree(folder, tmp_path / "model")
-
-
-def edit_weights(folder, edit):
-    """Replace the weights of a network's folder by edit(weights)."""
-    path, = folder.glob("*.safetensors")
-    save_file(edit(load_file(path)), path, {"format": "pt"})
 
 
 def edit_json(path, **changes):
@@ -263,10 +257,10 @@ def test_a_single_file_is_the_same_model_and_trains(tiny_model, tmp_path, cached
 
 
 def test_a_single_file_without_a_weight_is_refused(tiny_model, tmp_path, cached_settings):
-    weights = single_file(tiny_model)
-    del weights["model.diffusion_model.out.2.bias"]
-    save_file(weights, tmp_path / "dreams.safetensors")
-    assert "1 of its weights are missing, the first is conv_out.bias" in refused(tmp_path / "dreams.safetensors")
+    for missing, name in (("model.diffusion_model.out.2.bias", "conv_out.bias"), (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias", "final_layer_norm.bias")):
+        save_file({name: weight for name, weight in single_file(tiny_model).items() if name != missing}, tmp_path / "x.safetensors")
+        assert f"1 of its weights are missing, the first is {name}" in refused(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.diffusion_model.middle_block.3.in_layers.0.weight",
@@ -346,7 +340,7 @@ def test_the_same_chain_is_taken_for_training_and_for_drawing_without_noise(tiny
 
 
 @pytest.mark.parametrize("scheduler, message", [
-    (diffusers.FlowMatchEulerDiscreteScheduler(), "is a FlowMatchEulerDiscreteScheduler, which has no betas"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(), "scheduler of model .* is a FlowMatchEulerDiscreteScheduler, which has no betas"),
     (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction type 'flow_prediction'")])
 def test_a_schedule_that_is_not_diffusions_is_refused(scheduler, message, tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
@@ -410,8 +404,8 @@ def test_all_vectors_of_a_textual_inversion_token_are_read(tiny_model, tmp_path)
     pipeline.load_textual_inversion(tmp_path / "toy.safetensors", token="<toy>")
     pipeline.save_pretrained(tmp_path / "with_toy")
     pipeline = models.load_pipeline(tmp_path / "with_toy")
-    (tokens,), (length,) = models.read_by_the_model(pipeline, ["a <toy>"])
-    assert length == 6 and len(set(tokens)) == 6  # begin, a, three vectors, end
+    tokens, = models.tokens_of(pipeline, ["a <toy>"])
+    assert len(set(tokens)) == len(tokens) == 6  # begin, a, three vectors, end
     padded = torch.tensor([[*tokens, *[tokens[-1]] * 10]])
     assert torch.equal(models.encode_prompts(pipeline, ["a <toy>"])[0][0], pipeline.text_encoder(padded.repeat(2, 1))[0][0])
 

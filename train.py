@@ -21,7 +21,7 @@ from tqdm import tqdm
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import cut_prompts, decode, is_lora, latent_shape, load_lora, read_by_the_model, save_pipeline
+from models import cut_prompts, decode, is_lora, latent_shape, load_lora, save_pipeline, tokens_of
 from networks import fingerprint, to_pil
 from process import SIGNALS, notify, refuse_several_processes, save_on_signals, say
 from prompts import load_prompts
@@ -220,12 +220,13 @@ class Clock:
 class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
-    state_dict says what is saved and restored. alike: text of a prompt -> the first prompt that the model cannot tell from it,
+    state_dict says what is saved and restored. lock: held while it lives. settings: the config as it was saved. alike: text of a prompt -> the first prompt that the model cannot tell from it,
     since it reads the same tokens; to the policy they are one, and share their statistics.
     """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=()):
-        self.config, self.policy, self.prompts, self.folder = config, policy, prompts, None
+        self.config, self.policy, self.prompts = config, policy, prompts
+        self.folder = self.lock = self.settings = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
@@ -279,7 +280,7 @@ class Experiment:
 def texts_alike(pipeline, texts):
     """text -> the first of the texts that the model reads as the same tokens."""
     first = {}
-    return {text: first.setdefault(tokens, text) for text, tokens in zip(texts, read_by_the_model(pipeline, texts)[0])}
+    return {text: first.setdefault(tokens, text) for text, tokens in zip(texts, tokens_of(pipeline, texts))}
 
 
 def identity_of(experiment):
@@ -289,7 +290,10 @@ def identity_of(experiment):
 
 
 def model_identity(policy):
-    """A hash of a pretrained model: its networks, and what its scheduler's chain is made of."""
+    """A hash of a pretrained model: its networks, the noise and spacing of its scheduler, its image size, its vocabulary.
+
+    Take it before training, since the U-Net's weights count.
+    """
     pipeline, scheduler = policy.pipeline, policy.pipeline.scheduler.config
     parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
                                           "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
@@ -298,6 +302,7 @@ def model_identity(policy):
 
 
 def hash_of(value):
+    """A hash of what JSON can hold; other values count as their text."""
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
@@ -370,6 +375,8 @@ def resume(folder, flags):
     config = replace(config, **flags)
     config.device = chosen_device(config.device)
     make_paths_absolute(config)
+    if config.precision == "fp16" and not config.device.startswith("cuda"):
+        raise ValueError(f"{folder} is a run in fp16, which needs a GPU with CUDA: go on where there is one")
     check(config)
     experiment = build_experiment(config)
     refuse_changes(experiment, state["identity"], folder)
@@ -377,7 +384,7 @@ def resume(folder, flags):
     try:
         experiment.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"the checkpoint of {folder} is of another model than {config.model}") from error
+        raise ValueError(f"the checkpoint of {folder} is damaged, or of another version of the libraries") from error
     experiment.settings = save_config(folder, config)
     runs.forget_after(folder, experiment.epoch)
     return experiment
@@ -392,8 +399,8 @@ def refuse_changes(experiment, before, folder):
             raise ValueError(f"{folder} began {'with' if name in before else 'without'} the {name}: give the same rewards, or start a "
                              "new run")
         if before[name] != experiment.identity[name]:
-            raise ValueError(f"{folder} began with other {name} than {places[name]!r} holds now: put the old back, say where they "
-                             "are, or start a new run")
+            raise ValueError(f"{folder} began with another state of the {name} than {places[name]!r} holds now: put the old one "
+                             "back, say where it is now, or start a new run")
 
 
 def stop(experiment, reason, code):
