@@ -29,6 +29,18 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def with_drawings():
+    """For tests that look at the curve or the animation. In the others they are left out: they are a third of a tiny run."""
+
+
+@pytest.fixture(autouse=True)
+def without_drawings(request, monkeypatch):
+    if "with_drawings" not in request.fixturenames:
+        monkeypatch.setattr(runs, "draw_curve", lambda *_: None)
+        monkeypatch.setattr(runs, "save_gif", lambda strips, labels, path: path.touch())
+
+
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))
 
 

@@ -883,7 +883,7 @@ def test_a_unit_that_is_not_a_word_is_refused(unit):
         rewards.load_reward("own.py:f")
 
 
-def test_the_animation_of_a_long_run_shows_some_of_the_evaluations():
+def test_the_animation_of_a_long_run_shows_some_of_the_evaluations(with_drawings):
     for epoch in range(50):
         (Path("r") / "samples").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (5 * epoch, 0, 0)).save(Path("r") / "samples" / f"epoch_{epoch:04d}.png")
@@ -894,7 +894,7 @@ def test_the_animation_of_a_long_run_shows_some_of_the_evaluations():
         assert gif.convert("RGB").getpixel((20, 20)) == (0, 0, 255)  # the last one is among them
 
 
-def test_a_run_logs_every_epoch_and_leaves_its_images(tiny_model, own_reward, capsys):
+def test_a_run_logs_every_epoch_and_leaves_its_images(with_drawings, tiny_model, own_reward, capsys):
     rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), epochs=3, **{"eval-every": 2}))
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert [row["reward_queries"] for row in rows] == [0, 4, 8, 12]
@@ -932,7 +932,7 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
     assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
 
 
-def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_does_not_count(
+def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_does_not_count(with_drawings, 
         tiny_model, own_reward, capsys, monkeypatch):
     watch = [own_reward(name) for name in ("is_cat", "unknown", "brightness")]
     curves, draw_curve = [], runs.draw_curve
@@ -950,13 +950,13 @@ def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_
         {**row, "watched": None} for row in without_seconds(rows)]  # watching changes nothing
 
 
-def test_the_curve_has_an_axis_for_shares_and_one_for_each_other_watched_reward(monkeypatch):
+def test_the_curve_has_an_axis_for_shares_and_one_for_each_other_watched_reward(with_drawings, monkeypatch):
     from matplotlib.figure import Figure
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: figures.append(self) or path.write_bytes(b""))
     for epoch, mean in ((0, None), (1, -2.0)):
         runs.append_row(Path("r"), {
-            "reward_queries": 4 * epoch, "reward_mean": mean, "reward_std": 0.5, "eval_reward_mean": -2.5 + epoch,
+            "epoch": epoch, "reward_queries": 4 * epoch, "reward_mean": mean, "reward_std": 0.5, "eval_reward_mean": -2.5 + epoch,
             "watched": {"animal": 1.0, "number": 0.5, "pickscore": 0.2, "unknown": None}})
     runs.draw_curve(Path("r"), "compressibility", (-1, "kB"), {
         "animal": (100, "%"), "number": (100, "%"), "pickscore": (1, ""), "unknown": (1, "")})
