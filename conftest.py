@@ -196,3 +196,7 @@ def tiny_flags(tiny_model, **changes):
              "eval-prompts": 3, "eval-every": 1, "checkpoint-every": 2, "name": "r", **changes}
     return [part for name, value in flags.items() for one in (value if isinstance(value, list) else [value])
             for part in (f"--{name}", str(one))]
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]

@@ -1,4 +1,4 @@
-"""The claims of the method and of train.py, each by its name. Read as a list, they are the specification.
+"""The claims of the method and of a run, each by its name. Read as a list, they are the specification.
 
     pytest test_ddpo.py        # on a CPU, without network
     pytest                     # the other test files, too
@@ -7,13 +7,10 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +31,8 @@ import runs
 import sampling
 import settings
 import train
-from conftest import EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights
+from conftest import (EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
+                      without_seconds)
 
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
@@ -590,6 +588,20 @@ def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(ti
     assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 
 
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_model, monkeypatch, capsys):
+    monkeypatch.setitem(train.UPDATES, "ddpo-is", (partial(
+        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))), True))
+    run(*tiny_flags(tiny_model), code=2)
+    assert "the gradient is not finite" in capsys.readouterr().err
+    policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)
+    start, extras = weights(policy), learner(policy)
+    for weight in policy.unet.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(FloatingPointError):
+        ddpo.optimizer_step(policy.unet, extras["optimizer"], extras["scaler"], 1.0)
+    assert all(torch.equal(weight, start[name]) for name, weight in policy.unet.state_dict().items())
+
+
 # ---- Reward-weighted regression ----
 
 
@@ -966,10 +978,6 @@ def test_the_curve_has_an_axis_for_shares_and_one_for_each_other_watched_reward(
     assert [[list(line.get_ydata()) for line in axes.lines] for axes in right] == [[[100, 100], [50, 50]], [[0.2, 0.2]]]
 
 
-def without_seconds(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
-
-
 def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_model):
     one, two, other = (run(*tiny_flags(tiny_model, name=name, seed=seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert without_seconds(one) == without_seconds(two)
@@ -988,238 +996,6 @@ def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_tim
     whole = run(*tiny_flags(tiny_model, name="whole", reward=own_reward("letters")))
     monkeypatch.setattr(train, "IMAGES_AT_ONCE", 3)
     assert without_seconds(run(*tiny_flags(tiny_model, name="parts", reward=own_reward("letters")))) == without_seconds(whole)
-
-
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf", "rwr"])
-def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
-    updates = {"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}
-    flags = dict(algorithm=algorithm, **updates, reward=own_reward("shuffled"), **{"eval-every": 2})
-    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
-    run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
-    parts = run("--resume", "runs/parts", "--epochs", 3)
-    assert without_seconds(whole) == without_seconds(parts)
-    one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True) for name in ("whole", "parts"))
-    assert all(torch.equal(one["unet"][name], two["unet"][name]) for name in one["unet"])
-    assert one["statistics"] == two["statistics"] and one["reward_rngs"]["shuffled"]["python"] == two["reward_rngs"]["shuffled"]["python"]
-    assert (Path("runs/whole/progress.png").read_bytes() == Path("runs/parts/progress.png").read_bytes())
-
-
-def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model, own_reward, monkeypatch, capsys):
-    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
-    calls, evaluate = [], train.evaluate_fixed
-
-    def interrupted_once(experiment, *args):  # at its worst: weights already updated, row not yet written
-        calls.append(experiment.epoch)
-        if calls == [0, 1, 2]:
-            raise KeyboardInterrupt
-        return evaluate(experiment, *args)
-
-    monkeypatch.setattr(train, "evaluate_fixed", interrupted_once)
-    stopped = run(*tiny_flags(tiny_model, name="parts", epochs=3, **{"checkpoint-every": 100}), code=130)
-    assert [row["epoch"] for row in stopped] == [0, 1]
-    assert "after 1 epochs is saved" in (told := capsys.readouterr().err) and "--resume runs/parts" in told
-    assert without_seconds(run("--resume", "runs/parts")) == without_seconds(whole)
-
-
-# ---- Bad input: one clear line, exit code 2, nothing lost ----
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--reward", "beauty"], "no reward 'beauty': choose compressibility, incompressibility"),
-    (["--reward-model", "x"], "--reward-model is read by aesthetic, pickscore, hpsv2, imagereward, alignment, counting, not by"),
-    (["--reward", "pickscore", "--aesthetic-head", "x"], "--aesthetic-head is read by aesthetic, not by pickscore"),
-    (["--reward", "alignment", "--bert-baseline", "1"], "--bert-baseline 1: must be in [0, 1)"),
-    (["--watch", "beauty"], "no reward 'beauty'"),
-    (["--watch", "own.py:nothing"], "has no function 'nothing'"),
-    (["--watch", "compressibility"], "--watch compressibility: it is the reward that is trained"),
-    (["--watch", "own.py:words", "--watch", "own.py:words"], "--watch words: two watched rewards have this name"),
-    (["--watch", "pickscore", "--watch", "hpsv2", "--reward-model", "x"], "--reward-model could be for pickscore and hpsv2"),
-    (["--reward", "own.py:f", "--watch", "other.py:f"], "--watch f: the trained reward has this name, too"),
-    (["--watch", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
-    (["--reward", "counting", "--prompts", "objects"], "choose --prompts two_to_eight_animals"),
-    (["--reward", "nothing.py:f"], "no reward file"),
-    (["--reward", "own.py:nothing"], "has no function 'nothing'"),
-    (["--reward", "typo.py:f"], "cannot be loaded: SyntaxError"),
-    (["--reward", "prompts.txt:f"], "is not a Python file"),
-    (["--preset", "huge"], "invalid choice: 'huge'"),
-    (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
-    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--prompts", "nothing.txt"], "neither a prompt set (common_animals, emoji_animals, imagenet_animals"),
-    (["--prompts", "empty.txt"], "is empty"),
-    (["--prompts", "binary.txt"], "is not UTF-8"),
-    (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
-    (["--model", "bare"], "not of a Stable Diffusion pipeline: it has no model_index.json, unet"),
-    (["--model", "truncated"], "its files cannot be loaded"),
-    (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
-    (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
-    (["--no-guided-training"], "--guided-training is read by rwr, rwr-sparse, not by ddpo-is"),
-    (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is read by ddpo-is, ddpo-sf, not by rwr"),
-    (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
-    (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),
-    (["--skip-last-steps", "10"], "--skip-last-steps 10 leaves none of --sampling-steps 10"),
-    (["--sampling-steps", "1000"], "the model knows none above 999; take fewer"),
-    (["--baseline", "value"], "invalid choice: 'value'"),
-    (["--epochs", "0"], "--epochs 0: must be a positive number"),
-    (["--learning-rate", "-1"], "--learning-rate -1.0: must be a positive number"),
-    (["--clip-range", "nan"], "--clip-range nan: must be a positive number"),
-    (["--epochs", "many"], "invalid int value: 'many'"),
-    (["--eta", "0"], "--eta 0.0: must be a positive number"),
-    (["--eta", "2"], "eta is 2, but must be in (0, 1]"),
-    (["--sampling-steps", "2000"], "2000 sampling steps: must be from 1 to 1000"),
-    (["--name", "a/b"], "must be a plain name"),
-    (["--name", "taken"], "exists: choose another --name, or continue it with --resume"),
-    (["--precision", "fp16"], "--precision fp16 needs a GPU"),
-    (["--device", "cuda"], "torch sees no GPU"),
-    (["--resume", "runs/nothing"], "is not the folder of a run"),
-    (["--resume", "runs/taken"], "has no checkpoint yet")], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_wrong_input_gives_one_clear_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
-    own_reward("f")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    Path("typo.py").write_text("def f(:")
-    Path("prompts.txt").write_text("a cat\n")
-    Path("empty.txt").write_text("\n \n")
-    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
-    Path("bare").mkdir()
-    shutil.copytree(tiny_model, "truncated")
-    Path("truncated/unet/diffusion_pytorch_model.safetensors").write_bytes(b"short")
-    Path("runs/taken").mkdir(parents=True)
-    runs.save_settings(Path("runs/taken"), asdict(settings.build_config({})))
-    run(*(flags if "--model" in flags else ["--model", tiny_model, *flags]) if "--resume" not in flags else flags, code=2)
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1 and told[0].startswith("train.py: ") and message in told[0]
-    assert [path.name for path in Path("runs").iterdir()] == ["taken"]
-
-
-@pytest.mark.parametrize("function, message", [
-    ("nan", "returned nan for image 0 ('a cat')"), ("inf", "returned inf for image 0"),
-    ("wrong_shape", "returned shape (3, 3, 16, 16) for 3 images; (3,) was expected"),
-    ("words", "returned list, not numbers"), ("broken", "failed: KeyError: 'weights'"),
-    ("fails_later", "failed: RuntimeError: the judge went home")])
-def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, message, tiny_model, own_reward, capsys):
-    run(*tiny_flags(tiny_model, reward=own_reward(function)), code=2)
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told and "the state after 0 epochs is saved" in told
-    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 0
-
-
-def test_a_watched_reward_that_breaks_stops_the_run_too(tiny_model, own_reward, capsys):
-    run(*tiny_flags(tiny_model, watch=own_reward("broken")), code=2)
-    assert "the reward broken failed: KeyError: 'weights' (own.py, line 21); the state after 0 epochs is saved" in capsys.readouterr().err
-
-
-def test_ctrl_c_inside_a_reward_saves_too(tiny_model, own_reward, capsys):
-    run(*tiny_flags(tiny_model, reward=own_reward("interrupts")), code=130)
-    assert "interrupted; the state after 0 epochs is saved" in capsys.readouterr().err
-
-
-def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_model, monkeypatch, capsys):
-    monkeypatch.setitem(train.UPDATES, "ddpo-is", (partial(
-        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))), True))
-    run(*tiny_flags(tiny_model), code=2)
-    assert "the gradient is not finite" in capsys.readouterr().err
-    policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)
-    start, extras = weights(policy), learner(policy)
-    for weight in policy.unet.parameters():
-        weight.grad = torch.full_like(weight, float("nan"))
-    with pytest.raises(FloatingPointError):
-        ddpo.optimizer_step(policy.unet, extras["optimizer"], extras["scaler"], 1.0)
-    assert all(torch.equal(weight, start[name]) for name, weight in policy.unet.state_dict().items())
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
-    run(*tiny_flags(tiny_model))
-    checkpoint, config = Path("runs/r/checkpoint/state.pt"), Path("runs/r/config.json")
-    good, settings = checkpoint.read_bytes(), config.read_text()
-    checkpoint.write_bytes(good[:1000])
-    run("--resume", "runs/r", "--epochs", 3, code=2)
-    assert "is damaged" in capsys.readouterr().err
-    checkpoint.write_bytes(good)
-    config.write_text(settings.replace('"clip_range": 0.', '"clip_range": 1.'))
-    run("--resume", "runs/r", "--epochs", 3, code=2)
-    assert "belongs to other settings: config.json differs in clip_range" in capsys.readouterr().err
-    config.write_text(settings)
-    run("--resume", "runs/r", code=2)
-    assert "has done all its 2 epochs: give a larger --epochs" in capsys.readouterr().err
-    run("--resume", "runs/r", "--epochs", 1, code=2)
-    assert "can only be made longer" in capsys.readouterr().err
-    run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
-    assert "may be given with it, not --seed" in capsys.readouterr().err
-    config.write_text(settings.replace('"watch"', '"judge"'))
-    run("--resume", "runs/r", "--epochs", 3, code=2)
-    assert "is of another version: it differs in judge, watch" in capsys.readouterr().err
-    config.write_text(settings)
-    assert len(run("--resume", "runs/r", "--epochs", 3)) == 4  # nothing of the above did harm
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-def test_a_full_disk_loses_no_checkpoint(tiny_model, own_reward):
-    # In its second epoch the reward sees to it that no file can grow beyond 50 kB: as torch and safetensors meet a full disk.
-    done = command(*tiny_flags(tiny_model, reward=own_reward("fills_the_disk"), epochs=3, **{"checkpoint-every": 1}))
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "state.pt could not be written" in done.stderr and "an earlier checkpoint is unharmed" in done.stderr
-    assert not list(Path("runs/r").rglob("new-*"))
-    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
-    Path("room").touch()
-    assert [row["epoch"] for row in run("--resume", "runs/r")] == [0, 1, 2, 3]
-
-
-def test_a_kill_between_log_and_checkpoint_or_amid_a_line_does_no_harm(tiny_model):
-    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
-    run(*tiny_flags(tiny_model, name="parts", epochs=2))
-    with open("runs/parts/log.jsonl", "a") as log:
-        log.write(json.dumps({"epoch": 3, "reward_mean": 0.0}) + "\n" + '{"epoch": 4, "rew')
-    Path("runs/parts/samples/epoch_0003.png").write_bytes(b"half an image")
-    assert without_seconds(run("--resume", "runs/parts", "--epochs", 3)) == without_seconds(whole)
-
-
-def test_an_unwritable_folder_is_one_clear_line(tiny_model, capsys):
-    Path("runs").write_text("a file stands where the folder should be")
-    run(*tiny_flags(tiny_model), code=2)
-    told = capsys.readouterr().err
-    assert "runs" in told and len(told.strip().splitlines()) == 1
-
-
-# ---- The command line, as typed ----
-
-
-def command(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], capture_output=True, text=True, timeout=100)
-
-
-def test_the_command_trains_quietly_and_ends_with_the_outcome():
-    done = command("--reward", "compressibility", "--epochs", 1, "--samples-per-epoch", 8, "--sampling-steps", 3,
-                   "--eval-prompts", 3)
-    assert done.returncode == 0, done.stderr
-    *_, last = done.stdout.splitlines()
-    assert last.startswith("compressibility: ") and " kB (" in last and "on 3 fixed prompts after 8 reward queries" in last
-    assert len(done.stdout.splitlines()) == 4
-    bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert all(line.startswith("compressibility:") for line in bars), "only our own bar reaches the terminal"
-    assert Path("runs/compressibility-ddpo-is-1/model/model_index.json").exists()
-
-
-@pytest.mark.parametrize("flags, message", [(["--reward", "beauty"], "no reward 'beauty'"), (["--epochs", "-3"], "--epochs -3")])
-def test_the_command_answers_a_mistake_in_one_line(flags, message):
-    done = command(*flags)
-    assert done.returncode == 2 and not done.stdout and message in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
-    flags = tiny_flags(tiny_model, epochs=10_000, **{"checkpoint-every": 10_000})
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, as these tests may be, without it
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = Path("runs/r/log.jsonl")
-    for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) > 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in told and "python train.py --resume runs/r" in told
-    assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
 
 
 # ---- The tour and the README ----

@@ -12,7 +12,7 @@ import models
 import sampling
 import settings
 import train
-from conftest import rng, run, tiny_flags
+from conftest import rng, run, tiny_flags, without_seconds
 
 
 def moved(policy, seed=1):
@@ -25,10 +25,6 @@ def moved(policy, seed=1):
 
 def lora(model, **options):
     return sampling.load_policy(model, 4, 1.0, 5.0, lora_rank=4, **options)
-
-
-def without_seconds(rows):
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
 
 
 def test_adapters_alone_train_and_begin_as_the_pretrained_policy(tiny_model):

@@ -47,7 +47,7 @@ MUTATIONS = [
     ("networks.py", "* 255).round()", "* 255)", METHOD),
     ("models.py", "parts.append((images / 2 + 0.5)", "parts.append((images + 0.5)", METHOD),
     ("rewards.py", "quality=95", "quality=90", METHOD),
-    ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", METHOD),
+    ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", RUNS),
     ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())', REWARDS),
     ("rewards.py", "MAX_ANSWER = 64", "MAX_ANSWER = 40", REWARDS),
     ("preference_rewards.py", "- self.MEAN) / self.STD", "- self.MEAN) * self.STD", REWARDS),
@@ -55,7 +55,7 @@ MUTATIONS = [
     ("settings.py", 'advantage_clip: float = setting(10.0', 'advantage_clip: float = setting(5.0', METHOD),
     ("settings.py", '"skip_last_steps": 2,', '"skip_last_steps": 1,', STUDIES),  # a test was added
     ("settings.py", "or name in config.watch and config.reward not in readers", "or name in config.watch", METHOD),
-    ("runs.py", 'row["epoch"] <= epoch]', 'row["epoch"] < epoch]', METHOD),
+    ("runs.py", 'row["epoch"] <= epoch]', 'row["epoch"] < epoch]', RUNS),
     # train.py
     ("train.py", "    reward.rng_states = states\n    clock", "    clock", METHOD),  # a test was added
     ("train.py", "experiment.reward(images, prompts[part])", "experiment.reward(images, prompts[:len(images)])", METHOD),  # a test was added
