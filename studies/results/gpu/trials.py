@@ -2,7 +2,7 @@
 
     python trials.py full|lora|compile|ratio|fp32|lora2|clearn|csample|cregion runs/random-stable-diffusion
 
-In the project's folder. Seconds a query, peak GB and |ratio - 1| of variants of the code go to trials_PART.jsonl in $OUT, or /tmp.
+In the project's folder. Seconds a query, peak GB and |ratio - 1| of variants of the code go to trials_PART.jsonl in the folder that the variable OUT names, or /tmp.
 """
 import contextlib, copy, gc, inspect, json, os, sys, time
 from dataclasses import replace
