@@ -462,7 +462,7 @@ def called_as_it_asks(function, folder):
     def reward(images, prompts):
         # Copies: a function that works in place would spoil the images that are saved, or judged by the next reward.
         given = images.clone(), [prompt.text for prompt in prompts]
-        metadata = [copy.deepcopy(prompt.metadata) for prompt in prompts]
+        metadata = [copy.deepcopy(prompt.metadata) for prompt in prompts] if asks else []
         with importable(folder):
             if asks == "named":
                 return function(*given, metadata=metadata)

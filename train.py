@@ -220,8 +220,9 @@ class Clock:
 class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
-    state_dict says what is saved and restored. lock: held while it lives. settings: the config as it was saved. alike: text of a prompt -> the first prompt that the model cannot tell from it,
-    since it reads the same tokens; to the policy they are one, and share their statistics.
+    state_dict says what is saved and restored. lock: held while it lives. settings: the config as it was saved.
+    alike: text of a prompt -> the first prompt that the model cannot tell from it, since it reads the same tokens. To the policy
+    they are one, and share their statistics.
     """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=()):
