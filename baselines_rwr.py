@@ -104,8 +104,7 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
         for images in reshuffled_passes(kept, config.updates_per_epoch, config.batch_size, rng):
             noise = torch.randn((len(images), *x_0.shape[1:]), generator=rng)
             t = torch.randint(timesteps, (len(images),), generator=rng)
-            parts = torch.arange(len(images)).split(config.micro_batch)
-            infos.append(accumulate(parts, lambda part: regression(
+            infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: regression(
                 policy, trajectory, weights, images[part], noise[part], t[part]), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
     return summary(infos, steps)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 from sampling import score
 
 BASELINES = ("prompt", "batch", "none")
@@ -143,10 +144,10 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
             pairs = torch.cartesian_prod(group, torch.arange(learned_steps))  # (N, 2): every image at every step
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
-            infos.append(accumulate(pairs.split(config.micro_batch), lambda part: surrogate(
+            infos.append(accumulate(pairs, config.micro_batch, lambda part: surrogate(
                 policy, trajectory, advantages, part, loss, config), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
-    return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"].item()}
+    return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"]}
 
 
 def surrogate(policy, trajectory, advantages, pairs, loss, config):
@@ -164,37 +165,41 @@ def surrogate(policy, trajectory, advantages, pairs, loss, config):
     return value, {"kl_pretrained": kl.detach().mean(), **info}
 
 
-def accumulate(parts, loss_of, scaler, bar):
-    """Add the gradient of the mean loss over all rows of the parts to the weights' gradients. Returns info, on the device.
+def accumulate(rows, micro_batch, loss_of, scaler, bar):
+    """Add the gradient of the mean loss over all rows to the weights' gradients. Returns info.
 
-    loss_of(part) -> loss, info is the mean over a part. How the rows are cut into parts (config.micro_batch) is a knob of memory
-    and speed. It cannot change the result but in rounding.
+    loss_of(part) -> loss, info is the mean over some of the rows. micro_batch, how many these are, is a knob of memory and speed, and
+    so is the number of processes that share the rows. They cannot change the result but in rounding.
     """
-    total, rows = {}, sum(len(part) for part in parts)
-    for part in parts:
+    total, whole = {}, {}
+    for part in parallel.my_parts(len(rows), micro_batch):
+        part = rows[part]
         loss, info = loss_of(part)
-        share = len(part) / rows
+        share = len(part) / len(rows)
         scaler.scale(loss * share).backward()
         add_info(total, {"loss": loss.detach(), **info}, share)
-        bar.update(len(part))
-    return total
+        bar.update(len(part) * parallel.size())
+    for info in parallel.gathered([{name: value.item() for name, value in total.items()}]):
+        add_info(whole, info, 1)
+    return whole
 
 
 def add_info(total, info, share):
     """Add a part's figures to those of its update: weighted means, except ratio_deviation, a maximum."""
     for name, value in info.items():
         if name == "ratio_deviation":
-            total[name] = torch.maximum(value, total.get(name, value))
+            total[name] = max(value, total.get(name, value))
         else:
             total[name] = total.get(name, 0) + share * value
 
 
 def optimizer_step(unet, optimizer, scaler, max_grad_norm):
-    """Unscale once, clip the gradient's norm, step. Returns the norm before clipping, and whether a step was taken.
+    """Add up the processes' gradients, unscale once, clip the norm, step. Returns the norm before clipping, and whether it stepped.
 
     Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step.
     """
-    scaler.unscale_(optimizer)
+    parallel.add_up([weight.grad for weight in unet.parameters() if weight.grad is not None])
+    scaler.unscale_(optimizer)  # after the sum: so if one process has an inf, all of them skip the step
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), max_grad_norm).item()
     if not scaler.is_enabled() and not np.isfinite(norm):
         raise FloatingPointError("the gradient is not finite")
@@ -214,6 +219,6 @@ def summary(infos, steps):
     skipped_updates  steps that the fp16 scaler skipped. Healthy: a few in the first epochs, then 0.
     """
     finite = [norm for norm, _ in steps if np.isfinite(norm)]  # a skipped step's norm is not
-    return {**{name: float(np.mean([info[name].item() for info in infos])) for name in infos[0]},
+    return {**{name: float(np.mean([info[name] for info in infos])) for name in infos[0]},
             "grad_norm": float(np.mean(finite)) if finite else None,
             "skipped_updates": sum(not stepped for _, stepped in steps)}

@@ -31,7 +31,7 @@ from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
 from settings import (PRESETS, REWARD_SETTINGS, absolute_reward, build_config, check, check_options, check_questions,
                       chosen_device, load_config, make_paths_absolute, refuse, reward_options)
-from train import draw_fixed, model_identity, policy_of
+from train import draw_fixed, policy_of
 
 COLUMNS = 12
 HEADER = ["model", "reward", "prompts", "images", "before", "after", "change", "improved", "variety before", "variety after"]
@@ -83,7 +83,7 @@ def evaluate(target, args, loaded):
 def refuse_another_base(target, policy, config):
     """Raise ValueError if the base model of a run is another than when it was trained."""
     before = runs.saved_identity(Path(target)).get("model")
-    if before and before != model_identity(policy):
+    if before and before != policy.pretrained:
         raise ValueError(f"{target} was trained from another model than {config.model} is now: say with --base where it is")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks import (from_pretrained, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
+from networks import (fingerprint, from_pretrained, hash_of, load_network, one_line_errors, read_weights, refuse_weights, silence_libraries,
                       wrong_names_hint)
 from process import notify
 
@@ -162,6 +162,15 @@ def set_image_size(pipeline, height, width):
             raise ValueError(f"{flag} {pixels}: must be a multiple of {pipeline.vae_scale_factor} pixels")
     size = [pixels // pipeline.vae_scale_factor or side for pixels, side in zip((height, width), own)]
     pipeline.unet.register_to_config(sample_size=size[0] if size[0] == size[1] else size)
+
+
+def identity_of(pipeline):
+    """A hash of a pretrained model: its networks, the noise and spacing of its scheduler, its image size, its vocabulary."""
+    scheduler = pipeline.scheduler.config
+    parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
+                                          "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
+    parts += [latent_shape(pipeline), sorted(pipeline.tokenizer.get_vocab().items()), pipeline.tokenizer.model_max_length]
+    return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), *parts])
 
 
 def autocast(device, precision):

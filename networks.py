@@ -126,16 +126,19 @@ def wrong_names_hint(keys):
     return next((f" ({hint})" for pattern, hint in hints.items() if any(re.search(pattern, key) for key in keys)), "")
 
 
+def hash_of(value):
+    """A hash of what JSON can hold; other values count as their text."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
 def fingerprint(network):
     """A text that differs if the network's settings or its weights' names, shapes or values differ.
 
     Of each weight up to 4,096 values are looked at. They are rounded to half precision, in which a GPU holds some networks and a
-    CPU does not. Settings that have the libraries' defaults do not count, since a later version may have more of them. Nor do
-    adapters (LoRA), which are not a part of the pretrained network.
+    CPU does not. Settings that have the libraries' defaults do not count, since a later version may have more of them.
     """
     digest = hashlib.sha256(json.dumps(own_settings(network), sort_keys=True, default=str).encode())
-    weights = {name.replace(".base_layer.", "."): weight for name, weight in network.state_dict().items() if ".lora_" not in name}
-    for name, weight in sorted(weights.items()):
+    for name, weight in sorted(network.state_dict().items()):
         values = weight.detach().flatten()[::max(1, weight.numel() // 4096)][:4096].half().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -10,11 +10,11 @@ import threading
 import numpy as np
 import torch
 
-# What saves the state and stops: Ctrl-C, a kill, a closed terminal, a batch queue's warning.
+# What stops the training: Ctrl-C, a kill, a closed terminal, a batch queue's warning.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
-def save_on_signals():
+def stop_on_signals():
     """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
     trainer = os.getpid()
 
@@ -29,11 +29,19 @@ def save_on_signals():
             signal.signal(one, interrupt)
 
 
-def refuse_several_processes():
-    """Raise ValueError under torchrun and the like, which would start the same training several times."""
-    if os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1"):
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several GPUs is not supported yet; start one "
-                         "process, with python train.py")
+@contextlib.contextmanager
+def signals_held():
+    """The context in which SIGNALS wait. The first of those that came is sent again at its end."""
+    came = []
+    before = [(one, signal.signal(one, lambda number, frame: came.append(number)))
+              for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    try:
+        yield
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def say(text):

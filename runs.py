@@ -1,5 +1,7 @@
 """What a run leaves on disk, under runs/NAME/: settings, log, images, curve, checkpoint, model. Knows no algorithm.
 
+Of several processes that train together the first alone writes (by_first).
+
     config.json                 every setting
     log.jsonl                   one object an epoch; row k holds the evaluation after k epochs and the training of epoch k
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
@@ -18,6 +20,8 @@ import textwrap
 
 import torch
 from PIL import Image, ImageDraw
+
+from parallel import by_first
 
 try:
     import fcntl
@@ -55,6 +59,7 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@by_first
 def remove(path):
     """Delete a file or a folder, if it is there."""
     if path.is_dir():
@@ -106,6 +111,7 @@ def create_run(parent, name, stem):
             number += 1
 
 
+@by_first
 def lock_run(folder):
     """Claim a run for this process, until the returned file is closed or the process ends, however it ends.
 
@@ -127,6 +133,7 @@ def lock_run(folder):
     return file
 
 
+@by_first
 def save_settings(folder, settings):
     """Write a run's settings."""
     write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
@@ -142,6 +149,7 @@ def load_settings(folder):
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
+@by_first
 def append_row(folder, row):
     """Add one epoch to the log."""
     append_line(folder / "log.jsonl", row)
@@ -155,6 +163,7 @@ def read_rows(folder):
     return rows
 
 
+@by_first
 def save_checkpoint(folder, state):
     """Write the state of a run in one file. It holds the "settings" that it belongs to. Raises OSError; the old file is kept."""
     def write(path):
@@ -173,7 +182,7 @@ def load_checkpoint(folder, may_differ=()):
     if not path.exists():
         raise ValueError(f"{folder} has no checkpoint yet: start the run again under another name")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read where it is needed: it may be 10 GB
         settings = state.pop("settings")
     except Exception as error:  # pickle, zip and key errors of many types
         raise ValueError(f"the checkpoint {path} is damaged and cannot be read; the log and the images are unharmed, but the "
@@ -190,9 +199,9 @@ def saved_identity(folder):
 
     Raises ValueError if it is damaged.
     """
-    if not has_checkpoint(folder):
-        return {}
     path = checkpoint_file(folder)
+    if not path.exists():
+        return {}
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
     except Exception as error:
@@ -205,11 +214,7 @@ def checkpoint_file(folder):
     return folder / "checkpoint" / "state.pt"
 
 
-def has_checkpoint(folder):
-    """Whether the run has saved a state."""
-    return checkpoint_file(folder).exists()
-
-
+@by_first
 def forget_after(folder, epoch):
     """Delete the log's rows, the images and the model of epochs after `epoch`: a resumed run makes them again."""
     rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
@@ -220,6 +225,7 @@ def forget_after(folder, epoch):
     remove(folder / "model")
 
 
+@by_first
 def save_model(folder, save):
     """Write the trained model as model/, by save(path)."""
     remove(folder / "model")
@@ -228,6 +234,7 @@ def save_model(folder, save):
 
 # ---- Images ----
 
+@by_first
 def save_samples(folder, epoch, images, labels):
     """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.png and progress.gif anew."""
     write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(images, labels).save)
@@ -300,6 +307,7 @@ def save_gif(strips, labels, path, width=720, blended_frames=4):
 
 # ---- Curve ----
 
+@by_first
 def draw_curve(folder, name, unit, watched):
     """Reward against reward queries: each epoch's samples with their spread, the fixed prompts, and the watched rewards.
 

@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from models import PRECISIONS, WithoutLora, add_lora, autocast, encode_prompts, latent_shape, load_pipeline
+import parallel
+from models import PRECISIONS, WithoutLora, add_lora, autocast, encode_prompts, identity_of, latent_shape, load_pipeline
 from process import notify
 
 
@@ -63,6 +64,7 @@ class Policy:
     guidance_scale: float     # w; at 1 the conditional prediction alone
     precision: str            # of the autocast of U-Net and VAE; weights, latents and the arithmetic of the step stay fp32
     reference: object = None  # the pretrained policy, a frozen copy, for a penalty on the KL to it
+    pretrained: str = ""      # a hash of the model before training: models.identity_of
 
     @property
     def unet(self):
@@ -90,9 +92,9 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
     pipeline = load_pipeline(model, device, precision, **loading)
     pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
     schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
-    policy = Policy(pipeline, schedule, float(guidance_scale), precision)
+    policy = Policy(pipeline, schedule, float(guidance_scale), precision, pretrained=identity_of(pipeline))
     if lora_rank:
-        pipeline.unet.to(PRECISIONS[precision])  # what does not train needs no more
+        pipeline.to(PRECISIONS[precision])  # what does not train needs no more
         add_lora(pipeline.unet, lora_rank, seed)
     if keep_reference:
         frozen = SimpleNamespace(unet=WithoutLora(pipeline.unet) if lora_rank else copy.deepcopy(pipeline.unet))
@@ -240,12 +242,13 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     # A generator for each image makes its noise independent of batch_size, and lets us draw the noise step by step: that of a
     # whole chain is as large as the chain.
     rngs = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (B,), generator=rng).tolist()]
-    latents = torch.empty((B, T + 1 if keep_chain else 1, *latent_shape(policy.pipeline)), device=policy.device)
-    log_probs = torch.empty((B, T if keep_chain else 0), device=policy.device)
-    with tqdm(desc=title, total=math.ceil(B / batch_size) * T, leave=False, disable=None) as bar:
-        for start in range(0, B, batch_size):
-            batch = slice(start, start + batch_size)
+    latents = torch.zeros((B, T + 1 if keep_chain else 1, *latent_shape(policy.pipeline)), device=policy.device)
+    log_probs = torch.zeros((B, T if keep_chain else 0), device=policy.device)
+    batches = parallel.my_parts(B, batch_size)
+    with tqdm(desc=title, total=len(batches) * T, leave=False, disable=None) as bar:
+        for batch in batches:
             draw_chains(policy, prompts[batch], rngs[batch], latents[batch], log_probs[batch], bar)
+    parallel.add_up([latents, log_probs])
     return Trajectory(latents, log_probs, policy.schedule.timesteps, tuple(prompts))
 
 

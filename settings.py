@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 import runs
 from ddpo import BASELINES
 from models import PRECISIONS
@@ -85,7 +86,7 @@ class Config:
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
-    checkpoint_every: int = setting(10, "epochs between checkpoints; the last is always saved")
+    checkpoint_every: int = setting(1, "epochs between checkpoints, to which an interrupted run goes back; the last is always saved")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)")
 
     def __post_init__(self):
@@ -95,7 +96,7 @@ class Config:
 # ---- What algorithms and presets ask for ----
 
 # RWR's numbers are appendix D.2's. Five epochs of 10,000 samples spend as many queries as DDPO; the authors' code has ten.
-_RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eval_every": 1, "checkpoint_every": 1}
+_RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eval_every": 1}
 ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR}
 
 EMOJI = ROOT / "emoji"
@@ -109,7 +110,7 @@ PRESETS = {
         "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
         "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes once or twice an epoch: its own statistics come late
-        "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45, "checkpoint_every": 3},
+        "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45},
     "paper": {},
     "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}}  # appendix C, and the authors' port
 # With --lora-rank, for any algorithm. 3e-4 is that of the authors' port; 1e-5, the paper's for all weights, moves adapters too little.
@@ -120,7 +121,7 @@ LORA_LEARNING_RATES = {"emoji": 3e-3, "paper": 3e-4, "lora": 3e-4}  # emoji: stu
 # steps about 40 % of the images are wrong. A single image tells little then, so the batches are larger.
 _EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
               "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 1e-4,
-              "eval_every": 2, "checkpoint_every": 2, "eval_prompts": 135}
+              "eval_every": 2, "eval_prompts": 135}
 PRESET_REWARDS = {"emoji": {
     # The encoder is the model's own and has read captions alone. So the bare prompt is compared, as in the paper's wording.
     "alignment": {**_EMOJI_VLM, "wording": "paper", "bert_model": str(EMOJI / "model")},
@@ -129,7 +130,7 @@ PRESET_REWARDS = {"emoji": {
 
 # What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md).
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
-              "eval_every": 1, "checkpoint_every": 1}
+              "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
     "ddpo-sf": {"samples_per_epoch": 64, "updates_per_epoch": 1, "learning_rate": 1e-4},
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
@@ -318,10 +319,26 @@ def check(config):
         raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
                          "rewards can hold")
     check_device(config.device)
+    check_processes(config)
     if config.precision == "fp16" and not config.device.startswith("cuda"):
         raise ValueError("--precision fp16 needs a GPU with CUDA; use --precision fp32 (or bf16)")
     if Path(config.name).name != config.name or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
+
+
+def check_processes(config):
+    """Raise ValueError if the processes that torchrun started cannot share this run's work."""
+    count = parallel.size()
+    rows = config.batch_size if config.algorithm in RWR else (
+        config.samples_per_epoch // config.updates_per_epoch * (config.sampling_steps - config.skip_last_steps))
+    if count > 1 and config.samples_per_epoch % count:
+        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into equal shares for {count} processes")
+    if count > min(rows, config.eval_prompts):
+        raise ValueError(f"{count} processes are too many: an update has {rows} rows to share, an evaluation {config.eval_prompts} prompts")
+    if count > 1 and config.device not in ("cuda", "cpu"):
+        raise ValueError(f"--device {config.device}: several processes need --device cuda, where each takes a GPU of its own, or cpu")
+    if count > 1 and config.device == "cuda" and parallel.local_rank() >= torch.cuda.device_count():
+        raise ValueError(f"torch sees {torch.cuda.device_count()} GPUs: start no more processes on a machine (--nproc-per-node)")
 
 
 def check_device(name):

@@ -140,9 +140,9 @@ def test_a_tokenizer_without_its_vocabulary_or_with_too_large_a_one_is_refused(t
     ("text_encoder", {"hidden_act": "gelu"}), ("text_encoder", {"use_attention_mask": True}), ("scheduler", {"num_train_timesteps": 500})])
 def test_a_model_with_another_setting_is_another_model(part, change, tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
-    identities = [train.model_identity(sampling.load_policy(model, 4, 1.0, 5.0)) for model in (tiny_model, folder)]
+    identities = [sampling.load_policy(model, 4, 1.0, 5.0).pretrained for model in (tiny_model, folder)]
     edit_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **change)
-    identities.append(train.model_identity(sampling.load_policy(folder, 4, 1.0, 5.0)))
+    identities.append(sampling.load_policy(folder, 4, 1.0, 5.0).pretrained)
     assert identities[0] == identities[1] != identities[2]
 
 

@@ -4,10 +4,7 @@
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
-import hashlib
-import json
 import random
-import signal
 import sys
 import time
 from dataclasses import astuple, replace
@@ -18,12 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 import runs
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import cut_prompts, decode, is_lora, latent_shape, load_lora, save_pipeline, tokens_of
-from networks import fingerprint, to_pil
-from process import SIGNALS, notify, refuse_several_processes, save_on_signals, say
+from models import cut_prompts, decode, is_lora, load_lora, save_pipeline, tokens_of
+from networks import hash_of, to_pil, type_and_message
+from process import notify, say, stop_on_signals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
@@ -45,7 +43,7 @@ def train(experiment):
     """The experiment: act, judge, compare, learn, tell. It goes on after epoch experiment.epoch."""
     config, policy, rng = experiment.config, experiment.policy, experiment.rng
     update, keep_chain = UPDATES[config.algorithm]
-    if not runs.read_rows(experiment.folder):
+    if experiment.epoch < 0:
         tell(experiment, 0, {})  # of the pretrained weights
     for epoch in progress_bar(experiment):
         clock = Clock(policy.device)
@@ -75,15 +73,16 @@ def train(experiment):
 def judge(experiment, trajectory, prompts, clock):
     """Rewards (B,) and B notes of the images that the chains ended with. They are decoded in parts, since all may fill memory."""
     rewards, notes, policy = [], [], experiment.policy
-    for start in range(0, len(prompts), IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
+    for part in parallel.my_parts(len(prompts), IMAGES_AT_ONCE):
         images = decode(policy.pipeline, trajectory.x_0[part], policy.precision)
         clock.lap("seconds_sample")
         part_rewards, part_notes = experiment.reward(images, prompts[part])
         clock.lap("seconds_reward")
         rewards.append(part_rewards)
         notes += part_notes
-    return torch.cat(rewards), notes
+    rewards, notes = parallel.gathered(torch.cat(rewards)), parallel.gathered(notes)
+    clock.lap("seconds_reward")
+    return rewards, notes
 
 
 def compare(experiment, texts, rewards):
@@ -111,18 +110,17 @@ TRAINING_METRICS = ("reward_mean", "reward_std", "seconds_sample", "seconds_rewa
 
 
 def tell(experiment, epoch, metrics):
-    """End an epoch: evaluate, add a row to the log, remember the state. At times also save it and draw the curve."""
-    config, folder = experiment.config, experiment.folder
+    """End an epoch: evaluate, add a row to the log, save the state, draw the curve."""
+    config, folder, reward = experiment.config, experiment.folder, experiment.reward
     experiment.epoch = epoch
     row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_METRICS), **metrics,
            **evaluate_fixed(experiment)}
+    experiment.rows.append(row)
     runs.append_row(folder, row)
-    experiment.seconds += sum(value or 0 for name, value in row.items() if name.startswith("seconds_"))
-    experiment.remember()
-    if epoch and is_due(epoch, config.checkpoint_every, config.epochs):
-        runs.save_checkpoint(folder, {"settings": experiment.settings, **experiment.remembered})
-        runs.draw_curve(folder, experiment.reward.name, experiment.reward.unit,
-                        {reward.name: reward.unit for reward in experiment.watched})
+    if is_due(epoch, config.checkpoint_every, config.epochs):
+        experiment.save()
+    if row["eval_reward_mean"] is not None:
+        runs.draw_curve(folder, reward.name, reward.unit, {other.name: other.unit for other in experiment.watched})
 
 
 def evaluate_fixed(experiment):
@@ -140,23 +138,25 @@ def evaluate_fixed(experiment):
         return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "watched", "seconds_eval"))
     clock, states = Clock(experiment.policy.device), reward.rng_states
     prompts, images = draw_fixed(experiment.policy, experiment.prompts, config)
-    texts = [prompt.text for prompt in prompts]
-    rewards, notes = reward(images, prompts)
-    watched = {other.name: mean_of_known(other(images, prompts)[0]) for other in experiment.watched}
+    texts = parallel.gathered([prompt.text for prompt in prompts])
+    rewards, notes = map(parallel.gathered, reward(images, prompts))
+    watched = {other.name: mean_of_known(parallel.gathered(other(images, prompts)[0])) for other in experiment.watched}
     labels = ["\n".join(filter(None, (text, display(value, reward.unit), note)))
               for text, value, note in zip(texts, rewards.tolist(), notes)]
-    runs.save_samples(experiment.folder, experiment.epoch, [to_pil(image) for image in images], labels)
+    images = parallel.gathered([to_pil(image) for image in images])
+    runs.save_samples(experiment.folder, experiment.epoch, images, labels)
     reward.rng_states = states
     clock.lap("seconds_eval")
     return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
 
 def draw_fixed(policy, prompts, config):
-    """The evaluation's prompts, spread evenly over the set, and their images, always from the same noise."""
+    """The evaluation's prompts, spread evenly over the set, and their images, always from the same noise: this process's share."""
     chosen = [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
     trajectory = rollout(policy, [prompt.text for prompt in chosen], torch.Generator().manual_seed(EVAL_SEED),
                          config.sample_batch, keep_chain=False, title="evaluating")
-    return chosen, decode(policy.pipeline, trajectory.x_0, policy.precision)
+    mine = parallel.share(len(chosen))
+    return chosen[mine], decode(policy.pipeline, trajectory.x_0[mine], policy.precision)
 
 
 def reward_metrics(prefix, texts, rewards, notes):
@@ -188,9 +188,8 @@ def progress_bar(experiment):
     config, reward = experiment.config, experiment.reward
     with tqdm(total=config.epochs, initial=experiment.epoch, desc=reward.name, unit="epoch") as bar:
         def show():
-            rows = runs.read_rows(experiment.folder)
             for title, name in (("fixed_prompts", "eval_reward_mean"), ("samples", "reward_mean")):
-                values = [row[name] for row in rows if row[name] is not None]
+                values = [row[name] for row in experiment.rows if row[name] is not None]
                 shown.update({title: display(values[-1], reward.unit)} if values else {})
             bar.set_postfix(shown)
 
@@ -220,14 +219,15 @@ class Clock:
 class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
-    state_dict says what is saved and restored. lock: held while it lives. settings: the config as it was saved.
+    state_dict says what is saved and restored. epoch: the last that the log tells of, -1 before the pretrained weights are told of.
+    saved_epoch: that of the checkpoint. rows: the log. lock: held while it lives. settings: the config as it was saved.
     alike: text of a prompt -> the first prompt that the model cannot tell from it, since it reads the same tokens. To the policy
     they are one, and share their statistics.
     """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=()):
         self.config, self.policy, self.prompts = config, policy, prompts
-        self.folder = self.lock = self.settings = None  # set by new_run and resume
+        self.folder = self.lock = self.settings = self.saved_epoch = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
@@ -241,27 +241,26 @@ class Experiment:
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # of the rewards, if they draw random numbers
             seed(config.seed)
-        self.epoch, self.seconds = 0, 0.0
-        self.remember()
+        self.epoch, self.rows = -1, []
 
-    def remember(self):
-        """Keep a copy of the state between two epochs. An interrupted epoch goes back to it."""
-        self.remembered = self.state_dict()
+    def save(self):
+        """Write the checkpoint. An epoch that is cut short goes back to it, so no copy in memory is needed: it would be 10 GB."""
+        runs.save_checkpoint(self.folder, {"settings": self.settings, **self.state_dict()})
+        self.saved_epoch = self.epoch
 
     def state_dict(self):
-        """A copy of everything that changes, on the CPU, of plain types that torch.load takes with weights_only.
+        """Everything that changes, of plain types that torch.load takes with weights_only. The tensors are no copies.
 
         And the identity of what the run was given, which must not change.
         """
-        return copy_of({
-            "epoch": self.epoch, "seconds": self.seconds, "unet": self.policy.trained,
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
-            "reward_rngs": {reward.name: reward.rng_states for reward in self.rewards}, "identity": self.identity})
+        return {"epoch": self.epoch, "unet": {name: weight.detach() for name, weight in self.policy.trained.items()},
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
+                "reward_rngs": {reward.name: reward.rng_states for reward in self.rewards}, "identity": self.identity}
 
     def load_state_dict(self, state):
         """Go back to a state_dict."""
-        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.epoch = self.saved_epoch = state["epoch"]
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
         if state["unet"].keys() != self.policy.trained.keys():
@@ -270,7 +269,6 @@ class Experiment:
         self.rng.set_state(state["rng"])
         for reward in self.rewards:
             reward.rng_states = state["reward_rngs"][reward.name]
-        self.remember()
 
     @property
     def rewards(self):
@@ -286,34 +284,8 @@ def texts_alike(pipeline, texts):
 
 def identity_of(experiment):
     """setting -> hash, which tell whether a resumed run is given the same as before, wherever that is now."""
-    return {"prompts": hash_of([astuple(prompt) for prompt in experiment.prompts]), "model": model_identity(experiment.policy),
+    return {"prompts": hash_of([astuple(prompt) for prompt in experiment.prompts]), "model": experiment.policy.pretrained,
             **{f"reward {reward.name}": hash_of(reward.identity) for reward in experiment.rewards}}
-
-
-def model_identity(policy):
-    """A hash of a pretrained model: its networks, the noise and spacing of its scheduler, its image size, its vocabulary.
-
-    Take it before training, since the U-Net's weights count.
-    """
-    pipeline, scheduler = policy.pipeline, policy.pipeline.scheduler.config
-    parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
-                                          "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
-    parts += [latent_shape(pipeline), sorted(pipeline.tokenizer.get_vocab().items()), pipeline.tokenizer.model_max_length]
-    return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), *parts])
-
-
-def hash_of(value):
-    """A hash of what JSON can hold; other values count as their text."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
-
-
-def copy_of(value):
-    """A deep copy, its tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_of(item) for key, item in value.items()}
-    return type(value)(copy_of(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 # ---- The run: new, resumed, stopped ----
@@ -344,10 +316,12 @@ def new_run(flags):
     """A new run in a new folder: its Experiment. Raises ValueError."""
     config = build_config(flags)
     experiment = build_experiment(config)
-    experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}")
+    experiment.folder = parallel.from_first(
+        lambda: runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}"))
     try:
         experiment.lock = runs.lock_run(experiment.folder)
         experiment.settings = save_config(experiment.folder, config)
+        experiment.save()  # so that a run can be resumed from its first moment
     except BaseException:  # a folder without settings would only block its name
         runs.remove(experiment.folder)
         raise
@@ -371,7 +345,7 @@ def resume(folder, flags):
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
     logged = [row["epoch"] for row in runs.read_rows(folder)]
-    if state["epoch"] and logged[:state["epoch"] + 1] != list(range(state["epoch"] + 1)):
+    if logged[:state["epoch"] + 1] != list(range(state["epoch"] + 1)):
         raise ValueError(f"the log of {folder} lacks epochs up to {state['epoch']}: put log.jsonl back, or start a new run")
     config = replace(config, **flags)
     config.device = chosen_device(config.device)
@@ -388,6 +362,7 @@ def resume(folder, flags):
         raise ValueError(f"the checkpoint of {folder} is damaged, or of another version of the libraries") from error
     experiment.settings = save_config(folder, config)
     runs.forget_after(folder, experiment.epoch)
+    experiment.rows = runs.read_rows(folder)
     return experiment
 
 
@@ -405,21 +380,11 @@ def refuse_changes(experiment, before, folder):
 
 
 def stop(experiment, reason, code):
-    """Save the state at the start of the epoch that was under way, and say how to go on. Returns the exit code."""
-    folder = experiment.folder
-    handlers = [(one, signal.signal(one, signal.SIG_IGN)) for one in SIGNALS]  # a second Ctrl-C must not cut this short
-    try:
-        runs.save_checkpoint(folder, {"settings": experiment.settings, **experiment.remembered})
-        kept = f"the state after {experiment.remembered['epoch']} epochs is saved"
-    except OSError as error:
-        earlier = "an earlier checkpoint is unharmed" if runs.has_checkpoint(folder) else "and there is no earlier checkpoint"
-        kept = f"the state could not be saved ({error}), {earlier}"
-    finally:
-        for one, handler in handlers:
-            signal.signal(one, handler)
-    finished = experiment.remembered["epoch"] == experiment.config.epochs and (folder / "model").exists()
-    go_on = f"; go on with: python train.py --resume {folder}" if runs.has_checkpoint(folder) and not finished else ""
-    notify(f"\ntrain.py: {reason}; {kept}{go_on}")
+    """Say why a run stops, which epoch its checkpoint is of, and how to go on. Returns the exit code."""
+    parallel.leave(reason)
+    finished = experiment.saved_epoch == experiment.config.epochs and (experiment.folder / "model").exists()
+    go_on = "" if finished else f"; go on with: python train.py --resume {experiment.folder}"
+    notify(f"\ntrain.py: {reason}; the state after {max(experiment.saved_epoch, 0)} epochs is saved{go_on}")
     return code
 
 
@@ -436,42 +401,44 @@ def not_finite(experiment, error):
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    save_on_signals()
+    stop_on_signals()
     try:
-        refuse_several_processes()
+        parallel.start()
         flags = parse(argv, __doc__)
         folder = flags.pop("resume", None)
         experiment = resume(folder, flags) if folder else new_run(flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, parallel.OtherProcessFailed) as error:
         return fail(error)
     except torch.OutOfMemoryError:
         return fail("the model does not fit into the GPU's memory")
     except KeyboardInterrupt:
-        notify("\ntrain.py: interrupted before the run began")
-        return 130
+        return fail("interrupted before the run began", 130)
     try:
         say(description(experiment))
         train(experiment)
         runs.save_model(experiment.folder, partial(save_pipeline, experiment.policy.pipeline))
         say(outcome(experiment))
+        parallel.finish()
     except KeyboardInterrupt:
         return stop(experiment, "interrupted", 130)
     except torch.OutOfMemoryError:
         return stop(experiment, "out of GPU memory: a new run with a smaller --micro-batch or --sample-batch needs less", 2)
     except FloatingPointError as error:
         return stop(experiment, not_finite(experiment, error), 2)
-    except (RewardError, OSError) as error:
+    except (RewardError, OSError, parallel.OtherProcessFailed) as error:
         return stop(experiment, error, 2)
-    except Exception:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
-        stop(experiment, "failed", 1)
+    except Exception as error:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
+        stop(experiment, f"failed: {type_and_message(error)}", 1)
+        parallel.speak_of_a_bug()
         raise
     return 0
 
 
-def fail(message):
-    """One clear line on a user's mistake. Returns the exit code 2."""
+def fail(message, code=2):
+    """One clear line on why no run begins. Returns the exit code."""
+    parallel.leave(message)
     notify(f"train.py: {message}")
-    return 2
+    return code
 
 
 def description(experiment):
@@ -484,9 +451,10 @@ def description(experiment):
         share = f"{images} images x {steps} steps = {images * steps} pairs"
     else:
         share = f"{config.batch_size} images"
+    processes = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
     watched = f"; watched: {', '.join(reward.name for reward in experiment.watched)}" if experiment.watched else ""
     return (f"{experiment.folder}: {experiment.reward.name} by {config.algorithm} on {len(experiment.prompts)} prompts{watched}\n"
-            f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}, {config.precision}\n"
+            f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}{processes}, {config.precision}\n"
             f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
             f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
             f"all, each on {share}" + "".join(f"\n{line}" for line in surprises(experiment)))
@@ -510,7 +478,8 @@ def surprises(experiment):
 
 def outcome(experiment):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
-    config, rows = experiment.config, runs.read_rows(experiment.folder)
+    config, rows = experiment.config, experiment.rows
+    seconds = sum(value or 0 for row in rows for name, value in row.items() if name.startswith("seconds_"))
     before, after = (row["eval_reward_mean"] for row in (rows[0], rows[-1]))
     factor, unit = experiment.reward.unit
     change = f" ({factor * (after - before) / abs(before):+.0%})".replace("%", " %") if before and unit != "%" else ""
@@ -518,7 +487,7 @@ def outcome(experiment):
         display(row["watched"][reward.name], reward.unit) for row in (rows[0], rows[-1])) for reward in experiment.watched)
     return (f"{experiment.reward.name}: {display(before, experiment.reward.unit)} -> {display(after, experiment.reward.unit)}"
             f"{change} on {config.eval_prompts} fixed prompts after {rows[-1]['reward_queries']} reward queries, "
-            f"{experiment.seconds // 60:.0f} min {experiment.seconds % 60:02.0f} s" + (f"; watched: {watched}" if watched else ""))
+            f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" + (f"; watched: {watched}" if watched else ""))
 
 
 if __name__ == "__main__":

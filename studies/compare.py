@@ -137,7 +137,7 @@ def planned_run(study, label, seed, flags, queries):
         raise ValueError(f"--queries {queries} does not divide into epochs of {samples}, as {label} has them")
     epochs = queries // samples
     every = -(-epochs // 8)
-    return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every, "checkpoint_every": every})
+    return Run(study, label, seed, {**flags, "epochs": epochs, "eval_every": every})
 
 
 def planned_runs(args, common):

@@ -185,7 +185,7 @@ def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(
     trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
     advantages, extras = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
-    ddpo.accumulate([pairs], lambda part: ddpo.surrogate(
+    ddpo.accumulate(pairs, len(pairs), lambda part: ddpo.surrogate(
         tiny_policy, trajectory, advantages, part, ddpo.score_function_loss, extras["config"]),
         extras["scaler"], SimpleNamespace(update=lambda n: None))
     along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.unet.parameters(), u)).item()
