@@ -366,12 +366,14 @@ def decode(pipeline, x_0, precision="fp32"):
 
     Raises FloatingPointError if an image is not finite. As 8-bit pixels it would look like a black one.
     """
-    vae, parts, (height, width) = pipeline.vae, [], image_size(pipeline)
+    vae, (height, width) = pipeline.vae, image_size(pipeline)
+    images = torch.empty(len(x_0), vae.config.out_channels, height, width, device=x_0.device)
     # The decoder's activations need more memory than anything else: 1 GB an image of 512 x 512 pixels.
-    for part in x_0.split(min(8, max(1, 2**19 // (height * width)))):
+    at_once = min(8, max(1, 2**19 // (height * width)))
+    for latents, part in zip(x_0.split(at_once), images.split(at_once)):
         with autocast(vae.device, precision):
-            images = vae.decode(part / vae.config.scaling_factor).sample.float()
-        if not images.isfinite().all():
+            decoded = vae.decode(latents / vae.config.scaling_factor).sample.float()
+        if not decoded.isfinite().all():
             raise FloatingPointError("an image is not finite")
-        parts.append((images / 2 + 0.5).clamp(0, 1))
-    return torch.cat(parts)
+        part[:] = (decoded / 2 + 0.5).clamp(0, 1)
+    return images

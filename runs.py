@@ -237,7 +237,7 @@ def save_model(folder, save):
 @by_first
 def save_samples(folder, epoch, images, labels):
     """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.png and progress.gif anew."""
-    write_atomically(folder / "samples" / f"epoch_{epoch:04d}.png", draw_grid(images, labels).save)
+    write_atomically(sample_file(folder, epoch), draw_grid(images, labels).save)
     paths = sample_files(folder)
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
     strips = [first_row(path, min(COLUMNS, len(images)), images[0].height / images[0].width) for path in paths]
@@ -245,6 +245,11 @@ def save_samples(folder, epoch, images, labels):
     shown = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})  # of many, some
     write_atomically(folder / "progress.gif", lambda path: save_gif(
         [strips[k] for k in shown], [labels[k] for k in shown], path))
+
+
+def sample_file(folder, epoch):
+    """Where the images of the evaluation after that epoch are."""
+    return folder / "samples" / f"epoch_{epoch:04d}.png"
 
 
 def sample_files(folder):

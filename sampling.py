@@ -80,19 +80,28 @@ class Policy:
         return {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
 
 
-def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", keep_reference=False, scored=True, lora_rank=0,
-                seed=0, gradient_checkpointing=False, **loading):
-    """A pipeline by hub name, folder or file (see models.load_pipeline), as a policy with a DDIM chain of `steps` steps.
+def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", scored=True, clip_skip=0, height=0, width=0,
+                **training):
+    """A pipeline by hub name, folder or file, as a policy with a DDIM chain of `steps` steps.
 
-    eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it.
-    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory (with LoRA: the same one). scored: see ddim_schedule.
-    lora_rank: only adapters of that rank train (see models.add_lora), 0: all weights of the U-Net do. seed: of the adapters.
-    gradient_checkpointing: compute activations twice instead of keeping them. loading: more options of load_pipeline. Raises ValueError, in one line, if the model is refused or if its schedule is.
+    eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it. scored: see ddim_schedule.
+    clip_skip, height, width: see models.load_pipeline. training: see as_policy. Raises ValueError, in one line, if the model is
+    refused or if its schedule is.
     """
-    pipeline = load_pipeline(model, device, precision, **loading)
+    pipeline = load_pipeline(model, device, precision, clip_skip, height, width)
     pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
     schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
-    policy = Policy(pipeline, schedule, float(guidance_scale), precision, pretrained=identity_of(pipeline))
+    return as_policy(Policy(pipeline, schedule, float(guidance_scale), precision, pretrained=identity_of(pipeline)), **training)
+
+
+def as_policy(policy, keep_reference=False, lora_rank=0, seed=0, gradient_checkpointing=False, compiled=False):
+    """A pretrained policy, made ready to train.
+
+    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory (with LoRA: the same one). lora_rank: adapters of
+    that rank train alone (see models.add_lora), 0: all weights of the U-Net do. seed: of the adapters. gradient_checkpointing:
+    compute activations twice instead of keeping them. compiled: by torch.compile, for sampling and for learning.
+    """
+    pipeline, precision = policy.pipeline, policy.precision
     if lora_rank:
         pipeline.to(PRECISIONS[precision])  # what does not train needs no more
         add_lora(pipeline.unet, lora_rank, seed)
@@ -103,6 +112,8 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
         pipeline.unet.requires_grad_(True)
     if gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    if compiled:
+        pipeline.unet.compile()
     return policy
 
 

@@ -14,8 +14,8 @@ import models
 import networks
 import rewards
 import sampling
-import train
-from conftest import EMOJI, edit_weights
+import settings
+from conftest import EMOJI, edit_weights, run, tiny_flags, without_seconds
 
 
 def copied(folder, tmp_path):
@@ -438,3 +438,27 @@ def test_a_rectangular_model_and_height_and_width_give_images_of_diffusers_size(
     policies[1].pipeline.save_pretrained(tmp_path / "wide")
     assert models.latent_shape(models.load_pipeline(tmp_path / "wide")) == (4, 8, 12)
     assert "--height 15: must be a multiple of 2 pixels" in refused(tiny_model, height=15)
+
+
+# ---- Compiled ----
+
+def test_a_compiled_unet_samples_learns_and_is_saved_as_the_plain_one(tiny_model, monkeypatch):
+    compile, phases = torch.nn.Module.compile, []
+
+    def by_hand(graph, inputs):  # a backend in the place of the real one, which takes minutes
+        phases.append(torch.is_grad_enabled())
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile(network, backend=by_hand))
+    plain = run(*tiny_flags(tiny_model, name="plain", epochs=1))
+    compiled = run(*tiny_flags(tiny_model, name="compiled", epochs=1), "--compile")
+    assert without_seconds(compiled) == without_seconds(plain) and {True, False} <= set(phases)
+    assert sampling.load_policy("runs/plain/model", 4, 1.0, 5.0).pretrained == sampling.load_policy("runs/compiled/model", 4, 1.0, 5.0).pretrained
+
+
+@pytest.mark.parametrize("device, there, message", [("cuda", ["g++"], "--compile needs the package triton"), ("cpu", [], "C\\+\\+ compiler")])
+def test_without_a_compiler_compile_is_refused(device, there, message, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        settings.check_compiler(device)

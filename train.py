@@ -27,6 +27,7 @@ from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
 from settings import (PLACES, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse, reward_options,
                       save_config)
+from trackers import load_tracker
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
@@ -117,6 +118,7 @@ def tell(experiment, epoch, metrics):
            **evaluate_fixed(experiment)}
     experiment.rows.append(row)
     runs.append_row(folder, row)
+    experiment.track(row)
     if is_due(epoch, config.checkpoint_every, config.epochs):
         experiment.save()
     if row["eval_reward_mean"] is not None:
@@ -220,20 +222,18 @@ class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
     state_dict says what is saved and restored. epoch: the last that the log tells of, -1 before the pretrained weights are told of.
-    saved_epoch: that of the checkpoint. rows: the log. lock: held while it lives. settings: the config as it was saved.
+    saved_epoch: that of the checkpoint. rows: the log. track: shows a row elsewhere (trackers.py). lock: held while it lives. settings: the config as it was saved.
     alike: text of a prompt -> the first prompt that the model cannot tell from it, since it reads the same tokens. To the policy
     they are one, and share their statistics.
     """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=()):
         self.config, self.policy, self.prompts = config, policy, prompts
-        self.folder = self.lock = self.settings = self.saved_epoch = None  # set by new_run and resume
+        self.folder = self.lock = self.settings = self.saved_epoch = self.track = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
-        self.optimizer = torch.optim.AdamW(  # in fp32; the authors' JAX code keeps the first moment in bf16
-            policy.trained.values(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, weight_decay=config.weight_decay)
+        self.optimizer = adamw(policy, config)
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=config.precision == "fp16")
         self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip,
@@ -276,6 +276,13 @@ class Experiment:
         return [self.reward, *self.watched] if self.reward else []
 
 
+def adamw(policy, config):
+    """The optimizer of the trained weights, in fp32. (The authors' JAX code keeps the first moment in bf16.)"""
+    # On a GPU torch's default would need one more copy of the weights during the step, 3.4 GB of Stable Diffusion.
+    return torch.optim.AdamW(policy.trained.values(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+                             eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=policy.device.type == "cuda")
+
+
 def texts_alike(pipeline, texts):
     """text -> the first of the texts that the model reads as the same tokens."""
     first = {}
@@ -293,10 +300,12 @@ def identity_of(experiment):
 def policy_of(config, model=None, scored=True):
     """The policy of a run's settings before its training; or another model, or another folder's adapters, under these settings."""
     adapters = model if model and is_lora(model) else None
+    training = {} if model else {
+        "keep_reference": config.kl_weight > 0, "lora_rank": config.lora_rank, "seed": config.seed,
+        "gradient_checkpointing": config.gradient_checkpointing, "compiled": config.compile}
     policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta,
-                         config.guidance_scale, config.device, config.precision, config.kl_weight > 0 and model is None, scored,
-                         0 if model else config.lora_rank, config.seed, config.gradient_checkpointing,
-                         clip_skip=config.clip_skip, height=config.height, width=config.width)
+                         config.guidance_scale, config.device, config.precision, scored, config.clip_skip, config.height, config.width,
+                         **training)
     if adapters:
         load_lora(policy.pipeline, adapters)
     return policy
@@ -321,6 +330,7 @@ def new_run(flags):
     try:
         experiment.lock = runs.lock_run(experiment.folder)
         experiment.settings = save_config(experiment.folder, config)
+        experiment.track = load_tracker(config.tracker, experiment.folder, experiment.settings, -1)
         experiment.save()  # so that a run can be resumed from its first moment
     except BaseException:  # a folder without settings would only block its name
         runs.remove(experiment.folder)
@@ -328,15 +338,15 @@ def new_run(flags):
     return experiment
 
 
-MAY_CHANGE = ("epochs", "device", *PLACES)  # with --resume: how long, and where
+MAY_CHANGE = ("epochs", "device", "tracker", *PLACES)  # with --resume: how long, and where
 
 
 def resume(folder, flags):
     """The Experiment of a run that was stopped or finished, at its last checkpoint. Raises ValueError."""
     others = sorted(set(flags) - set(MAY_CHANGE))
     if others:
-        raise ValueError("--resume uses the run's own settings: only --epochs, --device and where things are now may be given with "
-                         "it, not " + ", ".join("--" + name.replace("_", "-") for name in others))
+        raise ValueError("--resume uses the run's own settings: only --epochs, --device, --tracker and where things are now may be "
+                         "given with it, not " + ", ".join("--" + name.replace("_", "-") for name in others))
     config = load_config(folder)
     lock, state = runs.lock_run(folder), runs.load_checkpoint(folder, MAY_CHANGE)
     epochs = flags.get("epochs", config.epochs)
@@ -363,6 +373,7 @@ def resume(folder, flags):
     experiment.settings = save_config(folder, config)
     runs.forget_after(folder, experiment.epoch)
     experiment.rows = runs.read_rows(folder)
+    experiment.track = load_tracker(config.tracker, folder, experiment.settings, experiment.epoch)
     return experiment
 
 
@@ -461,13 +472,15 @@ def description(experiment):
 
 
 def surprises(experiment):
-    """Lines on what may not be meant: a learning rate of the other mode, prompts that are cut off or read as the same."""
+    """Lines on what may not be meant: a learning rate of the other mode, an inexact ratio, prompts that are cut off or read as the same."""
     config = experiment.config
     if config.preset != "emoji" and not config.lora_rank and config.learning_rate > 1e-4:
         yield (f"--learning-rate {config.learning_rate:g} is LoRA's: with it all weights of Stable Diffusion soon draw black images; "
                "the paper has 1e-5")
     if config.lora_rank and config.learning_rate < 5e-5:
         yield f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next to nothing with it; try 3e-4"
+    if config.compile and config.precision == "bf16" and config.algorithm == "ddpo-is":
+        yield "--compile rounds sampling and learning differently, and in bf16 that may be more than --clip-range: see ratio_deviation"
     if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
         yield cut
     same = [(text, other) for text, other in experiment.alike.items() if text != other]

@@ -45,7 +45,7 @@ MUTATIONS = [
     ("baselines_rwr.py", "if not config.guided_training:", "if config.guided_training:", METHOD),  # a test was added
     # models.py, networks.py, rewards.py, preference_rewards.py
     ("networks.py", "* 255).round()", "* 255)", METHOD),
-    ("models.py", "parts.append((images / 2 + 0.5)", "parts.append((images + 0.5)", METHOD),
+    ("models.py", "part[:] = (decoded / 2 + 0.5)", "part[:] = (decoded + 0.5)", METHOD),
     ("rewards.py", "quality=95", "quality=90", METHOD),
     ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", RUNS),
     ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())', REWARDS),

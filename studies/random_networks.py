@@ -17,7 +17,12 @@ TOKENIZER = Path(PRESETS["emoji"]["model"]) / "tokenizer"
 
 def write_stable_diffusion(folder):
     """A pipeline of Stable Diffusion v1.4's architecture, 4 GB in fp32."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    runs.write_atomically(folder, stable_diffusion().save_pretrained)
+
+
+def stable_diffusion():
+    """That pipeline, in memory."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -27,11 +32,14 @@ def write_stable_diffusion(folder):
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                              steps_offset=1, set_alpha_to_one=False)
-    pipeline = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
-                                       requires_safety_checker=False)
-    runs.write_atomically(folder, pipeline.save_pretrained)
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, noise_scheduler(), None, None, requires_safety_checker=False)
+
+
+def noise_scheduler():
+    """The scheduler that Stable Diffusion v1.4 is published with."""
+    from diffusers import PNDMScheduler
+    return PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+                         set_alpha_to_one=False)
 
 
 def layers(width, depth, heads, **others):

@@ -1,0 +1,186 @@
+"""How much GPU memory Stable Diffusion v1.4 needs here: counted without a GPU, and measured beside it where there is one.
+
+    python studies/memory.py                               # the table: about three minutes on a CPU
+    python studies/memory.py --micro-batch 1 4 --sample-batch 4
+
+Counted: train.py's own functions run on fake tensors, which have sizes and no contents, at the real size. The most bytes that were
+alive at one time are the peak. Not counted: the CUDA context (about 0.5 GB), workspaces of the kernels, and what the allocator
+wastes. Half precision is fp16 on a GPU and bf16 on fake tensors, which has the same size.
+
+GB are 10^9 bytes. B images, T steps.
+"""
+import argparse
+import contextlib
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
+from ddpo import accumulate, clipped_loss, optimizer_step, surrogate
+from models import decode, image_size, latent_shape
+from networks import silence_libraries
+from sampling import Policy, Trajectory, as_policy, ddim_schedule, draw_chains
+from settings import Config, build_config
+from studies.random_networks import noise_scheduler, stable_diffusion
+from train import adamw
+
+SILENT = SimpleNamespace(update=lambda n=1: None)  # a progress bar
+WITH_GPU = torch.cuda.is_available()
+
+
+# ---- Counting ----
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of the storages that are made under it: `now` alive, and `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {}  # storage -> its bytes
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a fake tensor has no value; as a flag this one says that all is finite
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def in_fp32(norm):
+    """A norm as autocast computes it on a GPU, but not on a CPU: in fp32."""
+    def like_cuda(*args, **kwargs):
+        args, kwargs = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return norm(*args, **kwargs)
+
+    return like_cuda
+
+
+def counted(work):
+    """GB at the peak of each step of the generator work(), run on fake tensors on the CPU: name -> GB."""
+    def convert(parameter, converted):  # what Module.to does with a fake parameter fails if anything else knows it
+        parameter.data = converted.data
+
+    peaks = {}
+    with patch("torch.utils.swap_tensors", convert), patch.object(F, "group_norm", in_fp32(F.group_norm)), \
+            patch.object(F, "layer_norm", in_fp32(F.layer_norm)), \
+            FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        for name in work("cpu", "bf16"):
+            peaks[name] = max(counter.peak / 1e9, peaks.get(name, 0))
+            counter.peak = counter.now
+    return peaks
+
+
+def measured(work):
+    """The same on this machine's GPU. {} if it has none; a step that does not fit is missing, and so are those after it."""
+    peaks = {}
+    if WITH_GPU:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for name in work("cuda", "fp16"):
+                peaks[name] = max(torch.cuda.max_memory_allocated() / 1e9, peaks.get(name, 0))
+                torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+    return peaks
+
+
+# ---- What is counted ----
+
+def epoch(preset, checkpointing, sample_batch, micro_batches):
+    """The generator function of an epoch's parts under a preset's settings. It yields the name of a part after it."""
+    steps = 2  # they need as much memory as all, but for the chain
+    scheduler = DDIMScheduler.from_config(noise_scheduler().config, clip_sample=False)
+    schedules = {device: ddim_schedule(scheduler, steps, Config.eta, device) for device in ("cpu", *["cuda"] * WITH_GPU)}
+
+    def work(device, precision):
+        config, schedule = build_config({"preset": preset, "precision": precision, "device": device}), schedules[device]
+        B, T = config.samples_per_epoch, config.sampling_steps
+        pipeline = stable_diffusion().to(device)
+        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            network.eval().requires_grad_(False)
+        policy = as_policy(Policy(pipeline, schedule, config.guidance_scale, precision), lora_rank=config.lora_rank,
+                           gradient_checkpointing=checkpointing)
+        texts = [f"animal {k}" for k in range(B)]
+        latents, log_probs = (torch.zeros(shape, device=device) for shape in ((B, T + 1, *latent_shape(pipeline)), (B, T)))
+        trajectory = Trajectory(latents[:, :steps + 1], log_probs[:, :steps], schedule.timesteps, tuple(texts))
+        optimizer, scaler = adamw(policy, config), torch.amp.GradScaler(device, enabled=False)
+        advantages = torch.ones(B, device=device)
+
+        def learn(micro_batch):
+            pairs = torch.cartesian_prod(torch.arange(micro_batch), torch.arange(steps))  # two parts: gradients add up
+            accumulate(pairs, micro_batch, lambda part: surrogate(
+                policy, trajectory, advantages, part, clipped_loss, config), scaler, SILENT)
+            optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm)
+
+        learn(1)
+        yield "the first update"  # it makes the optimizer's moments, which stay
+        batch = slice(0, sample_batch)
+        with torch.no_grad():
+            draw_chains(policy, texts[batch], [None] * sample_batch, trajectory.latents[batch], trajectory.log_probs[batch], SILENT)
+        yield "sampling"
+        images = torch.zeros(B - 4, 3, *image_size(pipeline), device=device)  # all but those that are decoded here
+        decode(pipeline, trajectory.x_0[:4], precision)
+        del images
+        yield "decoding"
+        for micro_batch in micro_batches:
+            learn(micro_batch)
+            yield f"learning, micro-batch {micro_batch}"
+
+    return work
+
+
+# ---- The command line ----
+
+def rows(sample_batch, micro_batches):
+    """The table's rows, one by one: what trains, gradient checkpointing, part of the epoch, GB counted, GB measured."""
+    for preset, trains in (("paper", "all weights"), ("lora", "LoRA, rank 4")):
+        for checkpointing in (False, True):
+            work = epoch(preset, checkpointing, sample_batch, micro_batches)
+            count, measure = counted(work), measured(work)
+            for part, gigabytes in count.items():
+                if part != "the first update" and ("learning" in part or not checkpointing):  # else it changes nothing
+                    yield [trains, "yes" if checkpointing else "no", part, f"{gigabytes:.1f}",
+                           f"{measure[part]:.1f}" if part in measure else "-"]
+
+
+def main(argv=None):
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample-batch", type=int, default=Config.sample_batch, help="images drawn at a time (default: 16)")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 2, 4], help="pairs learned from at a time (default: 1 2 4)")
+    args = parser.parse_args(argv)
+    if min(args.sample_batch, *args.micro_batch) < 1 or max(args.sample_batch, *args.micro_batch) > Config.samples_per_epoch:
+        print(f"memory.py: batches must be from 1 to {Config.samples_per_epoch}, the images of an epoch", file=sys.stderr)
+        return 2
+    silence_libraries()
+    where = torch.cuda.get_device_name() if WITH_GPU else "no GPU here"
+    print(f"Stable Diffusion v1.4, 512 x 512 pixels, half precision, {args.sample_batch} images drawn at a time\n\n"
+          f"| what trains | gradient checkpointing | part of an epoch | GB, counted | GB, measured ({where}) |\n|---|---|---|---|---|")
+    for row in rows(args.sample_batch, args.micro_batch):
+        print("| " + " | ".join(row) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Where else a run is shown: --tracker tensorboard or wandb. Each gets an epoch's figures, and the fixed prompts' image if there is a new one."""
+import uuid
+
+import runs
+from parallel import is_first
+
+
+def load_tracker(name, folder, settings, epoch):
+    """A function that shows a row of the log. settings: of the run. epoch: the last that was shown before, -1 in a new run.
+
+    Raises ValueError if the package is not installed, or not logged in.
+    """
+    if name == "none" or not is_first():
+        return lambda row: None
+    try:
+        return {"tensorboard": tensorboard, "wandb": wandb}[name](folder, settings, epoch)
+    except ImportError as error:
+        raise ValueError(f"--tracker {name} needs a package that is not installed ({error}): pip install {name}") from error
+
+
+def tensorboard(folder, settings, epoch):
+    """For `tensorboard --logdir runs`: files in runs/NAME/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)  # what a resumed run makes again is not shown twice
+
+    def show(row):
+        for name, value in figures(row).items():
+            writer.add_scalar(name, value, row["epoch"])
+        for image in evaluated(folder, row):
+            import numpy as np
+            from PIL import Image
+            writer.add_image("fixed prompts", np.asarray(Image.open(image)), row["epoch"], dataformats="HWC")
+        writer.flush()
+
+    return show
+
+
+def wandb(folder, settings, epoch):
+    """For wandb.ai, project ddpo; a resumed run goes on there, too. WANDB_MODE=offline keeps it in runs/NAME/wandb."""
+    import wandb
+    number = folder / "wandb_id.txt"
+    if not number.exists():
+        runs.write_text(number, uuid.uuid4().hex)
+    try:
+        run = wandb.init(project="ddpo", name=folder.name, id=number.read_text(), resume="allow", dir=folder, config=settings)
+    except wandb.errors.Error as error:
+        raise ValueError(f"--tracker wandb: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no login)") from error
+
+    def show(row):
+        run.log(figures(row) | {"fixed prompts": wandb.Image(str(image)) for image in evaluated(folder, row)}, step=row["epoch"])
+
+    return show
+
+
+def figures(row):
+    """name -> number, of those in a row of the log that are known."""
+    watched = {f"watched/{name}": value for name, value in (row["watched"] or {}).items()}
+    return {name: value for name, value in {**row, **watched}.items() if isinstance(value, (int, float))}
+
+
+def evaluated(folder, row):
+    """The image of a row's evaluation, in a list, which is empty if there was none."""
+    return [runs.sample_file(folder, row["epoch"])] if row["eval_reward_mean"] is not None else []
