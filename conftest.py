@@ -1,4 +1,9 @@
 """What several test files share: tiny random models, a file of small rewards, train.py in this process."""
+import os
+import signal
+import socket
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,8 +53,15 @@ IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A folder with a pipeline of Stable Diffusion's architecture and its sampler, PNDM: 8 x 8 latents."""
+    """A folder with tiny_pipeline."""
     torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def tiny_pipeline():
+    """A pipeline of Stable Diffusion's architecture and its sampler, PNDM: 8 x 8 latents."""
     tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
@@ -61,10 +73,7 @@ def tiny_model(tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length, projection_dim=16))
     scheduler = PNDMScheduler(skip_prk_steps=True, **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
-                            requires_safety_checker=False).save_pretrained(folder)
-    return folder
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
 
 def edit_weights(folder, edit):
@@ -188,6 +197,41 @@ def run(*flags, code=0):
     assert returned == code
     folders = sorted(Path("runs").glob("*"), key=lambda folder: folder.stat().st_mtime)
     return runs.read_rows(folders[-1]) if folders else []
+
+
+def forked(count, *flags, send=None):
+    """train.py in forked processes, several as torchrun would start them. Returns their exit codes, and what each said on stderr.
+
+    send: (signal, rank, folder): sent to that process once the folder's log has three rows.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            code = 99
+            try:
+                torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, as these tests may be, without it
+                if count > 1:
+                    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                                      MASTER_PORT=str(port))
+                sys.stdout, sys.stderr = (open(f"{stream}_{rank}", "w") for stream in ("out", "err"))
+                sys.__stderr__ = sys.stderr
+                code = train.main([str(flag) for flag in flags])
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    if send:
+        number, rank, folder = send
+        while len(runs.read_rows(Path(folder))) < 3:
+            time.sleep(0.05)
+        os.kill(children[rank], number)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes, [Path(f"err_{rank}").read_text() for rank in range(count)]
 
 
 def tiny_flags(tiny_model, **changes):

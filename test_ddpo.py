@@ -602,6 +602,20 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_m
     assert all(torch.equal(weight, start[name]) for name, weight in policy.unet.state_dict().items())
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_the_fp16_scaler_skips_a_step_that_overflowed_and_lowers_its_scale(fused, tiny_policy):
+    parameters = list(tiny_policy.unet.parameters())
+    optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-3, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for gradient, steps in ((1.0, True), (float("inf"), False), (1.0, True)):
+        before, scale = weights(tiny_policy), scaler.scale(torch.ones(())).item()
+        for weight in parameters:
+            weight.grad = torch.full_like(weight, gradient * scale)
+        norm, stepped = ddpo.optimizer_step(tiny_policy.unet, optimizer, scaler, 1.0)
+        moved = any(not torch.equal(weight, before[name]) for name, weight in weights(tiny_policy).items())
+        assert stepped == moved == steps and scaler.get_scale() == (scale if steps else scale / 2)
+        assert norm == pytest.approx(sum(weight.numel() for weight in parameters) ** 0.5) or not steps
+
+
 # ---- Reward-weighted regression ----
 
 

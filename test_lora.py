@@ -50,7 +50,9 @@ def test_the_ratio_is_one_and_what_does_not_train_is_kept_in_the_autocasts_preci
     images, steps = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
     log_probs, _ = sampling.score(policy, trajectory, images, steps)
     assert torch.allclose(log_probs, trajectory.log_probs.flatten(), atol=2e-6 if precision == "fp32" else 2e-3)
-    assert policy.unet.conv_in.weight.dtype == models.PRECISIONS[precision]
+    frozen = policy.unet.conv_in, policy.pipeline.vae.decoder.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
+    assert {network.weight.dtype for network in frozen} == {models.PRECISIONS[precision]}
+    assert models.decode(policy.pipeline, trajectory.x_0, precision).dtype == torch.float32
     assert {weight.dtype for weight in policy.trained.values()} == {torch.float32}
 
 
@@ -104,10 +106,10 @@ def test_a_resumed_lora_run_equals_one_never_stopped_trains_and_keeps_little(alg
 
 
 def test_evaluate_takes_a_lora_run_and_its_folder_alone(tiny_model, capsys):
-    run(*tiny_flags(tiny_model, epochs=1, **{"lora-rank": 2, "learning-rate": 0.1}))
+    run(*tiny_flags(tiny_model, epochs=1, precision="bf16", **{"lora-rank": 2, "learning-rate": 0.1}))
     capsys.readouterr()
     assert evaluate.main(["runs/r"]) == 0
-    assert evaluate.main(["runs/r/model", "--base", str(tiny_model), "--images", "3", "--sampling-steps", "3"]) == 0
+    assert evaluate.main(["runs/r/model", "--base", str(tiny_model), "--images", "3", "--sampling-steps", "3", "--precision", "bf16"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "compressibility" in line]
     assert rows[0].split("|")[5:] == rows[1].split("|")[5:] and rows[0].split("|")[5] != rows[0].split("|")[6]
 

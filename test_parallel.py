@@ -1,10 +1,8 @@
 """Several processes as one training: they learn what one would learn, and none waits for another that failed."""
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,43 +10,9 @@ import torch
 
 import parallel
 import runs
-import train
-from conftest import ROOT, run, tiny_flags, without_seconds
+from conftest import ROOT, forked, run, tiny_flags, without_seconds
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked: a start of Python takes seconds")
-
-
-def as_processes(count, *flags, send=None):
-    """train.py in forked processes, as torchrun would start them. Returns their exit codes, and what they said.
-
-    send: (signal, rank, folder): sent to that process once the folder's log has three rows.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            code = 99
-            try:
-                torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-                os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(port))
-                sys.stdout, sys.stderr = (open(f"{stream}_{rank}", "w") for stream in ("out", "err"))
-                sys.__stderr__ = sys.stderr
-                code = train.main([str(flag) for flag in flags])
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    if send:
-        number, rank, folder = send
-        while len(runs.read_rows(Path(folder))) < 3:
-            time.sleep(0.05)
-        os.kill(children[rank], number)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return codes, [Path(f"err_{rank}").read_text() for rank in range(count)]
 
 
 def alike(rows, others, tolerance=1e-5):
@@ -75,7 +39,7 @@ def one_thread():
 def test_two_processes_learn_what_one_learns(flags, tiny_model, own_reward):
     flags = tiny_flags(tiny_model, epochs=3, reward=own_reward("redness"), watch=own_reward("is_cat"), **flags)
     one = run(*flags, "--name", "one")
-    codes, (told, silence) = as_processes(2, *flags, "--name", "two")
+    codes, (told, silence) = forked(2, *flags, "--name", "two")
     two = runs.read_rows(Path("runs/two"))
     assert codes == [0, 0] and not silence and len(two) == 4
     assert alike(one, two), (one[-1], two[-1])
@@ -86,9 +50,9 @@ def test_two_processes_learn_what_one_learns(flags, tiny_model, own_reward):
 def test_a_run_begun_in_two_processes_goes_on_in_one_and_in_four(tiny_model):
     flags = {"eval-prompts": 4, "updates-per-epoch": 1}
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
-    assert as_processes(2, *tiny_flags(tiny_model, epochs=1, **flags))[0] == [0, 0]
+    assert forked(2, *tiny_flags(tiny_model, epochs=1, **flags))[0] == [0, 0]
     run("--resume", "runs/r", "--epochs", 2)
-    assert as_processes(4, "--resume", "runs/r", "--epochs", 3)[0] == [0] * 4
+    assert forked(4, "--resume", "runs/r", "--epochs", 3)[0] == [0] * 4
     assert alike(whole, runs.read_rows(Path("runs/r")))
 
 
@@ -97,7 +61,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_in_one_line_with_the_state_
     Path("own.py").write_text(f"import os\ncalls = 0\ndef reward(images, prompts):\n    global calls\n    calls += 1\n"
                               f"    if calls == 4 and os.environ['RANK'] == '{rank}': raise RuntimeError('the judge went home')\n"
                               "    return images.mean((1, 2, 3))\n")
-    codes, (told, silence) = as_processes(2, *tiny_flags(tiny_model, epochs=3, reward="own.py:reward"))
+    codes, (told, silence) = forked(2, *tiny_flags(tiny_model, epochs=3, reward="own.py:reward"))
     assert codes == [2, 2] and not silence
     who = "process 1: " if rank else ""
     assert (f"train.py: {who}the reward reward failed: RuntimeError: the judge went home (own.py, line 6); the state after 1 epochs is "
@@ -110,7 +74,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_in_one_line_with_the_state_
     (signal.SIGTERM, 1, [2, 130], "train.py: process 1: interrupted; the state after"),
     (signal.SIGKILL, 1, [2, -9], "train.py: another process is gone: ")])
 def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, codes, message, tiny_model):
-    ended, (told, _) = as_processes(2, *tiny_flags(tiny_model, epochs=10_000), send=(number, rank, "runs/r"))
+    ended, (told, _) = forked(2, *tiny_flags(tiny_model, epochs=10_000), send=(number, rank, "runs/r"))
     assert ended == codes and message in told and "python train.py --resume runs/r" in told and "Traceback" not in told
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
 
@@ -118,9 +82,9 @@ def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, cod
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):
     for flags, message in ((["--reward", "beauty"], "no reward 'beauty'"), (["--samples-per-epoch", 5, "--updates-per-epoch", 1],
                            "--samples-per-epoch 5 does not divide into equal shares for 2 processes")):
-        codes, (told, silence) = as_processes(2, *tiny_flags(tiny_model), *flags)
+        codes, (told, silence) = forked(2, *tiny_flags(tiny_model), *flags)
         assert codes == [2, 2] and not silence and message in told and len(told.splitlines()) == 1
-    codes, (told, *_) = as_processes(4, *tiny_flags(tiny_model))
+    codes, (told, *_) = forked(4, *tiny_flags(tiny_model))
     assert codes == [2] * 4 and "4 processes are too many: an update has 2 rows to share, an evaluation 3 prompts" in told
     assert not Path("runs").exists()
 

@@ -20,7 +20,7 @@ import process
 import runs
 import settings
 import train
-from conftest import ROOT, edit_weights, run, tiny_flags, without_seconds
+from conftest import ROOT, edit_weights, forked, run, tiny_flags, without_seconds
 
 
 def told(capsys):
@@ -185,9 +185,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_full_disk_loses_no_checkpoint(tiny_model, own_reward):
     # In its second epoch the reward sees to it that no file can grow beyond 50 kB: as torch and safetensors meet a full disk.
-    done = command(*tiny_flags(tiny_model, reward=own_reward("fills_the_disk"), epochs=3))
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "could not be written: " in done.stderr and "the state after 1 epochs is saved" in done.stderr
+    codes, (told,) = forked(1, *tiny_flags(tiny_model, reward=own_reward("fills_the_disk"), epochs=3))
+    assert codes == [2] and "Traceback" not in told, told
+    assert "could not be written: " in told and "the state after 1 epochs is saved" in told
     assert not list(Path("runs/r").rglob("new-*"))
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
     Path("room").touch()
@@ -236,19 +236,9 @@ def test_the_command_answers_a_mistake_in_one_line(flags, message):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_on_the_command_line_saves_and_says_how_to_resume(tiny_model):
-    flags = tiny_flags(tiny_model, epochs=10_000)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, as these tests may be, without it
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = Path("runs/r/log.jsonl")
-    for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) > 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in told and "python train.py --resume runs/r" in told
+def test_ctrl_c_saves_and_says_how_to_resume(tiny_model):
+    codes, (told,) = forked(1, *tiny_flags(tiny_model, epochs=10_000), send=(signal.SIGINT, 0, "runs/r"))
+    assert codes == [130] and "Traceback" not in told and "python train.py --resume runs/r" in told
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
 
 

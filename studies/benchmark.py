@@ -29,8 +29,9 @@ from settings import ALGORITHMS, PRESETS, build_config
 from studies.random_networks import RANDOM_REWARDS, write_stable_diffusion
 from train import RUNS, UPDATES, Experiment, policy_of
 
-# TFLOP at 512 x 512: a guided forward of the U-Net is 2 x 0.803, learning from a step takes three forwards, decoding 2.5.
-TFLOP_STEP, TFLOP_DECODE = 2 * 0.803, 2.5
+# TFLOP at 512 x 512: a guided forward of the U-Net; learning from a step, of all weights (three forwards) and of LoRA, whose
+# backward pass needs no gradient of the frozen weights; decoding.
+TFLOP_STEP, TFLOP_LEARN, TFLOP_LEARN_LORA, TFLOP_DECODE = 1.606, 4.82, 3.43, 2.5
 
 
 def benchmark(config, images, micro_batches, peak_tflops):
@@ -62,7 +63,7 @@ def benchmark(config, images, micro_batches, peak_tflops):
              *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
              *(f"{deviation:.1e}" for deviation in deviations)]
     if peak_tflops and keep_chain:
-        query = config.sampling_steps * 4 * TFLOP_STEP + TFLOP_DECODE
+        query = config.sampling_steps * (TFLOP_STEP + (TFLOP_LEARN_LORA if config.lora_rank else TFLOP_LEARN)) + TFLOP_DECODE
         cells.append(f"{query / peak_tflops / ((sampling + learning) / images):.0%}")
     return cells
 
@@ -111,6 +112,9 @@ def parse(argv):
     add("--preset", choices=PRESETS, default="emoji", help="whose settings (default: emoji)")
     add("--model", help="folder or hub name, or random (default: the preset's)")
     add("--algorithm", choices=ALGORITHMS, default="ddpo-is")
+    add("--lora-rank", type=int, help="as in train.py (default: the preset's)")
+    add("--gradient-checkpointing", action="store_true", default=None, help="as in train.py")
+    add("--compile", action="store_true", default=None, help="as in train.py")
     add("--precision", nargs="+", choices=PRECISIONS, help="default: fp32 on a CPU, all three on a GPU")
     add("--images", type=int, default=16, help="drawn and learned from (default: 16)")
     add("--sample-batch", type=int, help="images drawn at a time (default: the preset's)")
@@ -123,11 +127,12 @@ def parse(argv):
     for name in ("images", "sample_batch", "micro_batch", "ratio_batches"):
         if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
-    if args.peak_tflops and args.preset != "paper":
-        raise ValueError("--peak-tflops goes with --preset paper: its arithmetic is that of 512 x 512 images")
+    if args.peak_tflops and args.preset == "emoji":
+        raise ValueError("--peak-tflops goes with --preset paper or lora: its arithmetic is that of 512 x 512 images")
     if "fp16" in (args.precision or ()) and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU")
-    unread = [name for name in ("model", "precision", "sample_batch", "micro_batch", "peak_tflops") if getattr(args, name)]
+    unread = [name for name in ("model", "precision", "sample_batch", "micro_batch", "peak_tflops", "lora_rank",
+                                "gradient_checkpointing", "compile") if getattr(args, name)]
     if args.reward and unread:
         raise ValueError(f"--{unread[0].replace('_', '-')} does not go with --reward, which draws nothing and learns nothing")
     return args
@@ -140,8 +145,8 @@ def print_rows(args, device):
         for name in args.reward:
             print("| " + " | ".join(benchmark_reward(name, args.images, 512, device)) + " |", flush=True)
         return
-    flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch")
-             if getattr(args, name) is not None}
+    flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch", "lora_rank",
+                                                    "gradient_checkpointing", "compile") if getattr(args, name) is not None}
     if args.model == "random":
         flags["model"] = str(RUNS / "random-stable-diffusion")
         if not Path(flags["model"]).exists():
@@ -153,8 +158,10 @@ def print_rows(args, device):
     names = ["precision", "sampling (s/query)", "learning (s/query)", "peak GB sampling", "peak GB learning"]
     names += [f"largest \\|ratio - 1\\| at {size} pairs" for size in args.ratio_batches] if keep_chain else []
     names += ["share of peak"] if args.peak_tflops and keep_chain else []
-    print(f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
-          f"learned from {config.micro_batch} at a time\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    options = [f"LoRA of rank {config.lora_rank}"] * bool(config.lora_rank)
+    options += ["gradient checkpointing"] * config.gradient_checkpointing + ["compiled"] * config.compile
+    print(", ".join([f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
+                     f"learned from {config.micro_batch} at a time", *options]) + "\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
         try:
             cells = benchmark(replace(config, precision=precision), args.images, args.ratio_batches, args.peak_tflops)

@@ -1,11 +1,14 @@
-"""compare.py, report.py, variance.py, benchmark.py."""
+"""compare.py, report.py, variance.py, benchmark.py, memory.py, gpu.py, beside_trl.py."""
+import importlib
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ddpo
 import rewards
@@ -13,8 +16,8 @@ import runs
 import sampling
 import settings
 import train
-from conftest import LAYERS, TINY_CLIP, learner, rng
-from studies import benchmark, compare, random_networks, report, variance
+from conftest import LAYERS, TINY_CLIP, learner, rng, tiny_pipeline
+from studies import benchmark, beside_trl, compare, gpu, memory, random_networks, report, variance
 
 
 # ---- The comparison ----
@@ -235,3 +238,72 @@ def test_the_benchmark_of_rewards_goes_through_their_real_loading_code(monkeypat
     assert set(names) == set(rewards.LEARNED) - {"hpsv2"}  # hpsv2 has the network of pickscore
     assert benchmark.main(["--reward", "aesthetic", "--precision", "fp32"]) == 2
     assert "--precision does not go with --reward" in capsys.readouterr().err
+
+
+# ---- Memory, and a machine with a GPU ----
+
+def test_a_counter_sees_what_lives_at_one_time():
+    with FakeTensorMode(), memory.Counter() as counter:
+        a = torch.zeros(1000)                    # 4,000 bytes
+        b = (a + 1).view(10, 100)                # 8,000; a view is no new memory
+        b += 1
+        del a                                    # 4,000
+        c = torch.cat([b, b]) * 2                # 4,000 + 2 x 8,000, of which one goes
+    assert (counter.now, counter.peak) == (12_000, 20_000) and c.shape == (20, 100)
+
+
+def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations(monkeypatch):
+    monkeypatch.setattr(memory, "stable_diffusion", tiny_pipeline)
+    full, saving = (memory.counted(memory.epoch(preset, checkpointing, 4, micro_batches)) for preset, checkpointing, micro_batches in (
+        ("paper", False, (8, 16)), ("lora", True, (16,))))
+    pipeline = tiny_pipeline()
+    of_unet, of_others = (sum(weight.numel() * 4 / 1e9 for network in networks for weight in network.parameters()) for networks in (
+        [pipeline.unet], [pipeline.vae, pipeline.text_encoder]))
+    chains = 256 * (51 * 256 + 50) * 4 / 1e9
+    activations = 2 * (full["learning, micro-batch 16"] - full["learning, micro-batch 8"])  # of 16 pairs
+    static = 4 * of_unet + of_others + chains  # weights, gradients, two moments
+    assert full["learning, micro-batch 16"] - activations == pytest.approx(static, rel=0.1)
+    assert full["sampling"] > 3 * of_unet + of_others + chains > saving["sampling"] > of_unet / 2 + chains
+    assert saving["learning, micro-batch 16"] - saving["sampling"] < activations / 2
+    assert set(full) == {"the first update", "sampling", "decoding", "learning, micro-batch 8", "learning, micro-batch 16"}
+
+
+def test_the_command_for_a_gpu_goes_through_its_steps_on_a_cpu(tiny_model, monkeypatch, capsys):
+    def in_this_process(script, flags, output, seconds):
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        code = module.main(flags)
+        told = capsys.readouterr()
+        output.write_text(told.out + told.err)
+        return "done" if code == 0 else f"failed with exit code {code}"
+
+    monkeypatch.setattr(gpu, "run_step", in_this_process)
+    monkeypatch.setitem(settings.PRESETS["emoji"], "model", str(tiny_model))
+    monkeypatch.setitem(settings.PRESETS["emoji"], "watch", ())
+    monkeypatch.setattr(memory, "counted", lambda work: {"sampling": 1.0, "learning, micro-batch 1": 2.0})
+    monkeypatch.setattr(random_networks, "CLIP_L", TINY_CLIP)
+    monkeypatch.setattr(beside_trl, "epoch_of_trl", lambda config: lambda: None)  # which is not installed with the project
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *words, print=print, **options: (said.append(words), print(*words, **options)))
+    assert gpu.main(["out", "--dry-run"]) == 0
+    told = {path.stem: path.read_text() for path in Path("out").iterdir()}
+    assert told.pop("about").startswith("CPU") and len(told) == 9
+    assert "| fp32 |" in told["all_weights"] and "LoRA of rank 4, gradient checkpointing" in told["LoRA_in_8_GB"]
+    assert "| LoRA, rank 4 | yes | learning, micro-batch 1 |" in told["memory"] and "| aesthetic |" in told["rewards"]
+    assert "| ours |" in told["beside_TRL"] and "after 8 reward queries" in told["embedded_model"]
+    assert all(name == "about" or text for name, text in told.items())
+    assert gpu.main(["out"]) == 2 and "torch sees no GPU; --dry-run" in capsys.readouterr().err
+    assert {flag for _, _, flags in gpu.steps(False, 989) for flag in flags if flag.startswith("--")} >= {"--compile", "--peak-tflops"}
+
+
+def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
+    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    (tmp_path / "fails.py").write_text("import sys; sys.exit('no')")
+    assert gpu.run_step(str(tmp_path / "slow.py"), [], tmp_path / "slow.txt", 1) == "stopped, since the time was up"
+    assert gpu.run_step(str(tmp_path / "fails.py"), [], tmp_path / "fails.txt", 60) == "failed with exit code 1"
+    assert "begun" in (tmp_path / "slow.txt").read_text() and "no" in (tmp_path / "fails.txt").read_text()
+
+
+def test_trl_beside_ours_needs_trl_and_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ValueError, match="pip install trl==0.23.1"):
+        beside_trl.epoch_of_trl(None)

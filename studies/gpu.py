@@ -1,0 +1,89 @@
+"""All that this project wants to know of a GPU, in one command of at most ten minutes, its outputs in one folder.
+
+    python studies/gpu.py runs/gpu                   # on a machine with a GPU; about 30 GB of disk for networks with random weights
+    python studies/gpu.py runs/gpu --dry-run         # the same steps on a CPU, at small sizes: what could go wrong, goes wrong here
+
+The steps stand in the order of their worth. Each is a command of this project; its output goes to STEP.txt. A step that finds no time
+is left out, one that takes too long is stopped, and both are said. Put the folder's tables into studies/results/gpu.md, with the
+card's name and the commit (about.txt).
+"""
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES = 10
+
+
+def steps(dry_run, peak_tflops):
+    """(name, script, flags) of each step."""
+    peak = ["--peak-tflops", str(peak_tflops)] if peak_tflops else []
+    full, lora = ["--preset", "paper", "--model", "random", *peak], ["--preset", "lora", "--model", "random", *peak]
+    half, images, large = ["--precision", "fp16", "bf16"], ["--images", "8"], ["--micro-batch", "16"]
+    rewards, beside, on = ["aesthetic", "pickscore", "imagereward", "counting"], ["--preset", "paper", "--precision", "fp16"], []
+    beside += ["--model", "runs/random-stable-diffusion", "--images", "8"]
+    if dry_run:
+        full, lora, half, images, large = [], ["--lora-rank", "4"], [], ["--images", "1"], ["--micro-batch", "8"]
+        rewards, beside, on = ["aesthetic"], ["--images", "8"], ["--epochs", "1", "--samples-per-epoch", "8", "--eval-prompts", "3"]
+    benchmark = "studies/benchmark.py"
+    yield "all weights", benchmark, [*full, *half, *images]
+    yield "LoRA", benchmark, [*lora, *half[:2], *images, *large]
+    yield "LoRA in 8 GB", benchmark, [*lora, *half[:2], *images, "--gradient-checkpointing"]
+    yield "all weights in 24 GB", benchmark, [*full, *half[:2], *images, "--gradient-checkpointing"]
+    if not dry_run:  # it takes minutes on a CPU
+        yield "all weights, compiled", benchmark, [*full, *half[:2], *images, *large, "--compile"]
+        yield "LoRA, compiled", benchmark, [*lora, *half[:2], *images, *large, "--compile"]
+    yield "beside TRL", "studies/beside_trl.py", beside
+    yield "embedded model", "train.py", ["--reward", "compressibility", *on]
+    yield "rewards", benchmark, ["--reward", *rewards, *images]
+    yield "all weights in fp32", benchmark, [*full, "--precision", "fp32", *images]
+    yield "memory", "studies/memory.py", ["--micro-batch", *(["1"] if dry_run else ["1", "4", "16"])]
+
+
+def run_step(script, flags, output, seconds):
+    """Run a command with its output in a file, for at most so many seconds. Returns how it ended, in words."""
+    with open(output, "w", encoding="utf-8") as file:
+        file.write(f"$ python {' '.join([script, *flags])}\n\n")
+        file.flush()
+        try:
+            done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return "stopped, since the time was up"
+    return "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+
+
+def about():
+    """What the figures depend on, in lines."""
+    import diffusers
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{card}\ncommit {commit.stdout.strip() or 'unknown'}\ntorch {torch.__version__}, diffusers {diffusers.__version__}\n"
+
+
+def main(argv=None):
+    """The command line. Returns the exit code: 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="the folder of the outputs")
+    parser.add_argument("--peak-tflops", type=float, help="the card's, dense in half precision (H100 and H200 SXM: 989)")
+    parser.add_argument("--dry-run", action="store_true", help="small sizes, for a CPU")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("gpu.py: torch sees no GPU; --dry-run goes through the steps on a CPU", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "about.txt").write_text(about(), encoding="utf-8")
+    end, failed = time.monotonic() + 60 * MINUTES, False
+    for name, script, flags in steps(args.dry_run, args.peak_tflops):
+        left = end - time.monotonic()
+        ended = run_step(script, flags, args.output / f"{name.replace(' ', '_')}.txt", left) if left > 15 else "left out: no time"
+        failed |= ended.startswith("failed")
+        print(f"{60 * MINUTES - left:4.0f} s  {name}: {ended}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
