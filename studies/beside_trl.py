@@ -46,11 +46,13 @@ def epoch_of_trl(config):
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
+            from accelerate import PartialState
             from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     except Exception as error:  # TRL hides a missing package behind an error of its own
         raise ValueError(f"TRL's trainer cannot be imported: pip install trl==0.23.1 ({str(error).splitlines()[-1]})") from error
     experiment = build_experiment(config)  # for the prompts and the reward
     prompts = iter(experiment.prompts * config.samples_per_epoch)
+    PartialState()  # TRL logs before it makes one
     images_of_update = config.samples_per_epoch // config.updates_per_epoch
     at_once = min(config.micro_batch, images_of_update)
     trainer = DDPOTrainer(
