@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import parallel
+import process
 import runs
 from conftest import ROOT, forked, run, tiny_flags, without_seconds
 
@@ -77,6 +78,17 @@ def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, cod
     ended, (told, _) = forked(2, *tiny_flags(tiny_model, epochs=10_000), send=(number, rank, "runs/r"))
     assert ended == codes and message in told and "python train.py --resume runs/r" in told and "Traceback" not in told
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
+
+
+def test_a_signal_waits_until_an_exchange_is_over():
+    process.stop_on_signals()
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with process.signals_held():
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("the exchange goes on")
+        steps.append("never reached")
+    assert steps == ["the exchange goes on"]
 
 
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHOD, REWARDS, EVALUATE = "test_ddpo.py", "test_rewards.py", "test_evaluate.py"
 MODELS, PROMPTS, RUNS = "test_models.py", "test_prompts.py", "test_runs.py"
+PARALLEL, LORA = "test_parallel.py", "test_lora.py"
 EMOJI, STUDIES = "emoji/test_emoji.py", "studies/test_studies.py"
 
 # (file, the line as it is, the line as it must not be, the tests that must notice)
@@ -35,7 +36,7 @@ MUTATIONS = [
     # ddpo.py
     ("ddpo.py", "torch.minimum(advantages * ratio", "torch.maximum(advantages * ratio", METHOD),
     ("ddpo.py", "learned_steps = T - config.skip_last_steps", "learned_steps = T", METHOD),
-    ("ddpo.py", "share = len(part) / rows", "share = 1 / len(parts)", METHOD),
+    ("ddpo.py", "share = len(part) / len(rows)", "share = micro_batch / len(rows)", METHOD),
     ("ddpo.py", ">= self.min_count", "> self.min_count", METHOD),
     ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
     ("ddpo.py", "clip_grad_norm_(unet.parameters(), max_grad_norm)", "clip_grad_norm_(unet.parameters(), 1e9)", METHOD),
@@ -86,6 +87,22 @@ MUTATIONS = [
     ("train.py", "texts = [experiment.alike[text] for text in texts]", "texts = list(texts)", RUNS),
     ("settings.py", 'if value.startswith(f"{old}{os.sep}"):', "if False:", RUNS),
     ("ddpo.py", "rounding = 2e-7 if (group ==", "rounding = 2e-7 if True or (group ==", REWARDS),
+    # several processes, LoRA, memory, trackers
+    ("parallel.py", "slice(n * rank // size(), n * (rank + 1) // size())", "slice(0, n // size())", PARALLEL),
+    ("parallel.py", "torch.cat([tensor.flatten() for tensor in bucket])", "torch.cat([tensor.flatten() for tensor in bucket[:]]) / 2", PARALLEL),
+    ("process.py", "for number in came[:1]:", "for number in ():", PARALLEL),
+    ("sampling.py", "    parallel.add_up([latents, log_probs])\n", "", PARALLEL),
+    ("ddpo.py", "for info in parallel.gathered([", "for info in ([", PARALLEL),
+    ("train.py", "other.name: mean_of_known(parallel.gathered(other(images, prompts)[0]))",
+     "other.name: mean_of_known(other(images, prompts)[0])", PARALLEL),
+    ("runs.py", "@by_first\ndef append_row", "def append_row", PARALLEL),
+    ("settings.py", "if count > 1 and config.samples_per_epoch % count:", "if False:", PARALLEL),
+    ("train.py", "if experiment.epoch < 0:", "if True:", RUNS),
+    ("train.py", "experiment.save()  # so that a run", "pass  # so that a run", RUNS),
+    ("models.py", "lora_alpha=rank", "lora_alpha=2 * rank", LORA),
+    ("sampling.py", "pipeline.to(PRECISIONS[precision])", "pipeline.unet.to(PRECISIONS[precision])", LORA),
+    ("studies/memory.py", "self.now -= self.alive.pop(key)", "self.alive.pop(key)", STUDIES),
+    ("trackers.py", "purge_step=epoch + 1", "purge_step=epoch", "test_trackers.py"),
 ]
 
 

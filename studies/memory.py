@@ -2,6 +2,7 @@
 
     python studies/memory.py                               # the table: about three minutes on a CPU
     python studies/memory.py --micro-batch 1 4 --sample-batch 4
+    python studies/memory.py --host                        # the host's memory instead, measured; needs 15 GB of disk
 
 Counted: train.py's own functions run on fake tensors, which have sizes and no contents, at the real size. The most bytes that were
 alive at one time are the peak. Not counted: the CUDA context (about 0.5 GB), workspaces of the kernels, and what the allocator
@@ -12,6 +13,8 @@ GB are 10^9 bytes. B images, T steps.
 import argparse
 import contextlib
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method
 from ddpo import accumulate, clipped_loss, optimizer_step, surrogate
 from models import decode, image_size, latent_shape
 from networks import silence_libraries
+from runs import checkpoint_file, load_checkpoint, remove, save_settings
 from sampling import Policy, Trajectory, as_policy, ddim_schedule, draw_chains
 from settings import Config, build_config
-from studies.random_networks import noise_scheduler, stable_diffusion
-from train import adamw
+from studies.random_networks import noise_scheduler, stable_diffusion, write_stable_diffusion
+from train import RUNS, Experiment, adamw, policy_of
 
 SILENT = SimpleNamespace(update=lambda n=1: None)  # a progress bar
 WITH_GPU = torch.cuda.is_available()
@@ -150,6 +154,58 @@ def epoch(preset, checkpointing, sample_batch, micro_batches):
     return work
 
 
+# ---- The host's memory ----
+
+def host_rows():
+    """Rows of another table: GB that this process holds beside files, at the peak of loading, saving and resuming all weights.
+
+    On a CPU the weights that are loaded, and their moments, are in it. With a GPU they are there.
+    """
+    model, folder = RUNS / "random-stable-diffusion", RUNS / "memory-of-the-host"
+    if not model.exists():
+        write_stable_diffusion(model)
+    config = build_config({"preset": "paper", "precision": "fp32", "model": str(model), "name": folder.name})
+    with peak_of_host() as peak:
+        experiment = Experiment(config, policy_of(config))
+        yield "loading the pipeline", peak()
+        for weight in experiment.policy.trained.values():
+            experiment.optimizer.state[weight] = {"step": torch.ones(()), "exp_avg": torch.rand_like(weight),
+                                                  "exp_avg_sq": torch.rand_like(weight)}
+        yield "with the optimizer's moments", peak()
+        experiment.folder, experiment.settings = folder, {}
+        folder.mkdir(exist_ok=True)
+        try:
+            save_settings(folder, {})
+            experiment.save()
+            yield f"saving {checkpoint_file(folder).stat().st_size / 1e9:.1f} GB", peak()
+            experiment.load_state_dict(load_checkpoint(folder))
+            yield "resuming", peak()
+        finally:
+            remove(folder)
+
+
+@contextlib.contextmanager
+def peak_of_host():
+    """The context in which a function tells the most GB that this process held since its last call. (Linux)"""
+    def watch():
+        while not ended.wait(0.02):
+            line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            seen.append(int(line.split()[1]) * 1024 / 1e9)
+
+    def peak():
+        time.sleep(0.1)
+        most = max(seen)
+        seen.clear()
+        return most
+
+    seen, ended = [], threading.Event()
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+
+
 # ---- The command line ----
 
 def rows(sample_batch, micro_batches):
@@ -169,11 +225,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample-batch", type=int, default=Config.sample_batch, help="images drawn at a time (default: 16)")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 2, 4], help="pairs learned from at a time (default: 1 2 4)")
+    parser.add_argument("--host", action="store_true", help="measure the host's memory instead")
     args = parser.parse_args(argv)
+    silence_libraries()
+    if args.host:
+        print("| all weights, on the host | peak GB beside files |\n|---|---|")
+        for part, gigabytes in host_rows():
+            print(f"| {part} | {gigabytes:.1f} |", flush=True)
+        return 0
     if min(args.sample_batch, *args.micro_batch) < 1 or max(args.sample_batch, *args.micro_batch) > Config.samples_per_epoch:
         print(f"memory.py: batches must be from 1 to {Config.samples_per_epoch}, the images of an epoch", file=sys.stderr)
         return 2
-    silence_libraries()
     where = torch.cuda.get_device_name() if WITH_GPU else "no GPU here"
     print(f"Stable Diffusion v1.4, 512 x 512 pixels, half precision, {args.sample_batch} images drawn at a time\n\n"
           f"| what trains | gradient checkpointing | part of an epoch | GB, counted | GB, measured ({where}) |\n|---|---|---|---|---|")

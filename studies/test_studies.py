@@ -268,6 +268,15 @@ def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations
     assert set(full) == {"the first update", "sampling", "decoding", "learning, micro-batch 8", "learning, micro-batch 16"}
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells of the process's memory")
+def test_the_hosts_memory_is_measured_and_nothing_is_left(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "write_stable_diffusion", lambda folder: shutil.copytree(tiny_model, folder))
+    assert memory.main(["--host"]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["loading the pipeline", "with the optimizer's moments", "saving 0.0 GB", "resuming"]
+    assert all(0 < float(row[2]) < 24 for row in rows) and not Path("runs/memory-of-the-host").exists()
+
+
 def test_the_command_for_a_gpu_goes_through_its_steps_on_a_cpu(tiny_model, monkeypatch, capsys):
     def in_this_process(script, flags, output, seconds):
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
