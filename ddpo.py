@@ -166,10 +166,10 @@ def surrogate(policy, trajectory, advantages, pairs, loss, config):
 
 
 def accumulate(rows, micro_batch, loss_of, scaler, bar):
-    """Add the gradient of the mean loss over all rows to the weights' gradients. Returns info.
+    """The gradient of the mean loss over all rows: this process adds its share to the weights' gradients. Returns info.
 
-    loss_of(part) -> loss, info is the mean over some of the rows. micro_batch, how many these are, is a knob of memory and speed, and
-    so is the number of processes that share the rows. They cannot change the result but in rounding.
+    optimizer_step adds up the shares. loss_of(part) returns the mean loss of those rows, and info. micro_batch is the largest number of
+    rows at a time: a knob of memory and speed, which changes the result in rounding only.
     """
     total, whole = {}, {}
     for part in parallel.my_parts(len(rows), micro_batch):

@@ -174,7 +174,7 @@ def identity_of(pipeline):
 
 
 def autocast(device, precision):
-    """The context in which networks run at that precision. Their weights stay fp32."""
+    """The context in which networks run at that precision, whatever their weights are in."""
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 

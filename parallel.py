@@ -6,7 +6,7 @@ over the processes (add_up), and rewards are put in a row (gathered). All proces
 and weights. Their number is a knob of speed: it cannot change the result but in rounding. (A reward that draws random numbers or
 keeps a state is an exception: each process has one of its own.)
 
-Without torchrun there is one process, and each of these functions returns at once. Several machines are started by torchrun's own
+Without torchrun there is one process, which has all the work and exchanges nothing. Several machines are started by torchrun's own
 flags; they must share the folder runs/.
 
 A process that fails must not leave the others waiting. So every exchange begins with a word from each process on whether it is well.
@@ -154,7 +154,8 @@ def from_first(work):
 def exchange(values=None, problem=None):
     """The context of an exchange between the processes. It yields a list of what each has brought: `values`.
 
-    problem: why this process will not go on. Raises OtherProcessFailed in the others. Signals wait until the exchange is over.
+    problem: why this process will not go on. Raises OtherProcessFailed if any process has a problem, or is gone. Signals wait until
+    the exchange is over.
     """
     global over
     if size() == 1:
@@ -164,14 +165,16 @@ def exchange(values=None, problem=None):
         brought = [None] * size()
         try:
             dist.all_gather_object(brought, (problem, values))
+            failed = [(rank, told) for rank, (told, _) in enumerate(brought) if told]
+            if failed:
+                over = True
+                raise OtherProcessFailed("process {}: {}".format(*failed[0]))
+            yield [value for _, value in brought]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # a process was killed, or its machine is gone
             over = True
             raise OtherProcessFailed(f"another process is gone: {str(error).splitlines()[0][:200]}") from error
-        failed = [(rank, told) for rank, (told, _) in enumerate(brought) if told]
-        if failed:
-            over = True
-            raise OtherProcessFailed("process {}: {}".format(*failed[0]))
-        yield [value for _, value in brought]
 
 
 def leave(problem):

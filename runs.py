@@ -10,6 +10,7 @@ Of several processes that train together the first alone writes (by_first).
     checkpoint/state.pt         all that training changes, and what --resume compares: settings; hashes of model, prompts, rewards
     model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
     lock                        held by the process that trains the run
+    tensorboard/, wandb/, wandb_id.txt   with --tracker
     before_after.png            the images of evaluate.py
 """
 import errno

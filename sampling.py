@@ -62,7 +62,7 @@ class Policy:
     pipeline: object          # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer, scheduler
     schedule: Schedule
     guidance_scale: float     # w; at 1 the conditional prediction alone
-    precision: str            # of the autocast of U-Net and VAE; weights, latents and the arithmetic of the step stay fp32
+    precision: str            # of the autocast of U-Net and VAE; weights that train, latents and the step's arithmetic are fp32
     reference: object = None  # the pretrained policy, a frozen copy, for a penalty on the KL to it
     pretrained: str = ""      # a hash of the model before training: models.identity_of
 

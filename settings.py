@@ -37,8 +37,8 @@ class Config:
     Ours: epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16 autocast), the
     settings of memory and speed, and how often to evaluate and to save.
     """
-    preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: likewise, v1.5 "
-                                   "and LoRA of rank 4")
+    preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: "
+                                   "likewise, v1.5 and LoRA of rank 4")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. Options such as --reward-model go to the trained reward if it "
@@ -82,14 +82,15 @@ class Config:
                                        "DPOK's code means something else: see ddpo.surrogate)")
     beta: float = setting(0.2, "rwr: inverse temperature, by which rewards are multiplied")
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
-    precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; the weights stay in fp32")
+    precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
     micro_batch: int = setting(4, "(image, step) pairs (RWR: images) in a forward pass of learning: memory and speed only")
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
-    compile: bool = setting(False, "compile the U-Net by torch.compile: minutes at the start, then faster on a GPU")
+    compile: bool = setting(False, "compile the U-Net by torch.compile: minutes at the start, then faster sampling on a GPU")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
-    checkpoint_every: int = setting(1, "epochs between checkpoints, to which an interrupted run goes back; the last is always saved")
+    checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB with all weights of Stable Diffusion), to which an interrupted "
+                                     "run goes back; the last is always saved")
     tracker: str = setting("none", "where else to show the run: none, tensorboard or wandb")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)")
 
@@ -150,6 +151,8 @@ ALGORITHM_SETTINGS = {
 
 # Settings that say where something is. With --resume they say where the same thing is now.
 PLACES = ("model", "prompts", "reward", "watch", "reward_model", "aesthetic_head", "bert_model")
+# Settings of memory and speed, which change the result in rounding only.
+SPEED = ("sample_batch", "micro_batch", "gradient_checkpointing", "compile")
 
 # Settings that only some rewards read: the options of rewards.load_reward.
 REWARD_SETTINGS = {"reward_model": tuple(LEARNED), "aesthetic_head": ("aesthetic",), "wording": ("alignment",),
@@ -278,7 +281,7 @@ def shared_settings(config):
     def published(value):
         return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
-    left_out = ("name", "seed", "device", "sample_batch", "micro_batch", "gradient_checkpointing", "compile", "checkpoint_every", "tracker")
+    left_out = ("name", "seed", "device", "checkpoint_every", "tracker", *SPEED)
     return {name: list(map(published, value)) if name == "watch" else published(value)  # of types that JSON has
             for name, value in asdict(config).items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
@@ -393,9 +396,9 @@ def parse(argv, description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = refuse  # one line, not the usage of forty flags
-    places = ", ".join("--" + name.replace("_", "-") for name in PLACES)
+    speed, places = (", ".join("--" + name.replace("_", "-") for name in names) for names in (SPEED, PLACES))
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, "
-                        f"--tracker, and where things are now that have moved ({places})")
+                        f"--tracker; {speed}; and the new place of what has moved ({places})")
     choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
                "baseline": BASELINES, "tracker": ("none", "tensorboard", "wandb")}
     for item in fields(Config):

@@ -13,7 +13,7 @@ import process
 import runs
 from conftest import ROOT, forked, run, tiny_flags, without_seconds
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked: a start of Python takes seconds")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")  # a start of Python takes seconds
 
 
 def alike(rows, others, tolerance=1e-5):
@@ -29,6 +29,7 @@ def alike(rows, others, tolerance=1e-5):
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """In this process too, as in the forked ones, so that they round alike."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

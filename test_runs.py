@@ -174,7 +174,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
     run("--resume", "runs/r", "--epochs", 1, code=2)
     assert "can only be made longer" in capsys.readouterr().err
     run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
-    assert "may be given with it, not --seed" in capsys.readouterr().err
+    assert "may be given with it (see --help), not --seed" in capsys.readouterr().err
     config.write_text(settings.replace('"watch"', '"judge"'))
     run("--resume", "runs/r", "--epochs", 3, code=2)
     assert "is of another version: it differs in judge, watch" in capsys.readouterr().err
@@ -448,7 +448,29 @@ def test_a_pretrained_model_that_draws_nan_is_told_as_that(part, what, tiny_mode
 
 def test_nan_after_learning_blames_the_step(tiny_model, capsys):
     run(*tiny_flags(tiny_model, **{"learning-rate": 1e30}), code=2)
-    assert "not finite: start a new run with a smaller --learning-rate" in told(capsys)[-1]
+    line = told(capsys)[-1]
+    assert "not finite: start a new run with a smaller --learning-rate" in line and "--resume" not in line
+
+
+def test_settings_of_memory_and_speed_may_change_on_the_way(tiny_model, monkeypatch, capsys):
+    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
+    monkeypatch.setattr(train, "UPDATES", {"ddpo-is": (lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()), True)})
+    run(*tiny_flags(tiny_model, epochs=3), code=2)
+    assert "a smaller --micro-batch or --sample-batch needs less" in (line := told(capsys)[-1]) and "--resume runs/r" in line
+    monkeypatch.undo()
+    rows = run("--resume", "runs/r", "--micro-batch", 1, "--sample-batch", 2, "--gradient-checkpointing")
+    assert [row["reward_mean"] for row in rows[1:]] == pytest.approx([row["reward_mean"] for row in whole[1:]], rel=1e-5)
+    config = settings.load_config(Path("runs/r"))
+    assert (config.micro_batch, config.sample_batch, config.gradient_checkpointing) == (1, 2, True)
+
+
+def test_a_run_that_goes_on_elsewhere_takes_the_optimizer_of_that_device(tiny_model):
+    run(*tiny_flags(tiny_model, epochs=1))
+    path = Path("runs/r/checkpoint/state.pt")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = True  # as on a GPU
+    torch.save(state, path)
+    assert train.resume(Path("runs/r"), {"epochs": 2}).optimizer.param_groups[0]["fused"] is False
 
 
 def test_prompts_that_are_cut_are_counted_and_those_that_become_the_same_share_a_baseline(tiny_model, capsys):

@@ -1,12 +1,15 @@
-"""Where else a run is shown: --tracker tensorboard or wandb. Each gets an epoch's figures, and the fixed prompts' image if there is a new one."""
+"""Where else a run is shown: --tracker tensorboard or wandb. Each gets an epoch's figures, and a new image of the fixed prompts."""
 import uuid
+
+import numpy as np
+from PIL import Image
 
 import runs
 from parallel import is_first
 
 
 def load_tracker(name, folder, settings, epoch):
-    """A function that shows a row of the log. settings: of the run. epoch: the last that was shown before, -1 in a new run.
+    """A function that shows a row of the log. settings: of the run. epoch: that after which the run goes on, -1 in a new run.
 
     Raises ValueError if the package is not installed, or not logged in.
     """
@@ -27,8 +30,6 @@ def tensorboard(folder, settings, epoch):
         for name, value in figures(row).items():
             writer.add_scalar(name, value, row["epoch"])
         for image in evaluated(folder, row):
-            import numpy as np
-            from PIL import Image
             writer.add_image("fixed prompts", np.asarray(Image.open(image)), row["epoch"], dataformats="HWC")
         writer.flush()
 
@@ -46,8 +47,11 @@ def wandb(folder, settings, epoch):
     except wandb.errors.Error as error:
         raise ValueError(f"--tracker wandb: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no login)") from error
 
+    # An axis of our own: wandb would drop the epochs that a resumed run makes again.
+    run.define_metric("*", step_metric="epoch")
+
     def show(row):
-        run.log(figures(row) | {"fixed prompts": wandb.Image(str(image)) for image in evaluated(folder, row)}, step=row["epoch"])
+        run.log(figures(row) | {"fixed prompts": wandb.Image(str(image)) for image in evaluated(folder, row)})
 
     return show
 

@@ -25,8 +25,8 @@ from process import notify, say, stop_on_signals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
-from settings import (PLACES, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse, reward_options,
-                      save_config)
+from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse,
+                      reward_options, save_config)
 from trackers import load_tracker
 
 RUNS = Path("runs")
@@ -111,16 +111,16 @@ TRAINING_METRICS = ("reward_mean", "reward_std", "seconds_sample", "seconds_rewa
 
 
 def tell(experiment, epoch, metrics):
-    """End an epoch: evaluate, add a row to the log, save the state, draw the curve."""
+    """End an epoch: evaluate, add a row to the log, save the state, show the row to the tracker, draw the curve."""
     config, folder, reward = experiment.config, experiment.folder, experiment.reward
     experiment.epoch = epoch
     row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_METRICS), **metrics,
            **evaluate_fixed(experiment)}
     experiment.rows.append(row)
     runs.append_row(folder, row)
-    experiment.track(row)
     if is_due(epoch, config.checkpoint_every, config.epochs):
         experiment.save()
+    experiment.track(row)
     if row["eval_reward_mean"] is not None:
         runs.draw_curve(folder, reward.name, reward.unit, {other.name: other.unit for other in experiment.watched})
 
@@ -222,7 +222,8 @@ class Experiment:
     """A run in memory: what it is given (config, policy, prompts, reward, watched rewards, folder), and all that changes.
 
     state_dict says what is saved and restored. epoch: the last that the log tells of, -1 before the pretrained weights are told of.
-    saved_epoch: that of the checkpoint. rows: the log. track: shows a row elsewhere (trackers.py). lock: held while it lives. settings: the config as it was saved.
+    saved_epoch: that of the checkpoint. rows: the log. track: shows a row elsewhere (trackers.py). lock: held while it lives.
+    settings: the config as it was saved.
     alike: text of a prompt -> the first prompt that the model cannot tell from it, since it reads the same tokens. To the policy
     they are one, and share their statistics.
     """
@@ -263,6 +264,8 @@ class Experiment:
         self.epoch = self.saved_epoch = state["epoch"]
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = adamw_is_fused(self.policy)  # the run may go on on another device
         if state["unet"].keys() != self.policy.trained.keys():
             raise ValueError("the checkpoint holds other weights")
         self.policy.unet.load_state_dict(state["unet"], strict=False)
@@ -278,9 +281,13 @@ class Experiment:
 
 def adamw(policy, config):
     """The optimizer of the trained weights, in fp32. (The authors' JAX code keeps the first moment in bf16.)"""
-    # On a GPU torch's default would need one more copy of the weights during the step, 3.4 GB of Stable Diffusion.
     return torch.optim.AdamW(policy.trained.values(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-                             eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=policy.device.type == "cuda")
+                             eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=adamw_is_fused(policy))
+
+
+def adamw_is_fused(policy):
+    """On a GPU torch's default AdamW would need one more copy of the weights during the step, 3.4 GB of Stable Diffusion."""
+    return policy.device.type == "cuda"
 
 
 def texts_alike(pipeline, texts):
@@ -338,15 +345,15 @@ def new_run(flags):
     return experiment
 
 
-MAY_CHANGE = ("epochs", "device", "tracker", *PLACES)  # with --resume: how long, and where
+MAY_CHANGE = ("epochs", "device", "tracker", *SPEED, *PLACES)  # with --resume
 
 
 def resume(folder, flags):
     """The Experiment of a run that was stopped or finished, at its last checkpoint. Raises ValueError."""
     others = sorted(set(flags) - set(MAY_CHANGE))
     if others:
-        raise ValueError("--resume uses the run's own settings: only --epochs, --device, --tracker and where things are now may be "
-                         "given with it, not " + ", ".join("--" + name.replace("_", "-") for name in others))
+        raise ValueError("--resume uses the run's own settings: only the settings of time, place, memory and speed may be given with "
+                         "it (see --help), not " + ", ".join("--" + name.replace("_", "-") for name in others))
     config = load_config(folder)
     lock, state = runs.lock_run(folder), runs.load_checkpoint(folder, MAY_CHANGE)
     epochs = flags.get("epochs", config.epochs)
@@ -390,11 +397,11 @@ def refuse_changes(experiment, before, folder):
                              "back, say where it is now, or start a new run")
 
 
-def stop(experiment, reason, code):
-    """Say why a run stops, which epoch its checkpoint is of, and how to go on. Returns the exit code."""
+def stop(experiment, reason, code, goes_on=True):
+    """Say why a run stops, which epoch its checkpoint is of, and how to go on, if it can. Returns the exit code."""
     parallel.leave(reason)
     finished = experiment.saved_epoch == experiment.config.epochs and (experiment.folder / "model").exists()
-    go_on = "" if finished else f"; go on with: python train.py --resume {experiment.folder}"
+    go_on = "" if finished or not goes_on else f"; go on with: python train.py --resume {experiment.folder}"
     notify(f"\ntrain.py: {reason}; the state after {max(experiment.saved_epoch, 0)} epochs is saved{go_on}")
     return code
 
@@ -433,9 +440,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         return stop(experiment, "interrupted", 130)
     except torch.OutOfMemoryError:
-        return stop(experiment, "out of GPU memory: a new run with a smaller --micro-batch or --sample-batch needs less", 2)
-    except FloatingPointError as error:
-        return stop(experiment, not_finite(experiment, error), 2)
+        return stop(experiment, "out of GPU memory: a smaller --micro-batch or --sample-batch needs less, and so does "
+                                "--gradient-checkpointing", 2)
+    except FloatingPointError as error:  # it would come again
+        return stop(experiment, not_finite(experiment, error), 2, goes_on=False)
     except (RewardError, OSError, parallel.OtherProcessFailed) as error:
         return stop(experiment, error, 2)
     except Exception as error:  # a bug, or the GPU: its traceback is wanted, but the work is not lost
@@ -472,7 +480,8 @@ def description(experiment):
 
 
 def surprises(experiment):
-    """Lines on what may not be meant: a learning rate of the other mode, an inexact ratio, prompts that are cut off or read as the same."""
+    """Lines on what may not be meant: LoRA's learning rate without LoRA or the reverse, an inexact ratio, prompts that are cut off or
+    read as the same."""
     config = experiment.config
     if config.preset != "emoji" and not config.lora_rank and config.learning_rate > 1e-4:
         yield (f"--learning-rate {config.learning_rate:g} is LoRA's: with it all weights of Stable Diffusion soon draw black images; "

@@ -10,7 +10,9 @@ some images in a forward pass, at most as many as our micro-batch has pairs.
 """
 import argparse
 import contextlib
+import gc
 import io
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -20,8 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 from models import PRECISIONS
 from networks import silence_libraries
+from prompts import load_prompts
+from rewards import load_reward
 from sampling import rollout
-from settings import PRESETS, build_config
+from settings import PRESETS, Config, build_config
 from studies.benchmark import timed
 from train import UPDATES, Clock, build_experiment, compare, judge
 
@@ -50,8 +54,7 @@ def epoch_of_trl(config):
             from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     except Exception as error:  # TRL hides a missing package behind an error of its own
         raise ValueError(f"TRL's trainer cannot be imported: pip install trl==0.23.1 ({str(error).splitlines()[-1]})") from error
-    experiment = build_experiment(config)  # for the prompts and the reward
-    prompts = iter(experiment.prompts * config.samples_per_epoch)
+    prompts, reward = itertools.cycle(load_prompts(config.prompts)), load_reward(config.reward, config.device)
     PartialState()  # TRL logs before it makes one
     images_of_update = config.samples_per_epoch // config.updates_per_epoch
     at_once = min(config.micro_batch, images_of_update)
@@ -62,7 +65,7 @@ def epoch_of_trl(config):
                    train_gradient_accumulation_steps=images_of_update // at_once, train_learning_rate=config.learning_rate,
                    mixed_precision={"fp32": "no"}.get(config.precision, config.precision), allow_tf32=False, log_with=None,
                    async_reward_computation=False),
-        lambda images, texts, metadata: (experiment.reward(images.float(), [next(prompts)] * len(images))[0], {}),
+        lambda images, texts, metadata: (reward(images.float(), [next(prompts)] * len(images))[0], {}),
         lambda: (next(prompts).text, {}), DefaultDDPOStableDiffusionPipeline(config.model, use_lora=False))
     return lambda: trainer.step(0, 0)
 
@@ -77,6 +80,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     silence_libraries()
     try:
+        if args.images < 1 or args.images % min(PRESETS[args.preset].get("sample_batch", Config.sample_batch), args.images):
+            raise ValueError(f"--images {args.images}: must be a multiple of the preset's --sample-batch, or less")
         updates = min(PRESETS[args.preset].get("updates_per_epoch", 4), args.images)
         config = build_config({"preset": args.preset, "precision": args.precision, "samples_per_epoch": args.images, "watch": ["none"],
                                "updates_per_epoch": updates, "skip_last_steps": 0, **({"model": args.model} if args.model else {})})
@@ -86,8 +91,10 @@ def main(argv=None):
             epoch = make(config)
             epoch()
             _, seconds, gigabytes = timed(config.device, epoch)
-            print(f"| {name} | {seconds:.1f} | {gigabytes:.1f} |" if gigabytes else f"| {name} | {seconds:.1f} | - |", flush=True)
+            print(f"| {name} | {seconds:.1f} | {f'{gigabytes:.1f}' if gigabytes else '-'} |", flush=True)
             del epoch
+            gc.collect()  # else the memory of the next one would include this one's
+            torch.cuda.empty_cache()
     except (ValueError, OSError) as error:
         print(f"beside_trl.py: {error}", file=sys.stderr)
         return 2

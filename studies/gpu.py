@@ -1,11 +1,13 @@
-"""All that this project wants to know of a GPU, in one command of at most ten minutes, its outputs in one folder.
+"""What this project wants to know of a GPU, in one command of at most ten minutes.
 
+    pip install trl==0.23.1                          # for the comparison with TRL; without it that step fails, and the others do not
     python studies/gpu.py runs/gpu                   # on a machine with a GPU; about 30 GB of disk for networks with random weights
-    python studies/gpu.py runs/gpu --dry-run         # the same steps on a CPU, at small sizes: what could go wrong, goes wrong here
+    python studies/gpu.py runs/gpu --dry-run         # the same steps on a CPU, at small sizes, to see that they work
 
-The steps stand in the order of their worth. Each is a command of this project; its output goes to STEP.txt. A step that finds no time
-is left out, one that takes too long is stopped, and both are said. Put the folder's tables into studies/results/gpu.md, with the
-card's name and the commit (about.txt).
+The steps stand in the order of their worth. Each is a command of this project; what it prints goes to STEP.txt in the folder. (The
+random networks and the training of the embedded model go to runs/, as always.) A step that finds no time is left out, and one that
+takes too long is stopped; the program says so. Put the tables into studies/results/gpu.md, with the card's name and the commit
+(about.txt).
 """
 import argparse
 import subprocess
@@ -21,27 +23,33 @@ MINUTES = 10
 
 def steps(dry_run, peak_tflops):
     """(name, script, flags) of each step."""
-    peak = ["--peak-tflops", str(peak_tflops)] if peak_tflops else []
-    full, lora = ["--preset", "paper", "--model", "random", *peak], ["--preset", "lora", "--model", "random", *peak]
-    half, images, large = ["--precision", "fp16", "bf16"], ["--images", "8"], ["--micro-batch", "16"]
-    rewards, beside, on = ["aesthetic", "pickscore", "imagereward", "counting"], ["--preset", "paper", "--precision", "fp16"], []
-    beside += ["--model", "runs/random-stable-diffusion", "--images", "8"]
+    benchmark, checkpointing = "studies/benchmark.py", "--gradient-checkpointing"
     if dry_run:
-        full, lora, half, images, large = [], ["--lora-rank", "4"], [], ["--images", "1"], ["--micro-batch", "8"]
-        rewards, beside, on = ["aesthetic"], ["--images", "8"], ["--epochs", "1", "--samples-per-epoch", "8", "--eval-prompts", "3"]
-    benchmark = "studies/benchmark.py"
-    yield "all weights", benchmark, [*full, *half, *images]
-    yield "LoRA", benchmark, [*lora, *half[:2], *images, *large]
-    yield "LoRA in 8 GB", benchmark, [*lora, *half[:2], *images, "--gradient-checkpointing"]
-    yield "all weights in 24 GB", benchmark, [*full, *half[:2], *images, "--gradient-checkpointing"]
+        full, lora, fp16, bf16 = [], ["--lora-rank", "4"], [], []
+        images, large, memory = ["--images", "1"], ["--micro-batch", "8"], ["--micro-batch", "1"]
+        beside, rewards = ["--images", "8"], ["aesthetic"]
+        training = ["--epochs", "1", "--samples-per-epoch", "8", "--eval-prompts", "3"]
+    else:
+        random = ["--model", "random", *(["--peak-tflops", str(peak_tflops)] if peak_tflops else [])]
+        full, lora = ["--preset", "paper", *random], ["--preset", "lora", *random]
+        fp16, bf16 = ["--precision", "fp16"], ["--precision", "bf16"]
+        images, large, memory = ["--images", "8"], ["--micro-batch", "16"], ["--micro-batch", "1", "4", "16"]
+        beside = ["--preset", "paper", "--model", "runs/random-stable-diffusion", "--precision", "fp16", "--images", "8"]
+        rewards, training = ["aesthetic", "pickscore", "imagereward", "counting"], []
+    yield "all weights", benchmark, [*full, *fp16, *images]
+    yield "all weights, large batch", benchmark, [*full, *fp16, *images, *large]
+    yield "LoRA, large batch", benchmark, [*lora, *fp16, *images, *large]
+    yield "LoRA in 8 GB", benchmark, [*lora, *fp16, *images, checkpointing]
+    yield "all weights in 24 GB", benchmark, [*full, *fp16, *images, checkpointing]
     if not dry_run:  # it takes minutes on a CPU
-        yield "all weights, compiled", benchmark, [*full, *half[:2], *images, *large, "--compile"]
-        yield "LoRA, compiled", benchmark, [*lora, *half[:2], *images, *large, "--compile"]
+        yield "all weights, large batch, compiled", benchmark, [*full, *fp16, *images, *large, "--compile"]
+        yield "LoRA, large batch, compiled", benchmark, [*lora, *fp16, *images, *large, "--compile"]
     yield "beside TRL", "studies/beside_trl.py", beside
-    yield "embedded model", "train.py", ["--reward", "compressibility", *on]
+    yield "embedded model", "train.py", ["--reward", "compressibility", *training]
     yield "rewards", benchmark, ["--reward", *rewards, *images]
+    yield "all weights in bf16", benchmark, [*full, *bf16, *images, *large]
     yield "all weights in fp32", benchmark, [*full, "--precision", "fp32", *images]
-    yield "memory", "studies/memory.py", ["--micro-batch", *(["1"] if dry_run else ["1", "4", "16"])]
+    yield "memory", "studies/memory.py", memory
 
 
 def run_step(script, flags, output, seconds):
@@ -78,10 +86,11 @@ def main(argv=None):
     (args.output / "about.txt").write_text(about(), encoding="utf-8")
     end, failed = time.monotonic() + 60 * MINUTES, False
     for name, script, flags in steps(args.dry_run, args.peak_tflops):
-        left = end - time.monotonic()
-        ended = run_step(script, flags, args.output / f"{name.replace(' ', '_')}.txt", left) if left > 15 else "left out: no time"
+        start = time.monotonic()
+        output = args.output / f"{name.replace(',', '').replace(' ', '_')}.txt"
+        ended = run_step(script, flags, output, end - start) if end - start > 15 else "left out: no time"
         failed |= ended.startswith("failed")
-        print(f"{60 * MINUTES - left:4.0f} s  {name}: {ended}", flush=True)
+        print(f"{name}: {ended}, {time.monotonic() - start:.0f} s", flush=True)
     return int(failed)
 
 

@@ -1,6 +1,6 @@
 """How much GPU memory Stable Diffusion v1.4 needs here: counted without a GPU, and measured beside it where there is one.
 
-    python studies/memory.py                               # the table: about three minutes on a CPU
+    python studies/memory.py                               # the table: two minutes on a CPU
     python studies/memory.py --micro-batch 1 4 --sample-batch 4
     python studies/memory.py --host                        # the host's memory instead, measured; needs 15 GB of disk
 
@@ -84,7 +84,7 @@ def in_fp32(norm):
 
 def counted(work):
     """GB at the peak of each step of the generator work(), run on fake tensors on the CPU: name -> GB."""
-    def convert(parameter, converted):  # what Module.to does with a fake parameter fails if anything else knows it
+    def convert(parameter, converted):  # Module.to swaps tensors, which torch refuses for a fake tensor
         parameter.data = converted.data
 
     peaks = {}
@@ -215,7 +215,7 @@ def rows(sample_batch, micro_batches):
             work = epoch(preset, checkpointing, sample_batch, micro_batches)
             count, measure = counted(work), measured(work)
             for part, gigabytes in count.items():
-                if part != "the first update" and ("learning" in part or not checkpointing):  # else it changes nothing
+                if part != "the first update" and ("learning" in part or not checkpointing):  # checkpointing changes learning alone
                     yield [trains, "yes" if checkpointing else "no", part, f"{gigabytes:.1f}",
                            f"{measure[part]:.1f}" if part in measure else "-"]
 

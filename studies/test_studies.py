@@ -295,7 +295,7 @@ def test_the_command_for_a_gpu_goes_through_its_steps_on_a_cpu(tiny_model, monke
     monkeypatch.setattr("builtins.print", lambda *words, print=print, **options: (said.append(words), print(*words, **options)))
     assert gpu.main(["out", "--dry-run"]) == 0
     told = {path.stem: path.read_text() for path in Path("out").iterdir()}
-    assert told.pop("about").startswith("CPU") and len(told) == 9
+    assert told.pop("about").startswith("CPU") and len(told) == 11
     assert "| fp32 |" in told["all_weights"] and "LoRA of rank 4, gradient checkpointing" in told["LoRA_in_8_GB"]
     assert "| LoRA, rank 4 | yes | learning, micro-batch 1 |" in told["memory"] and "| aesthetic |" in told["rewards"]
     assert "| ours |" in told["beside_TRL"] and "after 8 reward queries" in told["embedded_model"]
