@@ -454,10 +454,10 @@ def test_nan_after_learning_blames_the_step(tiny_model, capsys):
 
 def test_settings_of_memory_and_speed_may_change_on_the_way(tiny_model, monkeypatch, capsys):
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=3))
-    monkeypatch.setattr(train, "UPDATES", {"ddpo-is": (lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()), True)})
-    run(*tiny_flags(tiny_model, epochs=3), code=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(train.UPDATES, "ddpo-is", (lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()), True))
+        run(*tiny_flags(tiny_model, epochs=3), code=2)
     assert "a smaller --micro-batch or --sample-batch needs less" in (line := told(capsys)[-1]) and "--resume runs/r" in line
-    monkeypatch.undo()
     rows = run("--resume", "runs/r", "--micro-batch", 1, "--sample-batch", 2, "--gradient-checkpointing")
     assert [row["reward_mean"] for row in rows[1:]] == pytest.approx([row["reward_mean"] for row in whole[1:]], rel=1e-5)
     config = settings.load_config(Path("runs/r"))
