@@ -180,11 +180,11 @@ def exchange(values=None, problem=None):
 def leave(problem):
     """Tell the other processes why this one stops, unless they stop, too. From now on signals are ignored: torchrun sends them."""
     if size() > 1:
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
         if not over:
             with contextlib.suppress(OtherProcessFailed), exchange(problem=str(problem)):
                 pass
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)
 
 
 def finish():
