@@ -202,7 +202,7 @@ def run(*flags, code=0):
 def forked(count, *flags, send=None):
     """train.py in forked processes, several as torchrun would start them. Returns their exit codes, and what each said on stderr.
 
-    send: (signal, rank, folder): sent to that process once the folder's log has three rows.
+    send: (signal, rank, folder): sent to that process, twice, once the folder's log has three rows.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -229,7 +229,9 @@ def forked(count, *flags, send=None):
         number, rank, folder = send
         while len(runs.read_rows(Path(folder))) < 3:
             time.sleep(0.05)
-        os.kill(children[rank], number)
+        for _ in range(2):  # as torchrun and an impatient user do
+            os.kill(children[rank], number)
+            time.sleep(0.002)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return codes, [Path(f"err_{rank}").read_text() for rank in range(count)]
 

@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from process import SIGNALS, signals_held
+import process
 
 LONGEST_WAIT = timedelta(hours=2)  # for the slowest process of an exchange: a reward may take long
 BUCKET = 2**24  # numbers that are added up together, 64 MB
@@ -44,10 +44,14 @@ def start():
                          "--nproc-per-node N train.py, or one with WORLD_SIZE=1")
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())  # what "cuda" means from now on
-    try:
+    handlers = [(one, signal.signal(one, signal.SIG_DFL)) for one in process.SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    try:  # it waits for the others, and no handler of Python would be called: a signal ends it
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the {count} processes of torchrun do not find each other: {str(error).splitlines()[0]}") from error
+    finally:
+        for one, handler in handlers:
+            signal.signal(one, handler)
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -161,35 +165,37 @@ def exchange(values=None, problem=None):
     if size() == 1:
         yield [values]
         return
-    with signals_held():
+    with process.signals_held():
         brought = [None] * size()
         try:
             dist.all_gather_object(brought, (problem, values))
             failed = [(rank, told) for rank, (told, _) in enumerate(brought) if told]
             if failed:
-                over = True
                 raise OtherProcessFailed("process {}: {}".format(*failed[0]))
             yield [value for _, value in brought]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a process was killed, or its machine is gone
-            over = True
+        except BaseException as error:
+            over = True  # this process leaves in the middle: the others find it gone
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise OtherProcessFailed(f"another process is gone: {str(error).splitlines()[0][:200]}") from error
 
 
 def leave(problem):
-    """Tell the other processes why this one stops, unless they stop, too. From now on signals are ignored: torchrun sends them."""
-    if size() > 1:
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)
-        if not over:
-            with contextlib.suppress(OtherProcessFailed), exchange(problem=str(problem)):
-                pass
+    """Tell the other processes why this one stops, unless they stop, too. From now on signals change nothing: torchrun sends them."""
+    process.stopping = True
+    if size() > 1 and not over:
+        with contextlib.suppress(OtherProcessFailed), exchange(problem=str(problem)):
+            pass
+
+
+def meet():
+    """Wait until every process is here, and well."""
+    with exchange():
+        pass
 
 
 def finish():
-    """Wait until every process has done all."""
+    """Wait until every process has done all, and part."""
+    meet()
     if size() > 1:
-        with exchange():
-            pass
         dist.destroy_process_group()

@@ -14,11 +14,17 @@ import torch
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
+stopping = False  # whether it stops already: then a further signal changes nothing
+
+
 def stop_on_signals():
     """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
-    trainer = os.getpid()
+    global stopping
+    trainer, stopping = os.getpid(), False
 
     def interrupt(number, frame):
+        if stopping:
+            return
         if os.getpid() != trainer:  # a process that a reward started ends as it would elsewhere
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

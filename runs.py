@@ -47,10 +47,12 @@ def write_atomically(path, write):
         remove(temporary)  # half a checkpoint would keep a full disk full
         if not isinstance(error, Exception):
             raise
-        # torch hides the system's own error (no space left, ...) behind an exception of its own, and safetensors in its message.
+        # torch hides the system's own error (no space left, ...) and a Ctrl-C behind an exception of its own, safetensors in its message.
         cause = error
-        while cause.__context__ and not isinstance(cause, OSError):
+        while cause.__context__ and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).strip() or type(error).__name__
         raise OSError(f"{path} could not be written: {reason.splitlines()[0]}") from error
 

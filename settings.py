@@ -236,15 +236,13 @@ def reward_options(config, name):
     return options
 
 
-def save_config(folder, config):
-    """Write the settings of a run, and return them as written.
+def saved_settings(folder, config):
+    """The settings of a run, as runs.save_settings writes them.
 
     A path inside the run or the project is kept relative to it, so that both may be moved.
     """
     folders = [(str(Path(folder).resolve()), "{run}"), (str(ROOT), "{project}")]
-    settings = json.loads(json.dumps(moved_paths(asdict(config), folders)))  # lists for tuples, as they are read again
-    runs.save_settings(folder, settings)
-    return settings
+    return json.loads(json.dumps(moved_paths(asdict(config), folders)))  # lists for tuples, as they are read again
 
 
 def load_config(folder):

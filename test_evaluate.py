@@ -87,7 +87,8 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
     (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility"),
     (["runs/r", "runs/r", "--output", "x.png"], "--output is for one model")])
 def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
-    settings.save_config(runs.create_run(train.RUNS, "r", ""), settings.build_config({"model": str(tiny_model)}))
+    folder = runs.create_run(train.RUNS, "r", "")
+    runs.save_settings(folder, settings.saved_settings(folder, settings.build_config({"model": str(tiny_model)})))
     if len(flags) > 1:
         shutil.copytree(tiny_model, "runs/r/model")
     assert evaluate.main(flags) == 2

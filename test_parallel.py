@@ -117,3 +117,11 @@ def test_the_command_of_the_readme_trains(tiny_model):
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "cpu in 2 processes, fp32" in done.stdout and done.stdout.count("fixed prompts after 4 reward queries") == 1
+
+
+def test_a_process_that_fails_while_another_still_loads_leaves_no_folder_that_blocks_the_name(tiny_model):
+    Path("p.py").write_text("import os, time\nif os.environ['RANK'] == '1': raise RuntimeError('no such judge here')\n"
+                            "def reward(images, prompts): return images.mean((1, 2, 3))\n")
+    codes, (told, silence) = forked(2, *tiny_flags(tiny_model, reward="p.py:reward"))
+    assert codes == [2, 2] and "process 1: " in told and "no such judge here" in told and not silence and "Traceback" not in told
+    assert not Path("runs/r").exists()

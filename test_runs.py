@@ -275,7 +275,7 @@ def test_a_run_and_its_project_can_be_moved(tmp_path, monkeypatch):
     own = ROOT / "emoji" / "judge.py"
     config = settings.build_config({"reward": f"{own}:animal", "watch": [f"{own}:number"], "reward_model": ""})
     (tmp_path / "run").mkdir()
-    settings.save_config(tmp_path / "run", config)
+    runs.save_settings(tmp_path / "run", settings.saved_settings(tmp_path / "run", config))
     assert str(ROOT) not in (tmp_path / "run" / "config.json").read_text()
     assert settings.load_config(tmp_path / "run") == config
     monkeypatch.setattr(settings, "ROOT", Path("/new"))  # where the clone has been moved to
@@ -389,6 +389,21 @@ def test_on_a_full_disk_no_run_begins(tiny_model, monkeypatch, capsys):
     assert "No space left on device" in line and not Path("runs/r").exists()
 
 
+def test_ctrl_c_while_the_checkpoint_is_written_is_ctrl_c_and_the_earlier_one_stays(tiny_model, monkeypatch):
+    def cut_short(state, file):  # as torch does in the middle of its zip file
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 530432 vs 530324")
+
+    experiment = train.new_run(settings.parse(tiny_flags(tiny_model, epochs=1), ""))
+    before = runs.checkpoint_file(experiment.folder).read_bytes()
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.save()
+    assert runs.checkpoint_file(experiment.folder).read_bytes() == before
+
+
 def test_a_checkpoint_is_written_without_a_copy_of_the_weights(tiny_model):
     experiment = train.new_run(settings.parse(tiny_flags(tiny_model), ""))
     state, weights = experiment.state_dict()["unet"], experiment.policy.trained
@@ -413,7 +428,7 @@ def test_settings_that_are_edited_or_damaged_while_a_run_trains_do_not_become_it
 
 
 def test_a_run_that_cannot_write_its_settings_leaves_no_folder_that_blocks_its_name(tiny_model, monkeypatch, capsys):
-    monkeypatch.setattr(train, "save_config", lambda *_: open("/dev/full", "w").write("x" * 10**6))
+    monkeypatch.setattr(runs, "save_settings", lambda *_: open("/dev/full", "w").write("x" * 10**6))
     run(*tiny_flags(tiny_model), code=2)
     assert "No space left" in told(capsys)[0] and not Path("runs/r").exists()
 

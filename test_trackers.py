@@ -81,7 +81,7 @@ def test_a_tracker_that_is_not_installed_or_not_logged_in_is_one_clear_line(tiny
 
     monkeypatch.setattr(module, "init", refuse)
     run(*tiny_flags(tiny_model, tracker="wandb"), code=2)
-    assert "--tracker wandb: api_key not configured (WANDB_MODE=offline needs no login)" in capsys.readouterr().err
+    assert "--tracker wandb: api_key not configured (no-tty) (WANDB_MODE=offline needs no login)" in capsys.readouterr().err
     for name, package in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, package, None)
         run(*tiny_flags(tiny_model, tracker=name), code=2)
@@ -94,3 +94,12 @@ def test_a_tracker_that_is_not_installed_or_not_logged_in_is_one_clear_line(tiny
 def test_without_a_tracker_no_such_package_is_imported(tiny_model, tensorboard):
     run(*tiny_flags(tiny_model, epochs=1))
     assert not tensorboard
+
+
+def test_a_resume_that_is_refused_for_its_tracker_changes_nothing(tiny_model, wandb, monkeypatch, capsys):
+    run(*tiny_flags(tiny_model, epochs=1))
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/r").rglob("*") if path.is_file() and path.name != "lock"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run("--resume", "runs/r", "--epochs", 2, "--tracker", "wandb", code=2)
+    assert "pip install wandb" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs/r").rglob("*") if path.is_file() and path.name != "lock"}

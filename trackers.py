@@ -44,8 +44,8 @@ def wandb(folder, settings, epoch):
         runs.write_text(number, uuid.uuid4().hex)
     try:
         run = wandb.init(project="ddpo", name=folder.name, id=number.read_text(), resume="allow", dir=folder, config=settings)
-    except wandb.errors.Error as error:
-        raise ValueError(f"--tracker wandb: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no login)") from error
+    except (wandb.errors.Error, ValueError) as error:  # a ValueError of pydantic's, of several lines
+        raise ValueError(f"--tracker wandb: {' '.join(str(error).split())[:200]} (WANDB_MODE=offline needs no login)") from error
 
     # An axis of our own: wandb would drop the epochs that a resumed run makes again.
     run.define_metric("*", step_metric="epoch")

@@ -4,6 +4,7 @@
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
+import copy
 import random
 import sys
 import time
@@ -26,7 +27,7 @@ from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
 from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse,
-                      reward_options, save_config)
+                      reward_options, saved_settings)
 from trackers import load_tracker
 
 RUNS = Path("runs")
@@ -262,6 +263,8 @@ class Experiment:
     def load_state_dict(self, state):
         """Go back to a state_dict."""
         self.epoch = self.saved_epoch = state["epoch"]
+        if self.policy.device.type == "cpu":  # the optimizer would go on in the checkpoint's own memory, which is the file's
+            state = {**state, "optimizer": copy.deepcopy(state["optimizer"])}
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
         for group in self.optimizer.param_groups:
@@ -332,15 +335,21 @@ def new_run(flags):
     """A new run in a new folder: its Experiment. Raises ValueError."""
     config = build_config(flags)
     experiment = build_experiment(config)
-    experiment.folder = parallel.from_first(
-        lambda: runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}"))
+
+    def create():
+        experiment.folder = runs.create_run(RUNS, config.name, f"{experiment.reward.name}-{config.algorithm}")
+        return experiment.folder
+
     try:
+        experiment.folder = parallel.from_first(create)
         experiment.lock = runs.lock_run(experiment.folder)
-        experiment.settings = save_config(experiment.folder, config)
+        experiment.settings = saved_settings(experiment.folder, config)
         experiment.track = load_tracker(config.tracker, experiment.folder, experiment.settings, -1)
+        runs.save_settings(experiment.folder, experiment.settings)
         experiment.save()  # so that a run can be resumed from its first moment
     except BaseException:  # a folder without settings would only block its name
-        runs.remove(experiment.folder)
+        if experiment.folder:
+            runs.remove(experiment.folder)
         raise
     return experiment
 
@@ -377,10 +386,12 @@ def resume(folder, flags):
         experiment.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint of {folder} is damaged, or of another version of the libraries") from error
-    experiment.settings = save_config(folder, config)
-    runs.forget_after(folder, experiment.epoch)
-    experiment.rows = runs.read_rows(folder)
+    experiment.settings = saved_settings(folder, config)
     experiment.track = load_tracker(config.tracker, folder, experiment.settings, experiment.epoch)
+    parallel.meet()  # nothing may be refused from here on, since the run changes
+    runs.save_settings(folder, experiment.settings)
+    runs.forget_after(folder, experiment.epoch)
+    experiment.rows = [row for row in runs.read_rows(folder) if row["epoch"] <= experiment.epoch]
     return experiment
 
 

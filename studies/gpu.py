@@ -82,8 +82,12 @@ def main(argv=None):
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu.py: torch sees no GPU; --dry-run goes through the steps on a CPU", file=sys.stderr)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "about.txt").write_text(about(), encoding="utf-8")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "about.txt").write_text(about(), encoding="utf-8")
+    except OSError as error:
+        print(f"gpu.py: {args.output} cannot hold the outputs: {error}", file=sys.stderr)
+        return 2
     end, failed = time.monotonic() + 60 * MINUTES, False
     for name, script, flags in steps(args.dry_run, args.peak_tflops):
         start = time.monotonic()
