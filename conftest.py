@@ -232,8 +232,16 @@ def forked(count, *flags, send=None):
         for _ in range(2):  # as torchrun and an impatient user do
             os.kill(children[rank], number)
             time.sleep(0.002)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return codes, [Path(f"err_{rank}").read_text() for rank in range(count)]
+    codes, deadline = {}, time.monotonic() + 120
+    while len(codes) < count:
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)  # it waits for ever
+        time.sleep(0.01)
+    return [codes[child] for child in children], [Path(f"err_{rank}").read_text() for rank in range(count)]
 
 
 def tiny_flags(tiny_model, **changes):

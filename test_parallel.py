@@ -71,16 +71,6 @@ def test_a_reward_that_fails_in_one_process_ends_all_in_one_line_with_the_state_
     assert runs.load_checkpoint(Path("runs/r"))["epoch"] == 1
 
 
-@pytest.mark.parametrize("number, rank, codes, message", [
-    (signal.SIGINT, 0, [130, 2], "train.py: interrupted; the state after"),
-    (signal.SIGTERM, 1, [2, 130], "train.py: process 1: interrupted; the state after"),
-    (signal.SIGKILL, 1, [2, -9], "train.py: another process is gone: ")])
-def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, codes, message, tiny_model):
-    ended, (told, _) = forked(2, *tiny_flags(tiny_model, epochs=10_000), send=(number, rank, "runs/r"))
-    assert ended == codes and message in told and "python train.py --resume runs/r" in told and "Traceback" not in told
-    assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
-
-
 def test_a_signal_waits_until_an_exchange_is_over():
     process.stop_on_signals()
     steps = []
@@ -90,6 +80,16 @@ def test_a_signal_waits_until_an_exchange_is_over():
             steps.append("the exchange goes on")
         steps.append("never reached")
     assert steps == ["the exchange goes on"]
+
+
+@pytest.mark.parametrize("number, rank, codes, message", [
+    (signal.SIGINT, 0, [130, 2], "train.py: interrupted; the state after"),
+    (signal.SIGTERM, 1, [2, 130], "train.py: process 1: interrupted; the state after"),
+    (signal.SIGKILL, 1, [2, -9], "train.py: another process is gone: ")])
+def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, codes, message, tiny_model):
+    ended, (told, _) = forked(2, *tiny_flags(tiny_model, epochs=10_000), send=(number, rank, "runs/r"))
+    assert ended == codes and message in told and "python train.py --resume runs/r" in told and "Traceback" not in told
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] >= 1
 
 
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):
