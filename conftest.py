@@ -44,6 +44,7 @@ def without_drawings(request, monkeypatch):
     if "with_drawings" not in request.fixturenames:
         monkeypatch.setattr(runs, "draw_curve", lambda *_: None)
         monkeypatch.setattr(runs, "save_gif", lambda strips, labels, path: path.touch())
+        monkeypatch.setattr(runs, "stack_rows", lambda strips, labels: strips[0])
 
 
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))

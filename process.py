@@ -6,28 +6,32 @@ import random
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import torch
 
 # What stops the training: Ctrl-C, a kill, a closed terminal, a batch queue's warning.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
 stopping = False  # whether it stops already: then a further signal changes nothing
 
 
 def stop_on_signals():
-    """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup."""
+    """Let all of SIGNALS interrupt the training as Ctrl-C does, except those that are ignored, as by nohup.
+
+    A second one within a second counts as the same: it would cut short the way out of the first.
+    """
     global stopping
-    trainer, stopping = os.getpid(), False
+    trainer, stopping, last = os.getpid(), False, float("-inf")
 
     def interrupt(number, frame):
-        if stopping:
-            return
+        nonlocal last
         if os.getpid() != trainer:  # a process that a reward started ends as it would elsewhere
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if stopping or time.monotonic() - last < 1:
+            return
+        last = time.monotonic()
         signal.default_int_handler(number, frame)
 
     for one in SIGNALS:

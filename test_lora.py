@@ -93,9 +93,8 @@ def test_plain_diffusers_draws_what_the_policy_drew(tiny_model):
     assert torch.equal(one, two) and torch.allclose(drawn, x_t, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
-def test_a_resumed_lora_run_equals_one_never_stopped_trains_and_keeps_little(algorithm, tiny_model, own_reward):
-    flags = {"algorithm": algorithm, "lora-rank": 2, "reward": own_reward("redness"), "checkpoint-every": 1}
+def test_a_resumed_lora_run_equals_one_never_stopped_trains_and_keeps_little(tiny_model, own_reward):
+    flags = {"lora-rank": 2, "reward": own_reward("redness"), "checkpoint-every": 1}
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=2, **flags))
     run(*tiny_flags(tiny_model, name="parts", epochs=1, **flags))
     stopped = torch.load("runs/parts/checkpoint/state.pt", weights_only=True)["unet"]

@@ -34,10 +34,9 @@ def scaled(factor):
 
 # ---- Resumed, interrupted ----
 
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf", "rwr"])
-def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm):
-    updates = {"updates-per-epoch": 1 if algorithm == "ddpo-sf" else 2}
-    flags = dict(algorithm=algorithm, **updates, reward=own_reward("shuffled"), **{"eval-every": 2})
+@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
+def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm, with_drawings):
+    flags = dict(algorithm=algorithm, reward=own_reward("shuffled"), **{"eval-every": 2})
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
     run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
     parts = run("--resume", "runs/parts", "--epochs", 3)
@@ -144,7 +143,7 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_saved(function, messa
     run(*tiny_flags(tiny_model, reward=own_reward(function)), code=2)
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told and "the state after 0 epochs is saved" in told
-    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == (0 if function == "fails_later" else -1)  # -1: row 0 is missing, too
+    assert runs.load_checkpoint(Path("runs/r"))["epoch"] == -1  # the pretrained weights are told of again
 
 
 def test_a_watched_reward_that_breaks_stops_the_run_too(tiny_model, own_reward, capsys):
@@ -229,10 +228,9 @@ def test_the_command_trains_quietly_and_ends_with_the_outcome():
     assert Path("runs/compressibility-ddpo-is-1/model/model_index.json").exists()
 
 
-@pytest.mark.parametrize("flags, message", [(["--reward", "beauty"], "no reward 'beauty'"), (["--epochs", "-3"], "--epochs -3")])
-def test_the_command_answers_a_mistake_in_one_line(flags, message):
-    done = command(*flags)
-    assert done.returncode == 2 and not done.stdout and message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_the_command_answers_a_mistake_in_one_line():
+    done = command("--epochs", "-3")
+    assert done.returncode == 2 and not done.stdout and "--epochs -3" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -371,7 +369,7 @@ def test_a_process_that_a_reward_started_ends_at_a_kill_as_it_would_elsewhere():
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
-@pytest.mark.parametrize("stream, code, epoch", [("stdout", 0, 1), ("stderr", 2, 0)])
+@pytest.mark.parametrize("stream, code, epoch", [("stdout", 0, 1), ("stderr", 2, -1)])
 def test_without_a_reader_of_its_results_a_run_goes_on_and_without_a_terminal_it_is_saved(stream, code, epoch, tiny_model, monkeypatch):
     read, write = os.pipe()
     os.close(read)

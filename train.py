@@ -119,7 +119,7 @@ def tell(experiment, epoch, metrics):
            **evaluate_fixed(experiment)}
     experiment.rows.append(row)
     runs.append_row(folder, row)
-    if is_due(epoch, config.checkpoint_every, config.epochs):
+    if epoch and is_due(epoch, config.checkpoint_every, config.epochs):
         experiment.save()
     experiment.track(row)
     if row["eval_reward_mean"] is not None:

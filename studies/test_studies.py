@@ -254,8 +254,7 @@ def test_a_counter_sees_what_lives_at_one_time():
 
 def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations(monkeypatch):
     monkeypatch.setattr(memory, "stable_diffusion", tiny_pipeline)
-    full, saving = (memory.counted(memory.epoch(preset, checkpointing, 4, micro_batches)) for preset, checkpointing, micro_batches in (
-        ("paper", False, (8, 16)), ("lora", True, (16,))))
+    full = memory.counted(memory.epoch("paper", False, 4, (8, 16)))
     pipeline = tiny_pipeline()
     of_unet, of_others = (sum(weight.numel() * 4 / 1e9 for network in networks for weight in network.parameters()) for networks in (
         [pipeline.unet], [pipeline.vae, pipeline.text_encoder]))
@@ -263,12 +262,10 @@ def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations
     activations = 2 * (full["learning, micro-batch 16"] - full["learning, micro-batch 8"])  # of 16 pairs
     static = 4 * of_unet + of_others + chains  # weights, gradients, two moments
     assert full["learning, micro-batch 16"] - activations == pytest.approx(static, rel=0.1)
-    assert full["sampling"] > 3 * of_unet + of_others + chains > saving["sampling"] > of_unet / 2 + chains
-    assert saving["learning, micro-batch 16"] - saving["sampling"] < activations / 2
+    assert 3 * of_unet + of_others + chains < full["sampling"] < full["learning, micro-batch 8"]
     assert set(full) == {"the first update", "sampling", "decoding", "learning, micro-batch 8", "learning, micro-batch 16"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells of the process's memory")
 def test_the_hosts_memory_is_measured_and_nothing_is_left(tiny_model, monkeypatch, capsys):
     monkeypatch.setattr(memory, "write_stable_diffusion", lambda folder: shutil.copytree(tiny_model, folder))
     assert memory.main(["--host"]) == 0
