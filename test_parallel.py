@@ -39,7 +39,8 @@ def one_thread():
 @pytest.mark.parametrize("flags", [{"algorithm": "ddpo-is"}, {"algorithm": "rwr", "batch-size": 3}, {"lora-rank": 2, "kl-weight": 1}],
                          ids=["ddpo-is", "rwr", "lora"])
 def test_two_processes_learn_what_one_learns(flags, tiny_model, own_reward):
-    flags = tiny_flags(tiny_model, epochs=3, reward=own_reward("redness"), watch=own_reward("is_cat"), **flags)
+    flags = tiny_flags(tiny_model, epochs=3, reward=own_reward("redness"), **flags,
+                       watch=[own_reward("is_cat"), own_reward("letters")])
     one = run(*flags, "--name", "one")
     codes, (told, silence) = forked(2, *flags, "--name", "two")
     two = runs.read_rows(Path("runs/two"))
