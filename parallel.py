@@ -92,29 +92,27 @@ def my_parts(n, at_once):
 
 
 def add_up(tensors):
-    """Add up each tensor over the processes, in place. A process's own rows are added to zeros of the others.
-
-    Small tensors travel together: an exchange costs as much time as a megabyte.
-    """
-    def together(bucket):
-        joined = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(joined)
-        for tensor, total in zip(bucket, joined.split([tensor.numel() for tensor in bucket])):
-            tensor.copy_(total.view_as(tensor))
-
+    """Add up each tensor over the processes, in place. A process's own rows are added to zeros of the others."""
     if size() > 1:
         with exchange():
-            bucket = []
-            for tensor in tensors:
-                if tensor.numel() > BUCKET:
-                    dist.all_reduce(tensor)
-                    continue
-                if sum(other.numel() for other in bucket) + tensor.numel() > BUCKET:
-                    together(bucket)
-                    bucket = []
-                bucket.append(tensor)
-            if bucket:
-                together(bucket)
+            for bucket in buckets(tensors):
+                joined = torch.cat([tensor.flatten() for tensor in bucket])
+                dist.all_reduce(joined)
+                for tensor, total in zip(bucket, joined.split([tensor.numel() for tensor in bucket])):
+                    tensor.copy_(total.view_as(tensor))
+
+
+def buckets(tensors):
+    """The tensors in groups that travel together: an exchange costs as much time as a megabyte. A large one goes alone."""
+    bucket, numbers = [], 0
+    for tensor in tensors:
+        if bucket and numbers + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(tensor)
+        numbers += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def gathered(values):

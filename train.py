@@ -370,8 +370,8 @@ def resume(folder, flags):
         raise ValueError(f"--epochs {epochs}: {folder} is a run of {config.epochs} epochs, and can only be made longer")
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
-    logged = [row["epoch"] for row in runs.read_rows(folder)]
-    if logged[:state["epoch"] + 1] != list(range(state["epoch"] + 1)):
+    rows = runs.read_rows(folder)[:state["epoch"] + 1]
+    if [row["epoch"] for row in rows] != list(range(state["epoch"] + 1)):
         raise ValueError(f"the log of {folder} lacks epochs up to {state['epoch']}: put log.jsonl back, or start a new run")
     config = replace(config, **flags)
     config.device = chosen_device(config.device)
@@ -391,7 +391,7 @@ def resume(folder, flags):
     parallel.meet()  # nothing may be refused from here on, since the run changes
     runs.save_settings(folder, experiment.settings)
     runs.forget_after(folder, experiment.epoch)
-    experiment.rows = [row for row in runs.read_rows(folder) if row["epoch"] <= experiment.epoch]
+    experiment.rows = rows
     return experiment
 
 
