@@ -69,10 +69,14 @@ class Judge(nn.Module):
         self.animal = nn.Linear(256, len(ANIMALS))
         self.number = nn.Linear(256, MAX_NUMBER)
 
-    def forward(self, images):
+    def pooled(self, images):
+        """The features (B, 256) from which both outputs are read."""
         features = self.features(images - 0.5)
         # The maximum finds the animal wherever it stands. Counting needs the mean.
-        pooled = torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1)
+        return torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1)
+
+    def forward(self, images):
+        pooled = self.pooled(images)
         return self.animal(pooled), self.number(pooled)
 
 

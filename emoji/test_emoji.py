@@ -1,4 +1,6 @@
 """The embedded model, its judge and its VLM: they do what their cards say."""
+import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -62,3 +64,24 @@ def test_the_check_uses_the_presets_steps_and_guidance():
     config = settings.build_config({})
     assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.guidance_scale)
     assert (args.output, args.vlm_output) == (EMOJI, EMOJI_VLM)
+
+
+def test_the_frechet_distance_is_that_of_its_formula():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(50, 4)) @ random.normal(size=(4, 4))
+    assert pretrain.frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
+    # C' = 4 C, so that C + C' - 2 (C C')^1/2 = C
+    assert pretrain.frechet_distance(features, 2 * features + 3) == pytest.approx(
+        ((features.mean(0) + 3) ** 2).sum() + np.cov(features, rowvar=False).trace())
+    others = random.normal(size=(40, 4)) @ random.normal(size=(4, 4))
+    covariances = [np.cov(part, rowvar=False) for part in (features, others)]
+    expected = ((features.mean(0) - others.mean(0)) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * np.sqrt(
+        np.linalg.eigvals(covariances[0] @ covariances[1]).real).sum()
+    assert pretrain.frechet_distance(features, others) == pytest.approx(expected)
+
+
+def test_each_pass_over_the_scenes_takes_every_one_once_in_a_new_order():
+    scenes = np.array([3, 5, 5, 7, 11, 13])  # 5 is drawn twice
+    passes = [[pretrain.batch(scenes, step, 2)[0].tolist() for step in (first, first + 1, first + 2)] for first in (0, 3, 6)]
+    assert all(sorted(sum(steps, [])) == scenes.tolist() for steps in passes)
+    assert passes[0] != passes[1] != passes[2] and pretrain.batch(scenes, 1, 2)[0].tolist() == passes[0][1]

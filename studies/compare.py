@@ -7,8 +7,8 @@
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. A finished run has one
 line in studies/results/REWARD/STUDY.jsonl. It is not run again, for this or another study of the reward, unless a setting that
-it reads has changed. A run that was stopped is resumed. From the lines come STUDY.md, the table, and STUDY.png, the figure. As
-long as the first seed's folders under runs/ are there, they also give STUDY_images.png.
+it reads, or the model, has changed. A run that was stopped is resumed. From the lines come STUDY.md, the table, and STUDY.png, the
+figure. As long as the first seed's folders under runs/ are there, they also give STUDY_images.png.
 """
 import argparse
 import hashlib
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
-from models import PRECISIONS
+from models import PRECISIONS, identity_of, load_pipeline
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
 from settings import ALGORITHMS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
@@ -96,12 +97,13 @@ class Run:
 
     @property
     def name(self):
-        """The name of its folder under runs/, which differs between runs of different settings."""
+        """The name of its folder under runs/, which differs between runs of different settings or models."""
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
         # Of the settings that are not the default: a new setting, at its default, leaves the name as it is.
         own = {name: value for name, value in shared_settings(self.config).items() if value != getattr(Config, name)}
-        settings_hash = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
-        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{settings_hash}"
+        own["model"] = hash_of_model(self.config.model)
+        own_hash = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
+        return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{own_hash}"
 
     @property
     def arguments(self):
@@ -127,7 +129,13 @@ class Run:
     @property
     def key(self):
         """All that makes its numbers what they are, whatever study it was made for. Its line is found by this."""
-        return self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
+        return hash_of_model(self.config.model), self.seed, json.dumps(shared_settings(self.config), sort_keys=True)
+
+
+@cache
+def hash_of_model(model):
+    """The identity of the pretrained model: another one, at the same place, is another study's."""
+    return identity_of(load_pipeline(model))
 
 
 def planned_run(study, label, seed, flags, queries):
@@ -206,7 +214,7 @@ def finished_runs(log):
         except (KeyError, TypeError):  # no run, or of a version that had other settings
             continue
         if "rows" in line:
-            lines[line["seed"], json.dumps(settings, sort_keys=True)] = line
+            lines[line.get("model"), line["seed"], json.dumps(settings, sort_keys=True)] = line
     return lines
 
 
@@ -223,7 +231,7 @@ def train_run(run, show):
     rows = runs.read_rows(folder)
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "watched", "reward_mean", "approx_kl", "grad_norm", "loss")
-    return {"label": run.label, "seed": run.seed, "folder": run.name,
+    return {"label": run.label, "seed": run.seed, "folder": run.name, "model": hash_of_model(run.config.model),
             "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made_at, "machine": machine(),
             "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
             "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config),

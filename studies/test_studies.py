@@ -16,7 +16,7 @@ import runs
 import sampling
 import settings
 import train
-from conftest import LAYERS, TINY_CLIP, learner, rng, tiny_pipeline
+from conftest import EMOJI, LAYERS, TINY_CLIP, learner, rng, tiny_pipeline
 from studies import benchmark, beside_trl, compare, gpu, memory, random_networks, report, variance
 
 
@@ -85,8 +85,10 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     train_run = compare.train_run
     _, done = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
-    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared}
+    two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared,
+           "model": compare.hash_of_model(str(tiny_model))}
     runs.append_line(folder / "tiny.jsonl", {**two, "settings": {**shared, "epochs": 9}})  # of other settings: not this one
+    runs.append_line(folder / "tiny.jsonl", {**two, "model": compare.hash_of_model(str(EMOJI))})  # of another model: neither
     runs.append_line(folder / "other.jsonl", {**two, "label": "as another study calls it"})
     with open(folder / "tiny.jsonl", "a") as file:
         file.write('{"label": "cut sho')  # by a kill
@@ -99,7 +101,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert capsys.readouterr().out == told
     monkeypatch.setattr(compare, "train_run", train_run)
-    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "one"]
+    assert [row["label"] for row in runs.read_lines(folder / "tiny.jsonl")] == ["two", "two", "two", "one"]
 
 
 def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(tiny_model, tmp_path, monkeypatch, capsys):
