@@ -326,15 +326,17 @@ def check(config):
     check_device(config.device)
     check_processes(config)
     if config.compile:
-        check_compiler(config.device)
+        check_compiler(config.device, config.precision)
     if config.precision == "fp16" and not config.device.startswith("cuda"):
         raise ValueError("--precision fp16 needs a GPU with CUDA; use --precision fp32 (or bf16)")
     if Path(config.name).name != config.name or config.name in (".", ".."):
         raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
 
 
-def check_compiler(device):
-    """Raise ValueError if torch.compile has no compiler here."""
+def check_compiler(device, precision):
+    """Raise ValueError if torch.compile has no compiler here, or makes wrong programs."""
+    if (device, precision) == ("cpu", "bf16"):  # torch 2.13: the inner levels of a compiled U-Net get gradients of exactly 0
+        raise ValueError("--compile with --precision bf16 trains only the outer level of the U-Net on a CPU: use --precision fp32")
     if device.startswith("cuda") and not importlib.util.find_spec("triton"):
         raise ValueError("--compile needs the package triton, which comes with torch for GPUs on Linux")
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):

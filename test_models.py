@@ -460,9 +460,11 @@ def test_a_compiled_unet_samples_learns_and_is_saved_as_the_plain_one(tiny_model
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
-@pytest.mark.parametrize("device, there, message", [("cuda", ["g++"], "--compile needs the package triton"), ("cpu", [], "C\\+\\+ compiler")])
-def test_without_a_compiler_compile_is_refused(device, there, message, monkeypatch):
+@pytest.mark.parametrize("device, precision, there, message", [
+    ("cuda", "bf16", ["g++"], "--compile needs the package triton"), ("cpu", "fp32", [], "C\\+\\+ compiler"),
+    ("cpu", "bf16", ["g++"], "only the outer level")])
+def test_compile_is_refused_without_a_compiler_or_where_it_loses_gradients(device, precision, there, message, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        settings.check_compiler(device)
+        settings.check_compiler(device, precision)

@@ -219,9 +219,6 @@ def train_networks(name, make, loss, steps, learning_rate, args):
     torch.manual_seed(POOL_SEED)
     modules = nn.ModuleDict(make()).to(args.device).train()
     ema = AveragedModel(modules, multi_avg_fn=partial(_average, 1 - 20 / steps), use_buffers=True)
-    if args.compile:
-        for module in modules.values():
-            module.compile()
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / 200, 1.0, max(steps - k, 0) / (0.3 * steps)))
@@ -252,6 +249,14 @@ def train_networks(name, make, loss, steps, learning_rate, args):
                         "optimizer": optimizer.state_dict()}, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)  # a kill leaves the old checkpoint or the new one
     return ema.module.eval()
+
+
+def begun(args, **networks):
+    """The networks, with the weights of --start if it is given: a model can be trained for longer."""
+    if args.start:
+        for name, network in networks.items():
+            network.load_state_dict(type(network).from_pretrained(args.start / name).float().state_dict())
+    return networks
 
 
 def batch(scenes, step, size):
@@ -287,7 +292,7 @@ def train_autoencoder(images, args):
         kl_weight = 1e-4 if step < args.autoencoder_steps / 4 else 5e-4
         return F.mse_loss(reconstruction.float(), x) + kl_weight * kl.float()
 
-    return train_networks("autoencoder", lambda: {"vae": new_autoencoder()}, loss, args.autoencoder_steps, 2e-3, args)["vae"]
+    return train_networks("autoencoder", lambda: begun(args, vae=new_autoencoder()), loss, args.autoencoder_steps, 2e-3, args)["vae"]
 
 
 def as_if_generated(x, rng):
@@ -430,7 +435,7 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
         return (snr.clamp(max=5) / snr * (eps - noise).square().mean((1, 2, 3))).mean()
 
     def make():
-        networks = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+        networks = begun(args, unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
         if args.device == "cpu":  # the fused attention is slow there in bfloat16, and these sequences are short
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
@@ -611,6 +616,7 @@ def parse(argv):
     add("--vlm", action="store_true", help="the vision-language model instead of the others")
     add("--output", type=Path, default=HERE / "model", help="folder of the text-to-image model")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
+    add("--start", type=Path, help="a folder as --output: autoencoder, U-Net and text encoder begin with its weights, not random ones")
     add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
     add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -619,7 +625,6 @@ def parse(argv):
     add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
     add("--denoiser-steps", type=int, default=10_000, help="each on 64 scenes")
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
-    add("--compile", action="store_true", help="train with torch.compile: a quarter faster, it needs a C++ compiler")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
     add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=5.0, help="for the check and the contact sheet: the emoji preset's")
