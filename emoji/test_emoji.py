@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 import prompts
 import settings
@@ -85,3 +86,10 @@ def test_each_pass_over_the_scenes_takes_every_one_once_in_a_new_order():
     passes = [[pretrain.batch(scenes, step, 2)[0].tolist() for step in (first, first + 1, first + 2)] for first in (0, 3, 6)]
     assert all(sorted(sum(steps, [])) == scenes.tolist() for steps in passes)
     assert passes[0] != passes[1] != passes[2] and pretrain.batch(scenes, 1, 2)[0].tolist() == passes[0][1]
+
+
+def test_a_training_can_start_from_a_models_weights():
+    args = pretrain.parse(["--start", str(EMOJI)])
+    network = pretrain.begun(args, unet=pretrain.new_unet())["unet"]
+    saved = load_file(EMOJI / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weight, saved[name].float()) for name, weight in network.state_dict().items())

@@ -66,9 +66,11 @@ MUTATIONS = [
     ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
     ("evaluate.py", "config.model, scored=False), trained]", "config.model, scored=False), trained][::-1]", EVALUATE),  # a test was added
     ("emoji/judge.py", "seen[1] == asked[1]", "seen[0] == asked[0]", EMOJI),
+    ("emoji/pretrain.py", "np.trace(other_covariance) - 2 * cross", "np.trace(other_covariance) - cross", EMOJI),
+    ("emoji/pretrain.py", "default_rng([POOL_SEED, passed, count])", "default_rng([POOL_SEED, count])", EMOJI),
     ("studies/report.py", "(reward[:-1] * np.diff(queries))", "(reward[1:] * np.diff(queries))", STUDIES),
     ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]", STUDIES),
-    ("studies/compare.py", "return self.seed, json.dumps(", "return 0, json.dumps(", STUDIES),  # a test was added
+    ("studies/compare.py", "(self.config.model), self.seed, json", "(self.config.model), 0, json", STUDIES),  # a test was added
     ("studies/variance.py", "((N - 1) * leave_one_out.var())", "(leave_one_out.var())", STUDIES),
     # what would go wrong in silence
     ("networks.py", 'missing = [key for key in info["missing_keys"]', "missing = [key for key in []", MODELS),
