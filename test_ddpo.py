@@ -811,7 +811,7 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
         policy = sampling.load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=1.0)
         extras = learner(policy, 3e-4, updates_per_epoch=4, micro_batch=64, clip_range=2e-3, skip_last_steps=2)
         statistics, before = ddpo.PromptStatistics(16, 8, 10), drawn_redness(policy)
-        for _ in range(2):
+        for _ in range(3):
             trajectory = sampling.rollout(policy, FOUR * 16, extras["rng"], 64)
             values = redness(models.decode(policy.pipeline, trajectory.x_0))
             if shuffled:
