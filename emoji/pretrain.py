@@ -1,7 +1,7 @@
 """How the embedded models were made, from an emoji font alone: the text-to-image model emoji/model, its judge, its VLM.
 
     python emoji/pretrain.py            # remakes model and judge from nothing; if it is stopped, the same command goes on
-    python emoji/pretrain.py --start emoji/model --output runs/better/model   # trains the shipped weights for longer
+    python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model   # trains the shipped weights for longer
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
     python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table
 
@@ -35,6 +35,7 @@ from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_j
 from networks import to_pil
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, dialogue
+from runs import read_rows
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
@@ -522,8 +523,8 @@ def drift(args):
         subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
                         "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3", "--precision", "bf16",
                         "--sampling-steps", str(args.sampling_steps)], cwd=folder, check=True)
-        rows = [json.loads(line) for line in (Path(folder) / "runs/drift/log.jsonl").read_text().splitlines()]
-    return rows[0], rows[-1]
+        before, *_, after = read_rows(Path(folder) / "runs" / "drift")
+    return before, after
 
 
 def print_card(args):
@@ -617,7 +618,8 @@ def parse(argv):
     add("--vlm", action="store_true", help="the vision-language model instead of the others")
     add("--output", type=Path, default=HERE / "model", help="folder of the text-to-image model")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
-    add("--start", type=Path, help="a folder as --output: autoencoder, U-Net and text encoder begin with its weights, not random ones")
+    add("--start", type=Path, help="a folder as --output: autoencoder, U-Net and text encoder begin with its "
+        "weights, not random ones, where --work has no checkpoint of them yet")
     add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
     add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -639,6 +641,8 @@ def main(argv=None):
     if not os.path.exists(args.font):
         sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
                  "apt install fonts-noto-color-emoji) or give its file with --font")
+    if args.start and not (args.start / "model_index.json").exists():
+        sys.exit(f"pretrain.py: --start {args.start}: no model is there: give a folder as emoji/model")
     if sys.platform == "linux" and args.device == "cpu":
         # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost much time. So:
         # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
