@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
 from networks import to_pil
 from prompts import NUMBER_WORDS, counting_questions, with_number
-from rewards import VLM, Alignment, dialogue
+from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
 
 TOKENS = 16             # context of the text encoder
@@ -214,12 +214,15 @@ def new_vlm(tokenizer):
 def train_networks(name, make, loss, steps, learning_rate, args):
     """Train the networks of make() on `loss(networks, step) -> scalar`. Returns those with the EMA weights, in eval mode.
 
-    A loss draws from batch(). So a run that goes on from its checkpoint is the run that was never stopped. The learning rate warms
-    up linearly, stays, and decays linearly to zero over the last 30 %. The EMA looks back over a twentieth of the run.
+    0 steps leave them as make() gives them. A loss draws from batch(). So a run that goes on from its checkpoint is the run that was
+    never stopped. The learning rate warms up linearly, stays, and decays linearly to zero over the last 30 %. The EMA looks back over a
+    twentieth of the run.
     """
     path = args.work / f"{name}.pt"
     torch.manual_seed(POOL_SEED)
     modules = nn.ModuleDict(make()).to(args.device).train()
+    if not steps:
+        return modules.eval()
     ema = AveragedModel(modules, multi_avg_fn=partial(_average, 1 - 20 / steps), use_buffers=True)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -257,7 +260,9 @@ def begun(args, **networks):
     """The networks, with the weights of --start if it is given: a model can be trained for longer."""
     if args.start:
         for name, network in networks.items():
-            network.load_state_dict(type(network).from_pretrained(args.start / name).float().state_dict())
+            weights = load_judge(args.start.parent / WEIGHTS.name) if name == "judge" else (
+                type(network).from_pretrained(args.start / name))
+            network.load_state_dict(weights.float().state_dict())
     return networks
 
 
@@ -312,7 +317,7 @@ def train_judge(images, animals, numbers, args):
         x = as_if_generated(to_float(images[chosen], args.device), rng)
         return classification_loss(*networks["judge"](x), animals[chosen], numbers[chosen])
 
-    return train_networks("judge", lambda: {"judge": Judge()}, loss, args.judge_steps, 2e-3, args)["judge"]
+    return train_networks("judge", lambda: begun(args, judge=Judge()), loss, args.judge_steps, 2e-3, args)["judge"]
 
 
 def classification_loss(animal_logits, number_logits, animals, numbers):
@@ -517,14 +522,16 @@ def frechet_distance(features, others):
     return ((mean - other_mean) ** 2).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * cross
 
 
-def drift(args):
-    """What three rounds of RWR without a reward (beta 0) do to the pictures: the log's rows before and after, of 45 prompts."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
-                        "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3", "--precision", "bf16",
-                        "--sampling-steps", str(args.sampling_steps)], cwd=folder, check=True)
-        before, *_, after = read_rows(Path(folder) / "runs" / "drift")
-    return before, after
+def judged(judge, images, animals, numbers):
+    """What the judge sees in images (B, 3, 64, 64) of those animals and numbers (B,): its pooled features (B, 256), its confidence in
+    the right animal (B,), whether animal and number are right (2, B)."""
+    device = next(judge.parameters()).device
+    with torch.no_grad():
+        features = torch.cat([judge.pooled(part.to(device)) for part in images.split(256)])
+        confidence = judge.animal(features).softmax(1).cpu().numpy()
+        seen = judge.number(features).argmax(1).cpu().numpy() + 1
+    right = np.stack([confidence.argmax(1) == animals, seen == numbers])
+    return features.double().cpu().numpy(), confidence[range(len(animals)), animals], right
 
 
 def print_card(args):
@@ -533,39 +540,41 @@ def print_card(args):
     count, steps = args.check_images, args.sampling_steps
     images, animals, numbers = draw_scenes(FRESH_SEED, 2 * count, args.font)
     scenes, others = (to_float(half, args.device) for half in np.split(images, 2))
-    animals, numbers = animals[:count], numbers[:count]
-    prompts = [caption(*pair) for pair in zip(animals, numbers)]
-
-    @torch.no_grad()
-    def look(images):
-        """The judge's pooled features (B, 256), its confidence in the right animal (B,), whether animal and number are right."""
-        features = torch.cat([judge.pooled(part.to(args.device)) for part in images.split(256)])
-        confidence = judge.animal(features).softmax(1).cpu().numpy()
-        seen = judge.number(features).argmax(1).cpu().numpy() + 1
-        return (features.double().cpu().numpy(), confidence[range(count), animals],
-                np.stack([confidence.argmax(1) == animals, seen == numbers]))
-
-    def print_row(name, right, distance="-"):
-        print("| " + " | ".join([name, *(f"{share:.1%}" for share in right.mean(1)), distance]) + " |")
-
+    prompts = [caption(*pair) for pair in zip(animals[:count], numbers[:count])]
     with torch.no_grad():
         decoded = torch.cat([pipeline.vae(part * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 for part in scenes.split(64)])
     psnr = -10 * (decoded - scenes).square().mean().log10().item()
-    few, many = look(sample(pipeline, prompts, steps, args)), look(sample(pipeline, prompts, 50, args))
-    truth = look(scenes)
+    truth = judged(judge, scenes, animals[:count], numbers[:count])
     print(f"\n{count} images each, guidance {args.guidance_scale:g}, eta 1\n\n"
-          "| images | animal right | number right | Fréchet distance |\n|---|---|---|---|")
-    print_row("fresh scenes", truth[2])
-    print(f"| other fresh scenes: the floor | - | - | {frechet_distance(look(others)[0], truth[0]):.1f} |")
-    for name, (features, _, right) in ((f"scenes through the autoencoder, PSNR {psnr:.1f} dB", look(decoded)),
-                                       ("samples, 50 steps", many), (f"samples, {steps} steps", few)):
-        print_row(name, right, f"{frechet_distance(features, truth[0]):.1f}")
+          "| images | animal right | number right | Fréchet distance | JPEG size |\n|---|---|---|---|---|")
+    for name, pictures, half in (("fresh scenes", scenes, slice(count)), ("other fresh scenes: the floor", others, slice(count, None)),
+                                 (f"scenes through the autoencoder, PSNR {psnr:.1f} dB", decoded, slice(count)),
+                                 *((f"samples, {k} steps", sample(pipeline, prompts, k, args), slice(count)) for k in (50, steps))):
+        features, confidence, right = judged(judge, pictures, animals[half], numbers[half])
+        print("| " + " | ".join([name, *(f"{share:.1%}" for share in right.mean(1)), f"{frechet_distance(features, truth[0]):.1f}",
+                                 f"{-np.mean(compressibility(pictures, None)):.2f} kB"]) + " |")
+    print_by_number_and_animal(confidence, right, animals[:count], numbers[:count])  # of the last, the samples of few steps
+    print_drift(args)
+
+
+def print_by_number_and_animal(confidence, right, animals, numbers):
+    """Print what judged() says of samples of these animals and numbers (B,): the shares by number, and the ten worst animals."""
     for number in range(1, MAX_NUMBER + 1):
-        print_row(f'of these "{caption(0, number)}" and so on', few[2][:, numbers == number])
-    means = {name: few[1][animals == k].mean() for k, name in enumerate(ANIMALS) if (animals == k).any()}
+        shares = right[:, numbers == number].mean(1)
+        print(f'| of these "{caption(0, number)}" and so on | ' + " | ".join(f"{share:.1%}" for share in shares) + " | - | - |")
+    means = {name: confidence[animals == k].mean() for k, name in enumerate(ANIMALS) if (animals == k).any()}
     worst = ", ".join(f"{name} {means[name]:.0%}" for name in sorted(means, key=means.get)[:10])
-    print(f"\nthe ten worst animals, by the judge's mean confidence at {steps} steps: {worst}\n")
-    before, after = drift(args)
+    print(f"\nthe ten worst animals, by the judge's mean confidence: {worst}\n")
+
+
+def print_drift(args):
+    """Print what three rounds of RWR without a reward (beta 0) do to the pictures of 45 prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
+                        "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3", "--precision", "bf16",
+                        "--sampling-steps", str(args.sampling_steps), "--guidance-scale", str(args.guidance_scale)],
+                       cwd=folder, check=True)
+        before, *_, after = read_rows(Path(folder) / "runs" / "drift")
     sizes = [-row["eval_reward_mean"] for row in (before, after)]
     print("\n| three rounds of RWR without a reward | before | after | |\n|---|---|---|---|")
     print(f"| JPEG size | {sizes[0]:.2f} kB | {sizes[1]:.2f} kB | {sizes[1] / sizes[0] - 1:+.0%} |")
@@ -618,8 +627,8 @@ def parse(argv):
     add("--vlm", action="store_true", help="the vision-language model instead of the others")
     add("--output", type=Path, default=HERE / "model", help="folder of the text-to-image model")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
-    add("--start", type=Path, help="a folder as --output: autoencoder, U-Net and text encoder begin with its "
-        "weights, not random ones, where --work has no checkpoint of them yet")
+    add("--start", type=Path, help="a folder as --output: autoencoder, judge (beside the folder), U-Net and text "
+        "encoder begin with its weights, not random ones, where --work has no checkpoint of them yet; those of 0 steps stay as they are")
     add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
     add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -643,6 +652,10 @@ def main(argv=None):
                  "apt install fonts-noto-color-emoji) or give its file with --font")
     if args.start and not (args.start / "model_index.json").exists():
         sys.exit(f"pretrain.py: --start {args.start}: no model is there: give a folder as emoji/model")
+    if not args.start and 0 in (args.autoencoder_steps, args.judge_steps, args.denoiser_steps):
+        sys.exit("pretrain.py: 0 steps keep a network of --start as it is: give --start")
+    if args.check_images <= 256:
+        sys.exit(f"pretrain.py: --check-images {args.check_images}: a distance in the judge's 256 features needs more than 256 images")
     if sys.platform == "linux" and args.device == "cpu":
         # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost much time. So:
         # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
