@@ -21,12 +21,13 @@ Where we depart from these lines:
 """
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from ddpo import accumulate, optimizer_step, summary
-from models import encode_prompts
+from models import WithWeights, encode_prompts
 from sampling import predict
 
 
@@ -91,21 +92,29 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
     guided_training, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
-    x_0 = trajectory.x_0                                                     # (B, C, H, W)
-    assert weights.shape == (len(x_0),), f"{tuple(weights.shape)} weights for {len(x_0)} images"
+    assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
     kept = weights.nonzero().flatten()
     # Images of weight 0 are never drawn, so the weights of the others must average 1.
     weights = (weights / weights[kept].mean()).to(policy.device)
+    return fine_tune(policy, trajectory, kept, optimizer, scaler, rng, config, lambda policy, *drawn: regression(
+        policy, trajectory, weights, *drawn))
+
+
+def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of):
+    """The optimizer steps of an epoch on the images `rows` of a trajectory, as rwr_update says. Returns info.
+
+    loss_of(policy, images (N,), noise (N, C, H, W), t (N,)) -> loss, info: of those images, noised to timesteps t.
+    """
     if not config.guided_training:
         policy = replace(policy, guidance_scale=1.0)
     timesteps = policy.pipeline.scheduler.config.num_train_timesteps
     infos, steps = [], []
     with tqdm(desc="learning", total=config.updates_per_epoch * config.batch_size, leave=False, disable=None) as bar:
-        for images in reshuffled_passes(kept, config.updates_per_epoch, config.batch_size, rng):
-            noise = torch.randn((len(images), *x_0.shape[1:]), generator=rng)
+        for images in reshuffled_passes(rows, config.updates_per_epoch, config.batch_size, rng):
+            noise = torch.randn((len(images), *trajectory.x_0.shape[1:]), generator=rng)
             t = torch.randint(timesteps, (len(images),), generator=rng)
-            infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: regression(
-                policy, trajectory, weights, images[part], noise[part], t[part]), scaler, bar))
+            infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: loss_of(
+                policy, images[part], noise[part], t[part]), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
     return summary(infos, steps)
 
@@ -122,17 +131,51 @@ def regression(policy, trajectory, weights, images, noise, t):
 
     weights (B,) of all images; images (N,) their indices; noise (N, C, H, W), which noises them to timesteps t (N,).
     """
-    prediction, target = predict_and_target(policy, trajectory, images, noise, t)
-    return weighted_denoising_loss(prediction, target, weights[images])
+    *noised, target = noised_states(policy, trajectory, images, noise, t)
+    return weighted_denoising_loss(predict(policy, *noised), target, weights[images])
 
 
-def predict_and_target(policy, trajectory, images, noise, t):
-    """The U-Net's prediction for the noised x_0 of those images at timesteps t, and what it should have been: (N, C, H, W) each."""
+def noised_states(policy, trajectory, images, noise, t):
+    """What the U-Net is given for those images, noised to timesteps t: x_t (N, C, H, W), t (N,), the prompts' states. And its target."""
     scheduler, prediction_type = policy.pipeline.scheduler, policy.schedule.prediction_type
     x_0, noise, t = trajectory.x_0[images], noise.to(policy.device), t.to(policy.device)
-    x_t = scheduler.add_noise(x_0, noise, t)
     prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[image] for image in images.tolist()])
-    # Guided, as the paper trains it. After unguided rounds the guided samples drift (appendix E.1).
-    prediction = predict(policy, x_t, t, prompt_states)
     target = {"epsilon": noise, "sample": x_0}.get(prediction_type)
-    return prediction, scheduler.get_velocity(x_0, noise, t) if target is None else target
+    return (scheduler.add_noise(x_0, noise, t), t, prompt_states,
+            scheduler.get_velocity(x_0, noise, t) if target is None else target)
+
+
+# ---- DiffusionNFT, a newer method in the same shape ----
+
+def nft_preferences(advantages):
+    """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an image as good as its prompt's others, 0 or 1 one deviation away or more."""
+    return (1 + advantages.clamp(-1, 1)) / 2
+
+
+def nft_loss(prediction, old_prediction, target, preferences, strength):
+    """Three (N, C, H, W) and r (N,) -> scalar loss, info: DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, equation 5).
+
+    A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b is the strength. At v =
+    v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r = 1/2, changes nothing. RWR, which has positive
+    weights alone, re-trains the policy on it.
+    """
+    change = strength * (prediction - old_prediction)
+    positive, negative = (((old_prediction + sign * change - target) ** 2).mean((1, 2, 3)) for sign in (1, -1))
+    return (preferences * positive + (1 - preferences) * negative).mean(), {
+        "denoising_error": ((prediction.detach() - target) ** 2).mean()}
+
+
+def nft_update(policy, trajectory, preferences, optimizer, scaler, rng, config):
+    """One epoch of DiffusionNFT, as rwr_update. v_old is the policy that drew the images. preferences: r (B,), of nft_preferences.
+
+    Also read: config.nft_strength. The copy of the trained weights is one more U-Net in memory, or with LoRA one more of its adapters.
+    """
+    old, preferences = SimpleNamespace(unet=WithWeights(policy.unet, policy.trained)), preferences.to(policy.device)
+
+    def loss_of(policy, images, noise, t):
+        *noised, target = noised_states(policy, trajectory, images, noise, t)
+        with torch.no_grad():
+            old_prediction = predict(replace(policy, pipeline=old), *noised)
+        return nft_loss(predict(policy, *noised), old_prediction, target, preferences[images], config.nft_strength)
+
+    return fine_tune(policy, trajectory, torch.arange(len(preferences)), optimizer, scaler, rng, config, loss_of)

@@ -130,8 +130,8 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
 
     advantages: (B,). rng: a CPU generator, which deals the images to the updates. loss: one of the two above. An update takes
-    B / updates images at all their T steps but the last config.skip_last_steps. Its loss is the mean over those pairs. Also
-    read: config.micro_batch, clip_range, kl_weight, max_grad_norm. The info holds means over all pairs, except ratio_deviation (the
+    B / updates images at all their T steps but the last config.skip_last_steps, or at config.learn_steps of them, drawn at random for
+    each image. Its loss is the mean over those pairs. Also read: config.micro_batch, clip_range, kl_weight, max_grad_norm. The info holds means over all pairs, except ratio_deviation (the
     maximum over the first update's), grad_norm (a mean over updates) and skipped_updates (a count).
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
@@ -140,9 +140,12 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     advantages = advantages.to(policy.device)
     learned_steps = T - config.skip_last_steps
     infos, steps = [], []
-    with tqdm(desc="learning", total=B * learned_steps, leave=False, disable=None) as bar:
+    with tqdm(desc="learning", total=B * (config.learn_steps or learned_steps), leave=False, disable=None) as bar:
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
             pairs = torch.cartesian_prod(group, torch.arange(learned_steps))  # (N, 2): every image at every step
+            if config.learn_steps:
+                drawn = torch.rand((len(group), learned_steps), generator=rng).argsort(1) < config.learn_steps
+                pairs = pairs[drawn.flatten()]                               # (N, 2): every image at some steps of its own
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
             infos.append(accumulate(pairs, config.micro_batch, lambda part: surrogate(
                 policy, trajectory, advantages, part, loss, config), scaler, bar))

@@ -97,7 +97,7 @@ def settings_of(target, args):
         given = {name: getattr(args, name) for name in ("device", "precision") if getattr(args, name) is not None}
         config, model, output = build_config({"preset": args.preset, **given}), target, None
     changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
-               "device": args.device, "precision": args.precision, "skip_last_steps": 0}  # nothing is learned here
+               "device": args.device, "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     make_paths_absolute(config)
     check(config)
@@ -115,6 +115,7 @@ def reward_for(config, name, given, loaded):
     return loaded[key]
 
 
+@torch.no_grad()
 def variety(images, clip):
     """Mean distance between two of B images (B, 3, H, W): root mean square of the pixels, or 1 - cosine in CLIP's embedding.
 

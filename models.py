@@ -319,6 +319,19 @@ class WithoutLora:
             self.unet.enable_adapters()
 
 
+# ---- A second set of weights ----
+
+class WithWeights:
+    """A U-Net as it was with those weights, of which it keeps a copy: name -> weight. It is called as the U-Net is."""
+
+    def __init__(self, unet, weights):
+        self.unet, self.device, self.config = unet, unet.device, unet.config
+        self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def __call__(self, *inputs):
+        return torch.func.functional_call(self.unet, self.weights, inputs)
+
+
 # ---- Texts and images ----
 
 PROMPTS_KEPT = 4096  # 1 GB of Stable Diffusion's states
@@ -366,14 +379,19 @@ def decode(pipeline, x_0, precision="fp32"):
 
     Raises FloatingPointError if an image is not finite. As 8-bit pixels it would look like a black one.
     """
-    vae, (height, width) = pipeline.vae, image_size(pipeline)
-    images = torch.empty(len(x_0), vae.config.out_channels, height, width, device=x_0.device)
+    height, width = image_size(pipeline)
+    images = torch.empty(len(x_0), pipeline.vae.config.out_channels, height, width, device=x_0.device)
     # The decoder's activations need more memory than anything else: 1 GB an image of 512 x 512 pixels.
     at_once = min(8, max(1, 2**19 // (height * width)))
     for latents, part in zip(x_0.split(at_once), images.split(at_once)):
-        with autocast(vae.device, precision):
-            decoded = vae.decode(latents / vae.config.scaling_factor).sample.float()
-        if not decoded.isfinite().all():
-            raise FloatingPointError("an image is not finite")
-        part[:] = (decoded / 2 + 0.5).clamp(0, 1)
+        part[:] = decode_with_gradient(pipeline, latents, precision)
     return images
+
+
+def decode_with_gradient(pipeline, x_0, precision="fp32"):
+    """As decode, all at once, and with a gradient to the latents: baselines_guidance.py follows it."""
+    with autocast(x_0.device, precision):
+        decoded = pipeline.vae.decode(x_0 / pipeline.vae.config.scaling_factor).sample.float()
+    if not decoded.isfinite().all():
+        raise FloatingPointError("an image is not finite")
+    return (decoded / 2 + 0.5).clamp(0, 1)

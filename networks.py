@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -244,7 +245,22 @@ def clip_pixels(processor, images):
     return processor(images, return_tensors="pt").pixel_values
 
 
-@torch.no_grad()
+def clip_pixels_with_gradient(processor, images):
+    """clip_pixels of images (B, 3, H, W) in [0, 1], with a gradient to them.
+
+    The values are the processor's own. The gradient is that of a bicubic resize, which differs from Pillow's by the rounding to 8 bits.
+    """
+    exact = clip_pixels(processor, images.detach()).to(images.device)
+    shorter, crop = processor.size["shortest_edge"], processor.crop_size
+    height, width = (side * shorter // min(images.shape[2:]) for side in images.shape[2:])
+    resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    top, left = (height - crop["height"]) // 2, (width - crop["width"]) // 2
+    cropped = resized[:, :, top:top + crop["height"], left:left + crop["width"]]
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    smooth = (cropped.clamp(0, 1) - mean) / std
+    return smooth + (exact - smooth).detach()
+
+
 def image_embeddings(clip, pixels):
     """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised. 32 images go through at a time."""
     parts = [clip_embedding(clip.get_image_features(part.to(clip.device, clip.dtype))) for part in pixels.split(32)]

@@ -13,7 +13,9 @@ The contract, for every reward here and for your own:
 A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your own may have a third
 parameter, `metadata`: B dictionaries, the other fields of a JSON-lines prompt file. It may say its unit, in which its values are
 shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1. It runs without gradients, on a copy of the images. What it
-changes of the working folder, torch's settings, the random states and the signals is put back when it returns.
+changes of the working folder, torch's settings, the random states and the signals is put back when it returns. A function that
+computes in torch alone may say `my_reward.differentiable = True`. DDPO does not need it. Universal guidance does
+(baselines_guidance.py).
 
 Rewards can be called from a function of your own, with plain texts. This one adds two, with weights:
 
@@ -48,7 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from networks import (REWARD_MODEL, announce, clip_pixels, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
+from networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
                       load_network, load_weights, read_weights, scoring_head, to_pil, type_and_message)
 from preference_rewards import HPSv2, ImageReward, PickScore
 from process import global_rng_states, importable, process_unchanged, set_global_rng_states
@@ -98,6 +100,7 @@ class Aesthetic:
     not compared it with the published scores; the names and shapes of the weights are those of the published head.
     reward_model: another CLIP, by hub name or folder. aesthetic_head: the MLP's weights as a file of safetensors or torch.
     """
+    differentiable = True
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
         self.processor, self.clip = load_clip(reward_model or "openai/clip-vit-large-patch14", device, REWARD_MODEL)
@@ -106,9 +109,9 @@ class Aesthetic:
         head = scoring_head(self.clip.config.projection_dim)
         self.head = load_weights(head, weights, "layers.", described_as).to(device)
 
-    @torch.no_grad()
     def __call__(self, images, prompts):
-        embeddings = image_embeddings(self.clip, clip_pixels(self.processor, images))
+        pixels = (clip_pixels_with_gradient if images.requires_grad else clip_pixels)(self.processor, images)
+        embeddings = image_embeddings(self.clip, pixels)
         return self.head(F.normalize(embeddings)).squeeze(1)
 
 
@@ -284,9 +287,31 @@ class Reward:
 
         prompts: B prompts.Prompt or texts. In float64 rewards of a large offset keep their differences until they are whitened.
         """
-        prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        prompts = as_prompts(prompts)
+        return self.checked(self.called(images, prompts, torch.no_grad()), prompts)
+
+    @property
+    def differentiable(self):
+        """Whether with_gradient can be called: the function says so itself, by its attribute `differentiable`."""
+        return getattr(self.function, "differentiable", False)
+
+    def with_gradient(self, images, prompts):
+        """The values alone, (B,), with a gradient to the images. Raises RewardError, also if the reward is not differentiable."""
+        if not self.differentiable:
+            raise RewardError(f"the reward {self.name} is not differentiable, as far as it says: aesthetic is, and so is a function of "
+                              "your own that computes in torch and says it by .differentiable = True")
+        prompts = as_prompts(prompts)
+        result = self.called(images, prompts, torch.enable_grad())
+        self.checked(result, prompts)
+        values = result[0] if isinstance(result, tuple) else result
+        if not getattr(values, "requires_grad", False):
+            raise RewardError(f"the reward {self.name} says that it is differentiable, but its values have no gradient")
+        return values
+
+    def called(self, images, prompts, gradients):
+        """What the function returns for images and prompts, in that context of torch. Raises RewardError."""
         try:
-            with process_unchanged(), torch.no_grad():
+            with process_unchanged(), gradients:
                 if self.rng_states:
                     set_global_rng_states(self.rng_states)
                 result = self.function(images, prompts)
@@ -297,7 +322,7 @@ class Reward:
             raise RewardError(f"the reward {self.name} failed: {type_and_message(error)}{self.line_of(error)}") from error
         if torch.is_inference_mode_enabled():
             raise RewardError(f"the reward {self.name} left torch's inference mode on, in which nothing can be learned")
-        return self.checked(result, prompts)
+        return result
 
     def checked(self, result, prompts):
         """What the function returned for B prompts -> values (B,) float64 and B notes. Raises RewardError."""
@@ -336,6 +361,11 @@ class Reward:
         """' (red.py, line 3)': where in the user's file an error came from, or an empty text."""
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.source]
         return f" ({Path(self.source).name}, line {lines[-1]})" if lines else ""
+
+
+def as_prompts(prompts):
+    """Texts or prompts.Prompt -> prompts.Prompt."""
+    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def is_notes(value):
@@ -468,6 +498,7 @@ def called_as_it_asks(function, folder):
                 return function(*given, metadata=metadata)
             return function(*given, metadata) if asks else function(*given)
 
+    reward.differentiable = getattr(function, "differentiable", False)
     return reward
 
 

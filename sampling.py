@@ -189,17 +189,19 @@ def ddim_mean_sigma(x_t, prediction, t, schedule):
     row = matches.int().argmax(1)                                            # (N,)
     alpha_bar, alpha_bar_prev, sigma = (
         values[row, None, None, None] for values in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.sigma))
-    if schedule.prediction_type == "epsilon":
-        eps = prediction
-        x_0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()        # (N, C, H, W)
-    elif schedule.prediction_type == "v_prediction":
-        eps = alpha_bar.sqrt() * prediction + (1 - alpha_bar).sqrt() * x_t
-        x_0 = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * prediction
-    else:  # "sample"
-        eps = (x_t - alpha_bar.sqrt() * prediction) / (1 - alpha_bar).sqrt()
-        x_0 = prediction
+    x_0, eps = x_0_and_eps(x_t, prediction, alpha_bar, schedule.prediction_type)  # (N, C, H, W) each
     mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mean, sigma
+
+
+def x_0_and_eps(x_t, prediction, alpha_bar, prediction_type):
+    """The image and the noise of which x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, as the U-Net's prediction says."""
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (x_t - noise * prediction) / signal, prediction
+    if prediction_type == "v_prediction":
+        return signal * x_t - noise * prediction, signal * prediction + noise * x_t
+    return prediction, (x_t - signal * prediction) / noise  # "sample"
 
 
 def log_prob(x_prev, mean, sigma):
@@ -250,9 +252,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     progress bar. Raises FloatingPointError if a latent is not finite.
     """
     B, T = len(prompts), len(policy.schedule.timesteps)
-    # A generator for each image makes its noise independent of batch_size, and lets us draw the noise step by step: that of a
-    # whole chain is as large as the chain.
-    rngs = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (B,), generator=rng).tolist()]
+    rngs = generators(rng, B)
     latents = torch.zeros((B, T + 1 if keep_chain else 1, *latent_shape(policy.pipeline)), device=policy.device)
     log_probs = torch.zeros((B, T if keep_chain else 0), device=policy.device)
     batches = parallel.my_parts(B, batch_size)
@@ -261,6 +261,15 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
             draw_chains(policy, prompts[batch], rngs[batch], latents[batch], log_probs[batch], bar)
     parallel.add_up([latents, log_probs])
     return Trajectory(latents, log_probs, policy.schedule.timesteps, tuple(prompts))
+
+
+def generators(rng, count):
+    """`count` generators of noise, one for each image, seeded from the CPU generator rng.
+
+    They make the noise of an image independent of batch_size, and let us draw it step by step: that of a whole chain is as large as
+    the chain.
+    """
+    return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,), generator=rng).tolist()]
 
 
 def draw_chains(policy, prompts, rngs, latents, log_probs, bar):

@@ -60,12 +60,14 @@ class Config:
     seed: int = setting(0, "seed of the training: prompts, noise, order")
     epochs: int = setting(196, "how often to sample and then learn; an epoch of RWR is what the paper calls a round")
     samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
+    images_per_prompt: int = setting(1, "how many of an epoch's images share a prompt (but for prompts that are drawn twice); with "
+                                        "--stats-buffer 1 --stats-min-count 1 they are compared with each other alone, as in GRPO")
     updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the samples")
-    batch_size: int = setting(128, "RWR: images of an update")
+    batch_size: int = setting(128, "RWR, nft: images of an update")
     sampling_steps: int = setting(50, "denoising steps T")
     eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
     guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
-    guided_training: bool = setting(True, "RWR: guidance in the loss too; without it only the sampling is guided")
+    guided_training: bool = setting(True, "RWR, nft: guidance in the loss too; without it only the sampling is guided")
     learning_rate: float = setting(1e-5, "of AdamW; with --lora-rank 3e-4, and 3e-3 on the embedded model")
     adam_beta1: float = setting(0.9, "of AdamW")
     adam_beta2: float = setting(0.999, "of AdamW")
@@ -74,13 +76,16 @@ class Config:
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     clip_range: float = setting(1e-4, "trust region of DDPO-IS: the ratio, per latent dimension, stays in 1 +- this")
     advantage_clip: float = setting(10.0, "DDPO: advantages are clipped to +- this")
-    stats_buffer: int = setting(32, "DDPO: the mean and deviation of a prompt are over this many of its last rewards")
-    stats_min_count: int = setting(16, "DDPO: with fewer rewards than this a prompt takes the batch's mean and deviation")
+    stats_buffer: int = setting(32, "DDPO, nft: the mean and deviation of a prompt are over this many of its last rewards")
+    stats_min_count: int = setting(16, "DDPO, nft: with fewer rewards than this a prompt takes the batch's mean and deviation")
     skip_last_steps: int = setting(0, "DDPO: number of last steps that are not learned from (ddpo.py says why)")
-    baseline: str = setting("prompt", "DDPO: what a reward is compared with: prompt, batch, or none (the bare reward)")
+    learn_steps: int = setting(0, "DDPO: number of steps of each image that an update learns from, drawn at random; 0: all that are not "
+                                  "skipped. Fewer take less time, and the gradient stays unbiased")
+    baseline: str = setting("prompt", "DDPO, nft: what a reward is compared with: prompt, batch, or none (the bare reward)")
     kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension (a weight of "
                                        "DPOK's code means something else: see ddpo.surrogate)")
     beta: float = setting(0.2, "rwr: inverse temperature, by which rewards are multiplied")
+    nft_strength: float = setting(1.0, "nft: b, how far v+ and v- lie from the old prediction, in units of the change")
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
     precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
@@ -88,6 +93,9 @@ class Config:
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
     compile: bool = setting(False, "compile the U-Net by torch.compile: minutes at the start, then faster sampling on a GPU")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
+    stop_below: tuple = setting((), "NAME=VALUE, or NAME=SHARE%% of its start: end the run at the first evaluation that finds this watched "
+                                    "reward lower, and keep the weights of the evaluation before; may be repeated. A checkpoint is then "
+                                    "saved at each evaluation that finds none lower, and at no other epoch")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
     checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB with all weights of Stable Diffusion), to which an interrupted "
                                      "run goes back; the last is always saved")
@@ -95,14 +103,15 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)")
 
     def __post_init__(self):
-        self.watch = () if list(self.watch) == ["none"] else tuple(self.watch)  # JSON and the command line give a list
+        # JSON and the command line give a list.
+        self.watch, self.stop_below = () if list(self.watch) == ["none"] else tuple(self.watch), tuple(self.stop_below)
 
 
 # ---- What algorithms and presets ask for ----
 
 # RWR's numbers are appendix D.2's. Five epochs of 10,000 samples spend as many queries as DDPO; the authors' code has ten.
 _RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eval_every": 1}
-ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR}
+ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR, "nft": {}}
 
 EMOJI = ROOT / "emoji"
 PRESETS = {
@@ -139,15 +148,18 @@ _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "b
 PRESET_ALGORITHMS = {"emoji": {
     "ddpo-sf": {"samples_per_epoch": 64, "updates_per_epoch": 1, "learning_rate": 1e-4},
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
-    "rwr-sparse": _EMOJI_RWR}}
+    "rwr-sparse": _EMOJI_RWR,
+    "nft": {"updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}}}
 
 # Settings that only some algorithms read. With another algorithm they are refused. (RWR has no chain, and so no KL and no ratio.
 # A DDPO update without guidance would score another policy than the one that sampled.)
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
+FINE_TUNING, WITH_ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
 ALGORITHM_SETTINGS = {
-    "clip_range": ("ddpo-is",), "baseline": DDPO, "skip_last_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
-    "stats_buffer": DDPO, "stats_min_count": DDPO,
-    "batch_size": RWR, "guided_training": RWR, "beta": ("rwr",), "percentile": ("rwr-sparse",)}
+    "clip_range": ("ddpo-is",), "baseline": WITH_ADVANTAGES, "skip_last_steps": DDPO, "learn_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
+    "stats_buffer": WITH_ADVANTAGES, "stats_min_count": WITH_ADVANTAGES,
+    "batch_size": FINE_TUNING, "guided_training": FINE_TUNING, "beta": ("rwr",), "percentile": ("rwr-sparse",),
+    "nft_strength": ("nft",)}
 
 # Settings that say where something is. With --resume they say where the same thing is now.
 PLACES = ("model", "prompts", "reward", "watch", "reward_model", "aesthetic_head", "bert_model")
@@ -280,7 +292,7 @@ def shared_settings(config):
         return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
 
     left_out = ("name", "seed", "device", "checkpoint_every", "tracker", *SPEED)
-    return {name: list(map(published, value)) if name == "watch" else published(value)  # of types that JSON has
+    return {name: list(map(published, value)) if isinstance(value, tuple) else published(value)  # of types that JSON has
             for name, value in asdict(config).items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
 
@@ -290,7 +302,7 @@ def shared_settings(config):
 def check(config):
     """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
     may_be_zero = ("weight_decay", "seed", "lora_rank", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
-                   "percentile", "skip_last_steps", "bert_baseline")
+                   "percentile", "skip_last_steps", "learn_steps", "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         zero = item.name in may_be_zero
@@ -303,11 +315,17 @@ def check(config):
     if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
         raise ValueError(f"--updates-per-epoch {config.updates_per_epoch}: ddpo-sf takes one update an epoch, since its "
                          "samples must come from the current weights; use --algorithm ddpo-is for more")
+    if config.samples_per_epoch % config.images_per_prompt:
+        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --images-per-prompt "
+                         f"{config.images_per_prompt}")
     if config.algorithm in DDPO and config.samples_per_epoch % config.updates_per_epoch:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
                          f"{config.updates_per_epoch} equal shares")
     if config.algorithm in DDPO and config.skip_last_steps >= config.sampling_steps:
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
+    if config.algorithm in DDPO and config.learn_steps > config.sampling_steps - config.skip_last_steps:
+        raise ValueError(f"--learn-steps {config.learn_steps}: only {config.sampling_steps - config.skip_last_steps} steps of an image are "
+                         "learned from (--sampling-steps less --skip-last-steps)")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
     for name in config.watch:
@@ -316,6 +334,9 @@ def check(config):
                 "it is the reward that is trained" if name == config.reward else "the trained reward has this name, too"))
         if [short_name(other) for other in config.watch].count(short_name(name)) > 1:
             raise ValueError(f"--watch {short_name(name)}: two watched rewards have this name, and would be one in the log")
+    for name in stop_limits(config):
+        if name not in map(short_name, config.watch):
+            raise ValueError(f"--stop-below {name}: it is not watched; watched are {', '.join(map(short_name, config.watch)) or 'none'}")
     check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
                   [config.reward, *config.watch])
     if config.percentile >= 1:
@@ -333,6 +354,26 @@ def check(config):
         raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
 
 
+def stop_limits(config):
+    """name -> (number, whether it is a share of the reward's start), of --stop-below. Raises ValueError."""
+    limits = {}
+    for text in config.stop_below:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"--stop-below {text}: must be as animal=0.9, a value of a watched reward, or as animal=90%, a share of its start")
+        limits[name] = number, value.endswith("%")
+    return limits
+
+
+def learned_steps(config):
+    """How many steps of an image a DDPO update learns from."""
+    return config.learn_steps or config.sampling_steps - config.skip_last_steps
+
+
 def check_compiler(device, precision):
     """Raise ValueError if torch.compile has no compiler here, or makes wrong programs."""
     if (device, precision) == ("cpu", "bf16"):  # torch 2.13: the inner levels of a compiled U-Net get gradients of exactly 0
@@ -346,8 +387,8 @@ def check_compiler(device, precision):
 def check_processes(config):
     """Raise ValueError if the processes that torchrun started cannot share this run's work."""
     count = parallel.size()
-    rows = config.batch_size if config.algorithm in RWR else (
-        config.samples_per_epoch // config.updates_per_epoch * (config.sampling_steps - config.skip_last_steps))
+    rows = config.batch_size if config.algorithm in FINE_TUNING else (
+        config.samples_per_epoch // config.updates_per_epoch * learned_steps(config))
     if count > 1 and config.samples_per_epoch % count:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into equal shares for {count} processes")
     if count > min(rows, config.eval_prompts):
@@ -397,7 +438,7 @@ def parse(argv, description):
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = refuse  # one line, not the usage of forty flags
     speed, places = (", ".join("--" + name.replace("_", "-") for name in names) for names in (SPEED, PLACES))
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --device, "
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --stop-below, --device, "
                         f"--tracker; {speed}; and the new place of what has moved ({places})")
     choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
                "baseline": BASELINES, "tracker": ("none", "tensorboard", "wandb")}

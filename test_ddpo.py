@@ -326,6 +326,23 @@ def test_a_prompts_statistics_hold_all_its_rewards_of_the_epoch():
     assert few.item() == pytest.approx((9 - 22 / 3) / np.std([6, 7, 9])) and own == 1
 
 
+def test_with_a_buffer_of_one_the_images_of_a_prompt_are_compared_with_each_other_alone():
+    """As in GRPO: whitened by the group's own mean and deviation, whatever earlier epochs brought."""
+    statistics = ddpo.PromptStatistics(buffer=1, min_count=1, clip=10)
+    for epoch in range(2):
+        values = np.random.default_rng(epoch).normal(size=8) + 100 * epoch
+        advantages, own = statistics.advantages("aaaabbbb", values)
+        groups = values.reshape(2, 4)
+        expected = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+        assert own == 1 and advantages.tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-5)
+
+
+def test_as_many_images_of_an_epoch_share_a_prompt_as_are_asked_for(tiny_model, own_reward):
+    rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), **{"samples-per-epoch": 8, "images-per-prompt": 4}))
+    drawn = [text for text, _, _ in rows[1]["notes"]]
+    assert drawn == [drawn[0]] * 4 + [drawn[4]] * 4 and drawn[0] != drawn[4]
+
+
 def test_statistics_survive_a_checkpoint():
     one, two = (ddpo.PromptStatistics(4, 2, 10) for _ in range(2))
     one.advantages("aab", [1, 2, 3])
@@ -575,6 +592,25 @@ def test_skipped_steps_do_not_count_in_an_update(tiny_model):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_some_steps_of_each_image_are_drawn_evenly_so_that_their_gradient_is_unbiased(tiny_policy, monkeypatch):
+    counts = torch.zeros(8, 4)
+
+    def record(policy, trajectory, advantages, pairs, loss, config):
+        for image, step in pairs.tolist():
+            counts[image, step] += 1
+        return torch.zeros((), requires_grad=True) * 0, {"ratio_deviation": torch.zeros(())}
+
+    monkeypatch.setattr(ddpo, "surrogate", record)
+    monkeypatch.setattr(ddpo, "optimizer_step", lambda *_: (1.0, True))
+    trajectory = sampling.rollout(tiny_policy, ["a cat"] * 8, rng(), 8)
+    extras = learner(tiny_policy, skip_last_steps=1, learn_steps=2)
+    for epoch in range(1, 301):
+        ddpo.ddpo_update(tiny_policy, trajectory, torch.ones(8), loss=ddpo.clipped_loss, **extras)
+        assert (counts.sum(1) == 2 * epoch).all() and counts.max() <= epoch  # two steps of each image, and never one twice
+    assert (counts[:, 3] == 0).all()  # the skipped one
+    assert (counts[:, :3] / 300 - 2 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5  # four standard errors
+
+
 def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(tiny_model):
     kls = {}
     for weight in (0.0, 100.0):
@@ -656,8 +692,7 @@ def test_uniform_weights_without_guidance_are_the_plain_denoising_loss(tiny_poli
     trajectory = sampling.rollout(policy, ["a cat", "a dog", "an ant"], rng(), 3, keep_chain=False)
     noise, t, rows = torch.randn(3, 4, 8, 8, generator=rng(1)), torch.tensor([3, 500, 999]), torch.arange(3)
     with torch.no_grad():
-        ours, _ = baselines_rwr.weighted_denoising_loss(
-            *baselines_rwr.predict_and_target(policy, trajectory, rows, noise, t), torch.ones(3))
+        ours, _ = baselines_rwr.regression(policy, trajectory, torch.ones(3), rows, noise, t)
         # As in diffusers' train_text_to_image.py.
         pipeline, x_0 = policy.pipeline, trajectory.latents[:, 0]
         x_t = pipeline.scheduler.add_noise(x_0, noise, t)
@@ -708,6 +743,56 @@ def test_guided_training_is_guided_and_without_guidance_it_is_another_loss(tiny_
         losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
                                                **learner(policy, guided_training=guided))["denoising_error"])
     assert scales == [5.0, 5.0, 1.0, 1.0] and losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+# ---- DiffusionNFT ----
+
+
+def test_the_loss_of_nft_is_that_of_its_formula_and_an_average_image_changes_nothing():
+    old, target = torch.randn(2, 3, 4, 2, 2, generator=rng())
+    v, r, b = old + 0.1 * torch.randn(old.shape, generator=rng(1)), torch.tensor([1.0, 0.25, 0.5]), 0.7
+    loss, _ = baselines_rwr.nft_loss(v, old, target, r, b)
+    expected = sum(r[i] * (((1 - b) * old + b * v - target)[i] ** 2).mean() + (1 - r[i]) * (
+        ((1 + b) * old - b * v - target)[i] ** 2).mean() for i in range(3)) / 3
+    torch.testing.assert_close(loss, expected)
+    start = old.clone().requires_grad_()
+    baselines_rwr.nft_loss(start, old, target, r, b)[0].backward()
+    torch.testing.assert_close(start.grad, 2 * b * (2 * r - 1)[:, None, None, None] * (old - target) / old.numel())
+    assert (start.grad[2] == 0).all()
+    assert baselines_rwr.nft_preferences(torch.tensor([-3.0, -1, 0, 0.5, 2])).tolist() == [0, 0, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_nft_compares_with_the_weights_that_drew_the_images_all_through_an_epoch(tiny_model, monkeypatch, rank):
+    seen, loss = [], baselines_rwr.nft_loss
+    monkeypatch.setattr(baselines_rwr, "nft_loss", lambda v, old, *rest: seen.append((v.detach(), old)) or loss(v, old, *rest))
+    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, lora_rank=rank)
+    trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
+    noise, t = torch.randn(8, 4, 8, 8, generator=rng(1)), torch.full((8,), 300)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
+    monkeypatch.setattr(baselines_rwr, "reshuffled_passes", lambda *_: torch.arange(8).expand(3, 8))
+    baselines_rwr.nft_update(policy, trajectory, torch.rand(8, generator=rng()), **learner(policy, 1e-2, nft_strength=1.0))
+    (v, old), (later, still_old), (latest, _) = seen
+    assert torch.equal(v, old) and torch.equal(old, still_old) and not old.requires_grad
+    assert min((later - old).abs().max(), (latest - old).abs().max()) > 1e-6
+
+
+def test_nft_follows_the_reward(tiny_model):
+    """Its images become likelier the better they are: the denoising error of the good ones falls, that of the bad ones rises."""
+    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+    trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
+    noise, t, good = torch.randn(64, 4, 8, 8, generator=rng(1)), torch.randint(1000, (64,), generator=rng(2)), torch.arange(4).repeat(16)
+
+    def errors():
+        with torch.no_grad():
+            return [baselines_rwr.regression(policy, trajectory, torch.ones(8), rows, noise, t)[0].item() for rows in (good, good + 4)]
+
+    before = errors()
+    baselines_rwr.nft_update(policy, trajectory, torch.tensor([1.0] * 4 + [0.0] * 4),
+                             **learner(policy, 1e-3, nft_strength=1.0, updates_per_epoch=10))
+    after = errors()
+    assert after[0] - before[0] < 0 < after[1] - before[1]
 
 
 # ---- Rewards and prompts ----

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel,
                           CLIPTokenizer, DebertaConfig, DebertaModel)
@@ -24,7 +25,7 @@ import prompts
 import rewards
 import train
 from baselines_rwr import rwr_weights, sparse_weights
-from conftest import EMOJI, IMAGES, ROOT, run, tiny_flags
+from conftest import EMOJI, IMAGES, ROOT, rng, run, tiny_flags
 from ddpo import PromptStatistics
 
 
@@ -65,6 +66,32 @@ def test_pil_bytes_and_floats_look_the_same_to_clip(tiny_clip):
     seen = [networks.clip_pixels(processor, images) for images in (pil_images, uint8_images, IMAGES)]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert seen[0].std() > 0.3  # scaled down once, not twice
+
+
+@pytest.mark.parametrize("height, width", [(40, 40), (24, 24), (48, 64)])
+def test_clips_pixels_with_a_gradient_are_the_processors(tiny_clip, height, width):
+    processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
+    images = F.avg_pool2d(torch.rand(3, 3, height + 4, width + 4, generator=rng()), 5, 1).requires_grad_()
+    pixels = networks.clip_pixels_with_gradient(processor, images)
+    torch.testing.assert_close(pixels, networks.clip_pixels(processor, images), rtol=0, atol=1e-4)
+    # And the gradient is that of a resize: a brighter image has pixels brighter by as much, whatever way they are weighed.
+    weights = torch.rand(pixels.shape, generator=rng(1))
+    step = 0.2 * torch.rand((3, 3, 1, 1), generator=rng(2)) + F.avg_pool2d(torch.rand(images.shape, generator=rng(3)), 7, 1, 3) / 5
+    gradient, = torch.autograd.grad((weights * pixels).sum(), images)
+    change = (weights * (networks.clip_pixels(processor, images + step) - networks.clip_pixels(processor, images - step))).sum() / 2
+    assert (gradient * step).sum().item() == pytest.approx(change.item(), rel=0.01)
+
+
+def test_the_aesthetic_reward_is_the_same_with_a_gradient(tiny_clip, tiny_head):
+    reward = rewards.load_reward("aesthetic", reward_model=str(tiny_clip), aesthetic_head=str(tiny_head))
+    images = torch.rand(3, 3, 40, 40, generator=rng()).requires_grad_()
+    values = reward.with_gradient(images, ["a cat"] * 3)
+    torch.testing.assert_close(values.double(), reward(images, ["a cat"] * 3)[0], rtol=1e-5, atol=1e-5)
+    gradient, = torch.autograd.grad(values.sum(), images)
+    assert gradient.abs().amax((1, 2, 3)).min() > 1e-4
+    with torch.no_grad():
+        better = reward(images + 0.05 * gradient.sign(), ["a cat"] * 3)[0]
+    assert (better > values).all()
 
 
 def test_pickscore_is_the_cosine_of_clips_own_forward(tiny_clip, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import evaluate
 import models
@@ -64,6 +65,33 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     assert without_seconds(run("--resume", "runs/parts")) == without_seconds(whole)
 
 
+@pytest.mark.parametrize("limit, epoch, said", [("fades=90%", 1, "fades 70 is below 72"), ("fades=75", 1, "fades 70 is below 75"),
+                                                ("fades=81", 0, "fades 80 is below 81"), ("fades=60", 3, "")])
+def test_a_run_ends_where_a_watched_reward_has_fallen_with_the_weights_of_the_evaluation_before(limit, epoch, said, tiny_model, capsys):
+    Path("watched.py").write_text("""
+from pathlib import Path
+def fades(images, prompts):
+    calls = Path("calls")
+    calls.write_text(calls.read_text() + "." if calls.exists() else "")
+    return [80.0 - 10 * (len(calls.read_text()) == 2)] * len(images)
+""")
+    rows = run(*tiny_flags(tiny_model, name="stops", epochs=3, watch="watched.py:fades", **{"stop-below": limit}))
+    assert len(rows) == (3 if epoch == 1 else 2 if epoch == 0 else 4)  # the log tells of the fall
+    told = capsys.readouterr().out
+    assert said in told and (f"the weights are those of epoch {epoch}" in told) == bool(said)
+    assert f"after {4 * epoch} reward queries" in told and ("watched: fades 80 -> 80" in told) == (epoch != 2)
+    weights = load_file("runs/stops/model/unet/diffusion_pytorch_model.safetensors")
+    if epoch:
+        run(*tiny_flags(tiny_model, name="short", epochs=epoch, watch="none"))
+        start = "runs/short/model"
+    else:
+        start = tiny_model
+    before = load_file(Path(start) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    if epoch == 1:  # it can go on, from the weights that it has kept
+        assert len(run("--resume", "runs/stops", "--stop-below", "fades=0")) == 4
+
+
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
 
 
@@ -95,11 +123,15 @@ def test_an_interrupted_epoch_is_undone_saved_and_resumed_bit_for_bit(tiny_model
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
-    (["--no-guided-training"], "--guided-training is read by rwr, rwr-sparse, not by ddpo-is"),
+    (["--no-guided-training"], "--guided-training is read by rwr, rwr-sparse, nft, not by ddpo-is"),
     (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is read by ddpo-is, ddpo-sf, not by rwr"),
     (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
     (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),
     (["--skip-last-steps", "10"], "--skip-last-steps 10 leaves none of --sampling-steps 10"),
+    (["--stop-below", "animal"], "--stop-below animal: must be as animal=0.9"),
+    (["--stop-below", "beauty=1"], "--stop-below beauty: it is not watched; watched are animal, number"),
+    (["--images-per-prompt", "5"], "--samples-per-epoch 64 does not divide into --images-per-prompt 5"),
+    (["--learn-steps", "9"], "--learn-steps 9: only 8 steps of an image are learned from"),
     (["--sampling-steps", "1000"], "the model knows none above 999; take fewer"),
     (["--baseline", "value"], "invalid choice: 'value'"),
     (["--epochs", "0"], "--epochs 0: must be a positive number"),

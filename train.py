@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import parallel
 import runs
-from baselines_rwr import rwr_update, rwr_weights, sparse_weights
+from baselines_rwr import nft_preferences, nft_update, rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from models import cut_prompts, decode, is_lora, load_lora, save_pipeline, tokens_of
 from networks import hash_of, to_pil, type_and_message
@@ -26,8 +26,8 @@ from process import notify, say, stop_on_signals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout
-from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, load_config, make_paths_absolute, parse,
-                      reward_options, saved_settings)
+from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, learned_steps, load_config,
+                      make_paths_absolute, parse, reward_options, saved_settings, stop_limits)
 from trackers import load_tracker
 
 RUNS = Path("runs")
@@ -38,7 +38,8 @@ IMAGES_AT_ONCE = 256  # decoded and judged: 10,000 images of 512 x 512 pixels wo
 UPDATES = {"ddpo-is": (partial(ddpo_update, loss=clipped_loss), True),
            "ddpo-sf": (partial(ddpo_update, loss=score_function_loss), True),
            "rwr": (rwr_update, False),
-           "rwr-sparse": (rwr_update, False)}
+           "rwr-sparse": (rwr_update, False),
+           "nft": (nft_update, False)}
 
 
 def train(experiment):
@@ -51,8 +52,8 @@ def train(experiment):
         clock = Clock(policy.device)
 
         # 1. Act: draw an image for each of a batch of prompts. DDPO keeps the chains.
-        prompts = [experiment.prompts[i] for i in torch.randint(
-            len(experiment.prompts), (config.samples_per_epoch,), generator=rng)]
+        chosen = torch.randint(len(experiment.prompts), (config.samples_per_epoch // config.images_per_prompt,), generator=rng)
+        prompts = [experiment.prompts[i] for i in chosen.repeat_interleave(config.images_per_prompt)]
         trajectory = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch, keep_chain)
         clock.lap("seconds_sample")
 
@@ -68,6 +69,9 @@ def train(experiment):
 
         # 5. Tell: evaluate, log and save.
         tell(experiment, epoch, {**reward_metrics("", trajectory.prompts, rewards, notes), **metrics, **clock.laps})
+        if fallen := fallen_rewards(experiment):
+            go_back(experiment, fallen)
+            break
 
 
 # ---- The paragraphs, one by one ----
@@ -88,9 +92,9 @@ def judge(experiment, trajectory, prompts, clock):
 
 
 def compare(experiment, texts, rewards):
-    """The coefficient of each image in the update, (B,): an advantage for DDPO, a weight for RWR. And metrics for the log.
+    """The coefficient of each image in the update, (B,): an advantage for DDPO, a weight for RWR, r for nft. And metrics for the log.
 
-    own_statistics  DDPO: share of the images whose prompt has stats_min_count rewards of its own. It rises to 1. If prompts
+    own_statistics  DDPO, nft: share of the images whose prompt has stats_min_count rewards of its own. It rises to 1. If prompts
                     seldom come back it stays 0, and the baseline is the batch's.
     """
     config = experiment.config
@@ -100,7 +104,7 @@ def compare(experiment, texts, rewards):
     if config.algorithm == "rwr-sparse":
         return sparse_weights(texts, rewards, config.percentile), {}
     advantages, own_statistics = experiment.statistics.advantages(texts, rewards)
-    return advantages, {"own_statistics": own_statistics}
+    return nft_preferences(advantages) if config.algorithm == "nft" else advantages, {"own_statistics": own_statistics}
 
 
 # The metrics of an epoch of training, in the log's order. They are null in row 0, and where an algorithm has no such metric.
@@ -119,11 +123,37 @@ def tell(experiment, epoch, metrics):
            **evaluate_fixed(experiment)}
     experiment.rows.append(row)
     runs.append_row(folder, row)
-    if epoch and is_due(epoch, config.checkpoint_every, config.epochs):
+    is_evaluated = row["eval_reward_mean"] is not None
+    due = is_evaluated and not fallen_rewards(experiment) if config.stop_below else is_due(epoch, config.checkpoint_every, config.epochs)
+    if epoch and due:
         experiment.save()
     experiment.track(row)
-    if row["eval_reward_mean"] is not None:
+    if is_evaluated:
         runs.draw_curve(folder, reward.name, reward.unit, {other.name: other.unit for other in experiment.watched})
+
+
+def fallen_rewards(experiment):
+    """The watched rewards that the last epoch's evaluation found below --stop-below, in words; an empty text if there are none.
+
+    Raises RewardError if such a reward can judge none of the fixed prompts.
+    """
+    first, last, fallen = experiment.rows[0]["watched"], experiment.rows[-1]["watched"], []
+    for name, (number, is_share) in stop_limits(experiment.config).items():
+        unit = next(reward.unit for reward in experiment.watched if reward.name == name)
+        if first[name] is None:
+            raise RewardError(f"--stop-below {name}: it can judge none of the fixed prompts")
+        limit = first[name] - (1 - number) * abs(first[name]) if is_share else number
+        if last and last[name] is not None and last[name] < limit:
+            fallen.append(f"{name} {display(last[name], unit)} is below {display(limit, unit)}")
+    return " and ".join(fallen)
+
+
+def go_back(experiment, fallen):
+    """Take back the weights of the last checkpoint, and say so. The log keeps the rows of the epochs that are given up."""
+    epoch = experiment.epoch
+    experiment.load_state_dict(runs.load_checkpoint(experiment.folder))
+    experiment.rows = experiment.rows[:max(experiment.epoch, 0) + 1]
+    say(f"stopped after epoch {epoch}: {fallen}; the weights are those of epoch {max(experiment.epoch, 0)}")
 
 
 def evaluate_fixed(experiment):
@@ -153,9 +183,14 @@ def evaluate_fixed(experiment):
     return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
 
+def fixed_prompts(prompts, config):
+    """The prompts of an evaluation, spread evenly over the set."""
+    return [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
+
+
 def draw_fixed(policy, prompts, config):
-    """The evaluation's prompts, spread evenly over the set, and their images, always from the same noise: this process's share."""
-    chosen = [prompts[i * len(prompts) // config.eval_prompts] for i in range(config.eval_prompts)]
+    """The fixed prompts and their images, always from the same noise: this process's share."""
+    chosen = fixed_prompts(prompts, config)
     trajectory = rollout(policy, [prompt.text for prompt in chosen], torch.Generator().manual_seed(EVAL_SEED),
                          config.sample_batch, keep_chain=False, title="evaluating")
     mine = parallel.share(len(chosen))
@@ -354,15 +389,15 @@ def new_run(flags):
     return experiment
 
 
-MAY_CHANGE = ("epochs", "device", "tracker", *SPEED, *PLACES)  # with --resume
+MAY_CHANGE = ("epochs", "device", "tracker", "stop_below", *SPEED, *PLACES)  # with --resume
 
 
 def resume(folder, flags):
     """The Experiment of a run that was stopped or finished, at its last checkpoint. Raises ValueError."""
     others = sorted(set(flags) - set(MAY_CHANGE))
     if others:
-        raise ValueError("--resume uses the run's own settings: only the settings of time, place, memory and speed may be given with "
-                         "it (see --help), not " + ", ".join("--" + name.replace("_", "-") for name in others))
+        raise ValueError("--resume uses the run's own settings: only --stop-below and the settings of time, place, memory and speed may "
+                         "be given with it (see --help), not " + ", ".join("--" + name.replace("_", "-") for name in others))
     config = load_config(folder)
     lock, state = runs.lock_run(folder), runs.load_checkpoint(folder, MAY_CHANGE)
     epochs = flags.get("epochs", config.epochs)
@@ -477,7 +512,7 @@ def description(experiment):
     weights = sum(weight.numel() for weight in experiment.policy.trained.values())
     if UPDATES[config.algorithm][1]:
         images = config.samples_per_epoch // config.updates_per_epoch
-        steps = config.sampling_steps - config.skip_last_steps
+        steps = learned_steps(config)
         share = f"{images} images x {steps} steps = {images * steps} pairs"
     else:
         share = f"{config.batch_size} images"

@@ -81,7 +81,7 @@ MUTATIONS = [
     ("prompts.py", 'line.strip(" \\t\\ufeff")', "line.strip()", PROMPTS),
     ("prompts.py", 're.split("\\r\\n|\\n|\\r", text)', "text.splitlines()", PROMPTS),
     ("rewards.py", "given = images.clone(),", "given = images,", REWARDS),
-    ("rewards.py", "with process_unchanged(), torch.no_grad():", "with process_unchanged():", REWARDS),
+    ("rewards.py", "prompts, torch.no_grad()), prompts)", "prompts, torch.enable_grad()), prompts)", REWARDS),
     ("process.py", "if os.getpid() != trainer:", "if False:", RUNS),
     ("runs.py", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", RUNS),
     ("train.py", "if experiment.optimizer.state:", "if True:", RUNS),

@@ -61,7 +61,9 @@ SWEEP = {
     "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(rounds, SWEEP_QUERIES))
             for lr, beta, rounds in ((1e-4, 5.0, 2), (3e-5, 5.0, 2), (1e-4, 20.0, 2), (3e-5, 20.0, 4))],
     "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(rounds, SWEEP_QUERIES))
-                   for lr, percentile, rounds in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (1e-4, 0.75, 2), (3e-5, 0.9, 4))]}
+                   for lr, percentile, rounds in ((1e-4, 0.9, 2), (3e-5, 0.9, 2), (1e-4, 0.75, 2), (3e-5, 0.9, 4))],
+    "nft": [dict(learning_rate=lr, **rwr_settings(rounds, SWEEP_QUERIES))
+            for lr, rounds in ((1e-4, 13), (3e-4, 13), (1e-4, 4), (3e-4, 4))]}
 
 # One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them.
 ABLATIONS = {

@@ -1,0 +1,126 @@
+"""Universal guidance beside a trained policy (paper, appendix B): reward, watched reward and seconds a picture.
+
+    python train.py --reward studies/redness.py:redness --name red && python studies/guidance.py runs/red
+    python studies/guidance.py runs/wolf --scales 1 3 10 --recurrences 6 --sampling-steps 50      # the README's run on Stable Diffusion
+
+Prints two tables. The first is a sweep of the scale g on other noise than the second. The rule: of the scales that keep nine tenths of
+what the first watched reward of the run was without guidance, take the one with the highest reward; without a watched reward, the one
+with the highest reward. The second table has the base model, guidance at that scale, and the run's own policy, on the evaluation's
+prompts and noise. Its picture, in this order from above, goes to guidance.png in the run's folder.
+
+Guidance draws by DDIM with eta 0. The base model and the trained one draw as in training, with the run's eta.
+"""
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
+import runs
+from baselines_guidance import guided_rollout
+from evaluate import with_interval
+from models import decode
+from networks import to_pil
+from prompts import load_prompts
+from rewards import RewardError, load_reward
+from sampling import rollout
+from settings import check, chosen_device, load_config, refuse, reward_options
+from train import EVAL_SEED, fixed_prompts, policy_of
+
+SWEEP_SEED = 100  # of the noise on which the scale is chosen
+COLUMNS = 12      # of the picture
+
+
+def drawn(policy, prompts, seed, config, guidance=None):
+    """Images of the prompts, and the seconds that one took. guidance: guided_rollout's reward and settings; None: the plain chain."""
+    start, rng = time.perf_counter(), torch.Generator().manual_seed(seed)
+    if guidance:
+        x_0 = guided_rollout(policy, prompts, rng=rng, batch_size=config.sample_batch, **guidance)
+    else:
+        x_0 = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch, keep_chain=False).x_0
+    images = decode(policy.pipeline, x_0, policy.precision)
+    return images, (time.perf_counter() - start) / len(prompts)
+
+
+def row(name, images, seconds, prompts, rewards):
+    """A row of the table, and the means of the rewards."""
+    values = [reward(images, prompts)[0] for reward in rewards]
+    cells = [with_interval(value[~value.isnan()], reward.unit) for value, reward in zip(values, rewards)]
+    return [name, *cells, f"{seconds:.2g}"], [value.nanmean().item() for value in values]
+
+
+def chosen_scale(means):
+    """The scale that the rule takes. means: scale -> means of the reward and of the watched ones; scale 0 is without guidance."""
+    kept = {scale: mean for scale, mean in means.items() if len(mean) < 2 or mean[1] >= 0.9 * means[0.0][1]}
+    return max(kept, key=lambda scale: kept[scale][0])
+
+
+def compare(run, args):
+    """The two tables, as lines. Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError."""
+    config = load_config(run)
+    if not (run / "model").exists():
+        raise ValueError(f"{run} has no model/ yet: finish it with python train.py --resume {run}")
+    changes = {"eval_prompts": args.images, "sample_batch": args.sample_batch, "device": args.device and chosen_device(args.device),
+               "precision": args.precision}
+    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    check(config)
+    prompts = fixed_prompts(load_prompts(config.prompts), config)
+    rewards = [load_reward(name, config.device, nan_allowed=True, **reward_options(config, name))
+               for name in (config.reward, *config.watch)]
+    guided = policy_of(replace(config, eta=0.0, sampling_steps=args.sampling_steps or config.sampling_steps), config.model, scored=False)
+    options = {"reward": rewards[0], "recurrences": args.recurrences, "backward_steps": args.backward_steps,
+               "backward_rate": args.backward_rate}
+    head = ["", *(reward.name for reward in rewards), "seconds a picture"]
+    lines, means = [head, ["---"] * len(head)], {}
+    for scale in dict.fromkeys([0.0, *args.scales]):
+        images = drawn(guided, prompts, SWEEP_SEED, config, {**options, "scale": scale})
+        cells, means[scale] = row(f"g = {scale:g}", *images, prompts, rewards)
+        lines.append(cells)
+    best = chosen_scale(means)
+    lines += [[], [f"g = {best:g} is taken"], [], head, ["---"] * len(head)]
+    pictures = []
+    for name, policy, guidance in (
+            ("base model", policy_of(config, config.model, scored=False), None),
+            (f"universal guidance, g = {best:g}, k = {args.recurrences}, m = {args.backward_steps}", guided, {**options, "scale": best}),
+            (f"{config.algorithm}, {config.epochs * config.samples_per_epoch} queries", policy_of(config, run / "model", scored=False), None)):
+        images, seconds = drawn(policy, prompts, EVAL_SEED, config, guidance)
+        lines.append(row(name, images, seconds, prompts, rewards)[0])
+        pictures += [to_pil(image) for image in images[:COLUMNS]]
+    labels = [prompt.text for prompt in prompts[:COLUMNS]] * 3
+    runs.write_atomically(run / "guidance.png", runs.draw_grid(pictures, labels, columns=len(pictures) // 3).save)
+    return ["| " + " | ".join(cells) + " |" if len(cells) > 1 else "".join(cells) for cells in lines]
+
+
+def main(argv=None):
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run under runs/, whose reward is differentiable")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 10.0, 30.0], help="g, of the sweep (default: %(default)s)")
+    parser.add_argument("--recurrences", type=int, default=1, help="k, passes at a timestep (default: %(default)s)")
+    parser.add_argument("--backward-steps", type=int, default=0, help="m (default: %(default)s)")
+    parser.add_argument("--backward-rate", type=float, default=1.0, help="step size of these (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="number of images, spread evenly over the prompts (default: the run's)")
+    parser.add_argument("--sampling-steps", type=int, help="of guidance (default: the run's)")
+    parser.add_argument("--sample-batch", type=int, help="images drawn at a time; guidance keeps the activations of U-Net and VAE (default: the run's)")
+    parser.add_argument("--device", help="where to draw: auto, cpu, cuda, cuda:1, mps (default: the run's)")
+    parser.add_argument("--precision", help="of the networks: fp32, fp16 or bf16 (default: the run's)")
+    parser.error = refuse  # one line, not the usage of all flags
+    try:
+        args = parser.parse_args(argv)
+        for name, least in (("images", 1), ("recurrences", 1), ("backward_steps", 0)):
+            if getattr(args, name) is not None and getattr(args, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+        if min(args.scales) <= 0 or args.backward_rate <= 0:
+            raise ValueError("--scales and --backward-rate must be positive; the sweep has g = 0 by itself")
+        print("\n".join(compare(args.run, args)))
+    except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"guidance.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""A reward with a gradient that a person can see: how red an image is. (The README's example.)
+
+    python train.py --reward studies/redness.py:redness
+"""
+
+
+def redness(images, prompts):
+    """Images (B, 3, H, W) in [0, 1] -> (B,): red less the mean of green and blue, averaged over the pixels; from -1 to 1."""
+    red, green, blue = images.unbind(1)
+    return (red - (green + blue) / 2).mean((1, 2))
+
+
+redness.differentiable = True  # for studies/guidance.py
