@@ -2,14 +2,15 @@
 
 Nothing is trained. The sampler itself follows the gradient of the reward. At each timestep, k times:
 
-    e      = e_u + w (e_c - e_u),   z_0 = (z - sqrt(1 - ab) e) / sqrt(ab)         the policy's prediction
+    e      = e_u + w (e_c - e_u)                                                  the policy's prediction
     e     += g sqrt(1 - ab) grad_z l(z_0),   l(z_0) = -r(decode(z_0), c)          forward guidance, through U-Net and VAE
     e     -= sqrt(ab / (1 - ab)) D                                                backward guidance, if m > 0
     z_prev = sqrt(ab_prev) z_0 + sqrt(1 - ab_prev) e                              DDIM with eta = 0
     z      = sqrt(ab / ab_prev) z_prev + sqrt(1 - ab / ab_prev) noise             self-recurrence: noised again, to the same timestep
 
-with ab for alpha_bar of x_t and ab_prev for that of x_{t-1}. D is found by m steps of gradient descent on l(z_0 + D). So backward
-guidance moves z_0 by D, through the VAE alone. The k-th pass goes on with z_prev.
+ab is alpha_bar of x_t, ab_prev that of x_{t-1}. In each line z_0 = (z - sqrt(1 - ab) e) / sqrt(ab), with e as it is by then. D is found
+by m steps of gradient descent on l(z_0 + D), from D = 0: so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes
+on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at each step, and a reward
 that has a gradient. JPEG size and the answers of a VLM have none.
@@ -22,14 +23,16 @@ from tqdm import tqdm
 from models import decode_with_gradient, encode_prompts, latent_shape
 from sampling import generators, predict, x_0_and_eps
 
-FP16_SCALE = 1024  # gradients of pixels are too small for fp16; they are multiplied by this on their way back
+# The gradient to a pixel is too small for fp16: it is multiplied by this on its way back. That is meant for a reward of order 1 that is an
+# average over the pixels.
+FP16_SCALE = 1024
 
 
 def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=1, backward_steps=0, backward_rate=1.0):
     """Draw one image for each of B prompts by universal guidance. Returns the final latents x_0 (B, C, H, W), fp32.
 
     reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its policy has eta 0, scale is 0
-    and recurrences is 1. scale: g, per unit of the reward. recurrences: k. backward_steps: m; backward_rate: the step size of their
+    and recurrences is 1. scale: g >= 0, per unit of the reward. recurrences: k. backward_steps: m; backward_rate: the step size of their
     gradient descent. The prompts are prompts.Prompt or texts.
     Raises ValueError if the reward is not differentiable or the schedule starts from pure noise; FloatingPointError if a latent is not
     finite.
@@ -37,6 +40,7 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
     if not reward.differentiable:
         raise ValueError(f"universal guidance needs the gradient of the reward, and {reward.name} has none: aesthetic has one, and so "
                          "has a function of your own that computes in torch and says it by .differentiable = True")
+    assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
     if not policy.schedule.alpha_bar.all():
         raise ValueError("universal guidance needs a schedule that never reaches alpha_bar = 0, where the noise says nothing of the image")
     rngs, latents = generators(rng, len(prompts)), []
@@ -70,17 +74,24 @@ def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_st
 
 def guided_prediction(policy, z, t, ab, prompt_states, loss, scale, backward_steps, backward_rate):
     """The image and the noise (N, C, H, W) in z (N, C, H, W) at timesteps t (N,) with alpha_bar ab, moved towards a smaller loss(z_0)."""
-    grow = FP16_SCALE if policy.precision == "fp16" else 1
     z.requires_grad_(scale > 0)
     with torch.set_grad_enabled(scale > 0):
         z_0, e = x_0_and_eps(z, predict(policy, z, t, prompt_states), ab, policy.schedule.prediction_type)
         if scale:
-            gradient, = torch.autograd.grad(grow * loss(z_0), z)
-            e = e + scale * (1 - ab).sqrt() * gradient / grow
+            e = e + scale * (1 - ab).sqrt() * gradient(loss(z_0), z, policy.precision)
     z, e = z.detach(), e.detach()
     z_0 = (z - (1 - ab).sqrt() * e) / ab.sqrt()
     shift = torch.zeros_like(z_0)
     for _ in range(backward_steps):
-        gradient, = torch.autograd.grad(grow * loss(z_0 + shift.requires_grad_()), shift)
-        shift = shift.detach() - backward_rate * gradient / grow
+        step = gradient(loss(z_0 + shift.requires_grad_()), shift, policy.precision)
+        shift = shift.detach() - backward_rate * step
     return z_0 + shift, e - (ab / (1 - ab)).sqrt() * shift
+
+
+def gradient(loss, z, precision):
+    """The gradient of the loss with respect to z. Raises FloatingPointError if it is not finite."""
+    grow = FP16_SCALE if precision == "fp16" else 1
+    result, = torch.autograd.grad(grow * loss, z)
+    if not result.isfinite().all():
+        raise FloatingPointError("the gradient of the reward is not finite" + ("; --precision bf16 or fp32 may help" if grow > 1 else ""))
+    return result / grow

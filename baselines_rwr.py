@@ -145,7 +145,12 @@ def noised_states(policy, trajectory, images, noise, t):
             scheduler.get_velocity(x_0, noise, t) if target is None else target)
 
 
-# ---- DiffusionNFT, a newer method in the same shape ----
+# ---- DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), a newer method in the same shape ----
+#
+# Where we depart from the paper:
+#  1. It samples and trains without guidance. Ours has the policy's guidance in both predictions; --guidance-scale 1 is the paper's.
+#  2. Its v_old is a moving average of the policy. Ours is the policy that drew the epoch's images.
+#  3. Its code divides each squared error by the mean absolute error. Ours are plain.
 
 def nft_preferences(advantages):
     """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an image as good as its prompt's others, 0 or 1 one deviation away or more."""

@@ -96,7 +96,7 @@ def settings_of(target, args):
     else:
         given = {name: getattr(args, name) for name in ("device", "precision") if getattr(args, name) is not None}
         config, model, output = build_config({"preset": args.preset, **given}), target, None
-    changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": args.sampling_steps, "eval_prompts": args.images,
+    changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": args.sampling_steps or config.eval_steps or None, "eval_prompts": args.images,
                "device": args.device, "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     make_paths_absolute(config)

@@ -15,7 +15,7 @@ parameter, `metadata`: B dictionaries, the other fields of a JSON-lines prompt f
 shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1. It runs without gradients, on a copy of the images. What it
 changes of the working folder, torch's settings, the random states and the signals is put back when it returns. A function that
 computes in torch alone may say `my_reward.differentiable = True`. DDPO does not need it. Universal guidance does
-(baselines_guidance.py).
+(baselines_guidance.py). If it calls another reward, it does so by `with_gradient`.
 
 Rewards can be called from a function of your own, with plain texts. This one adds two, with weights:
 
@@ -108,6 +108,8 @@ class Aesthetic:
         weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD, described_as))
         head = scoring_head(self.clip.config.projection_dim)
         self.head = load_weights(head, weights, "layers.", described_as).to(device)
+        for network in (self.clip, self.head):  # a gradient to the images needs none to the weights, nor the memory for it
+            network.requires_grad_(False)
 
     def __call__(self, images, prompts):
         pixels = (clip_pixels_with_gradient if images.requires_grad else clip_pixels)(self.processor, images)
@@ -303,7 +305,7 @@ class Reward:
         prompts = as_prompts(prompts)
         result = self.called(images, prompts, torch.enable_grad())
         self.checked(result, prompts)
-        values = result[0] if isinstance(result, tuple) else result
+        values = values_and_notes(result)[0]
         if not getattr(values, "requires_grad", False):
             raise RewardError(f"the reward {self.name} says that it is differentiable, but its values have no gradient")
         return values
@@ -327,8 +329,7 @@ class Reward:
     def checked(self, result, prompts):
         """What the function returned for B prompts -> values (B,) float64 and B notes. Raises RewardError."""
         B = len(prompts)
-        has_notes = isinstance(result, tuple) and len(result) == 2 and is_notes(result[1])
-        values, notes = result if has_notes else (result, None)
+        values, notes = values_and_notes(result)
         try:
             if isinstance(values, Iterator) or getattr(values, "dtype", None) == object:  # a generator, an array of objects
                 values = list(values)
@@ -366,6 +367,12 @@ class Reward:
 def as_prompts(prompts):
     """Texts or prompts.Prompt -> prompts.Prompt."""
     return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def values_and_notes(result):
+    """What a reward returned -> its values and its notes, None if it has none."""
+    has_notes = isinstance(result, tuple) and len(result) == 2 and is_notes(result[1])
+    return result if has_notes else (result, None)
 
 
 def is_notes(value):

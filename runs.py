@@ -8,7 +8,8 @@ Of several processes that train together the first alone writes (by_first).
     progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint/state.pt         all that training changes, and what --resume compares: settings; hashes of model, prompts, rewards
-    model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
+    model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads. If --stop-below ended the run, it
+                                is of an earlier epoch than the log's last row, as is the checkpoint
     lock                        held by the process that trains the run
     tensorboard/, wandb/, wandb_id.txt   with --tracker
     before_after.png            the images of evaluate.py

@@ -117,6 +117,11 @@ def as_policy(policy, keep_reference=False, lora_rank=0, seed=0, gradient_checkp
     return policy
 
 
+def with_steps(policy, steps, eta):
+    """The same policy, network and all, with a chain of another number of steps to be drawn. Raises ValueError: see ddim_schedule."""
+    return replace(policy, schedule=ddim_schedule(policy.pipeline.scheduler, steps, eta, policy.device, scored=False))
+
+
 # ---- The step ----
 
 def scheduler_with_density(model, scheduler, steps):

@@ -60,8 +60,8 @@ class Config:
     seed: int = setting(0, "seed of the training: prompts, noise, order")
     epochs: int = setting(196, "how often to sample and then learn; an epoch of RWR is what the paper calls a round")
     samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
-    images_per_prompt: int = setting(1, "how many of an epoch's images share a prompt (but for prompts that are drawn twice); with "
-                                        "--stats-buffer 1 --stats-min-count 1 they are compared with each other alone, as in GRPO")
+    images_per_prompt: int = setting(1, "images of each prompt that an epoch draws; with --stats-buffer 1 --stats-min-count 1 they are "
+                                        "compared with each other alone, as in GRPO")
     updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the samples")
     batch_size: int = setting(128, "RWR, nft: images of an update")
     sampling_steps: int = setting(50, "denoising steps T")
@@ -80,7 +80,7 @@ class Config:
     stats_min_count: int = setting(16, "DDPO, nft: with fewer rewards than this a prompt takes the batch's mean and deviation")
     skip_last_steps: int = setting(0, "DDPO: number of last steps that are not learned from (ddpo.py says why)")
     learn_steps: int = setting(0, "DDPO: number of steps of each image that an update learns from, drawn at random; 0: all that are not "
-                                  "skipped. Fewer take less time, and the gradient stays unbiased")
+                                  "skipped. Fewer take less time, and do not bias the gradient")
     baseline: str = setting("prompt", "DDPO, nft: what a reward is compared with: prompt, batch, or none (the bare reward)")
     kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension (a weight of "
                                        "DPOK's code means something else: see ddpo.surrogate)")
@@ -89,13 +89,14 @@ class Config:
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
     precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
-    micro_batch: int = setting(4, "(image, step) pairs (RWR: images) in a forward pass of learning: memory and speed only")
+    micro_batch: int = setting(4, "(image, step) pairs (RWR, nft: images) in a forward pass of learning: memory and speed only")
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
     compile: bool = setting(False, "compile the U-Net by torch.compile: minutes at the start, then faster sampling on a GPU")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
-    stop_below: tuple = setting((), "NAME=VALUE, or NAME=SHARE%% of its start: end the run at the first evaluation that finds this watched "
-                                    "reward lower, and keep the weights of the evaluation before; may be repeated. A checkpoint is then "
-                                    "saved at each evaluation that finds none lower, and at no other epoch")
+    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as many as in training")
+    stop_below: tuple = setting((), "a watched reward's value, as animal=0.9, or a share of its start, as animal=90%%%%: end the run at the "
+                                    "first evaluation that finds it lower, with the weights of the evaluation before; may be repeated; none: "
+                                    "never end. Checkpoints are then saved at evaluations, and at no other epoch")
     eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt set")
     checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB with all weights of Stable Diffusion), to which an interrupted "
                                      "run goes back; the last is always saved")
@@ -104,7 +105,7 @@ class Config:
 
     def __post_init__(self):
         # JSON and the command line give a list.
-        self.watch, self.stop_below = () if list(self.watch) == ["none"] else tuple(self.watch), tuple(self.stop_below)
+        self.watch, self.stop_below = (() if list(value) == ["none"] else tuple(value) for value in (self.watch, self.stop_below))
 
 
 # ---- What algorithms and presets ask for ----
@@ -142,7 +143,7 @@ PRESET_REWARDS = {"emoji": {
     "counting": _EMOJI_VLM,
     "": {"prompts": "emoji_animals"}}}
 
-# What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md).
+# What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md), but nft's, which waits.
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
@@ -301,8 +302,25 @@ def shared_settings(config):
 
 def check(config):
     """Refuse settings that cannot run. Raises ValueError, in one line that says what to do."""
+    check_numbers(config)
+    check_epoch(config)
+    check_watched(config)
+    check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
+                  [config.reward, *config.watch])
+    check_device(config.device)
+    check_processes(config)
+    if config.compile:
+        check_compiler(config.device, config.precision)
+    if config.precision == "fp16" and not config.device.startswith("cuda"):
+        raise ValueError("--precision fp16 needs a GPU with CUDA; use --precision fp32 (or bf16)")
+    if Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
+
+
+def check_numbers(config):
+    """Raise ValueError if a setting is out of its range."""
     may_be_zero = ("weight_decay", "seed", "lora_rank", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
-                   "percentile", "skip_last_steps", "learn_steps", "bert_baseline")
+                   "percentile", "skip_last_steps", "learn_steps", "eval_steps", "bert_baseline")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         zero = item.name in may_be_zero
@@ -312,6 +330,19 @@ def check(config):
         raise ValueError(f"--seed {config.seed}: must be below {2**32}")
     if max(config.adam_beta1, config.adam_beta2) >= 1:
         raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
+    if config.baseline not in BASELINES:
+        raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
+    if config.percentile >= 1:
+        raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
+    if config.algorithm == "nft" and config.baseline == "none":
+        raise ValueError("--baseline none: nft asks whether an image is better than others; choose prompt or batch")
+    if config.stats_min_count > config.stats_buffer:
+        raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
+                         "rewards can hold")
+
+
+def check_epoch(config):
+    """Raise ValueError if an epoch's images and steps cannot be dealt out to its updates."""
     if config.algorithm == "ddpo-sf" and config.updates_per_epoch > 1:
         raise ValueError(f"--updates-per-epoch {config.updates_per_epoch}: ddpo-sf takes one update an epoch, since its "
                          "samples must come from the current weights; use --algorithm ddpo-is for more")
@@ -326,32 +357,21 @@ def check(config):
     if config.algorithm in DDPO and config.learn_steps > config.sampling_steps - config.skip_last_steps:
         raise ValueError(f"--learn-steps {config.learn_steps}: only {config.sampling_steps - config.skip_last_steps} steps of an image are "
                          "learned from (--sampling-steps less --skip-last-steps)")
-    if config.baseline not in BASELINES:
-        raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
+
+
+def check_watched(config):
+    """Raise ValueError if two rewards would have one name, or if --stop-below has another than the watched ones."""
     for name in config.watch:
         if short_name(name) == short_name(config.reward):
             raise ValueError(f"--watch {short_name(name)}: " + (
                 "it is the reward that is trained" if name == config.reward else "the trained reward has this name, too"))
         if [short_name(other) for other in config.watch].count(short_name(name)) > 1:
             raise ValueError(f"--watch {short_name(name)}: two watched rewards have this name, and would be one in the log")
+    if config.stop_below and config.checkpoint_every != Config.checkpoint_every:
+        raise ValueError("--stop-below saves checkpoints at evaluations: set --eval-every, and leave --checkpoint-every out")
     for name in stop_limits(config):
         if name not in map(short_name, config.watch):
             raise ValueError(f"--stop-below {name}: it is not watched; watched are {', '.join(map(short_name, config.watch)) or 'none'}")
-    check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
-                  [config.reward, *config.watch])
-    if config.percentile >= 1:
-        raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
-    if config.stats_min_count > config.stats_buffer:
-        raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
-                         "rewards can hold")
-    check_device(config.device)
-    check_processes(config)
-    if config.compile:
-        check_compiler(config.device, config.precision)
-    if config.precision == "fp16" and not config.device.startswith("cuda"):
-        raise ValueError("--precision fp16 needs a GPU with CUDA; use --precision fp32 (or bf16)")
-    if Path(config.name).name != config.name or config.name in (".", ".."):
-        raise ValueError(f"--name {config.name!r}: must be a plain name; the run's folder is runs/NAME")
 
 
 def stop_limits(config):
@@ -365,6 +385,8 @@ def stop_limits(config):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(f"--stop-below {text}: must be as animal=0.9, a value of a watched reward, or as animal=90%, a share of its start")
+        if name in limits:
+            raise ValueError(f"--stop-below {text}: {name} has a limit already")
         limits[name] = number, value.endswith("%")
     return limits
 
@@ -447,7 +469,7 @@ def parse(argv, description):
         if item.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         if item.type is tuple:
-            kind = {"action": "append", "metavar": "NAME"}
+            kind = {"action": "append", "metavar": "NAME=VALUE" if item.name == "stop_below" else "NAME"}
         parser.add_argument("--" + item.name.replace("_", "-"), **kind,
                             help=item.metadata["help"] % names + _default_text(item.name, item.default))
     return vars(parser.parse_args(argv))

@@ -337,6 +337,15 @@ def test_with_a_buffer_of_one_the_images_of_a_prompt_are_compared_with_each_othe
         assert own == 1 and advantages.tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-5)
 
 
+def test_evaluations_may_take_other_steps_than_training(tiny_model, own_reward):
+    flags = dict(reward=own_reward("redness"), epochs=1)
+    few, many, both = (run(*tiny_flags(tiny_model, name=name, **flags, **steps)) for name, steps in (
+        ("few", {"sampling-steps": 3}), ("many", {"sampling-steps": 6}), ("both", {"sampling-steps": 3, "eval-steps": 6})))
+    assert both[0]["eval_reward_mean"] == many[0]["eval_reward_mean"] != few[0]["eval_reward_mean"]
+    assert both[1]["reward_mean"] == few[1]["reward_mean"] != many[1]["reward_mean"]
+    assert both[1]["loss"] == few[1]["loss"]
+
+
 def test_as_many_images_of_an_epoch_share_a_prompt_as_are_asked_for(tiny_model, own_reward):
     rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), **{"samples-per-epoch": 8, "images-per-prompt": 4}))
     drawn = [text for text, _, _ in rows[1]["notes"]]
@@ -1123,4 +1132,4 @@ def test_every_file_that_a_readme_links_to_is_there_and_has_the_lines_it_says():
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
     rows = re.findall(r"\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(rows) == 7 and all(len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(n) for file, n in rows)
+    assert len(rows) == 8 and all(len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(n) for file, n in rows)

@@ -25,7 +25,7 @@ from networks import hash_of, to_pil, type_and_message
 from process import notify, say, stop_on_signals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
-from sampling import load_policy, rollout
+from sampling import load_policy, rollout, with_steps
 from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, learned_steps, load_config,
                       make_paths_absolute, parse, reward_options, saved_settings, stop_limits)
 from trackers import load_tracker
@@ -48,6 +48,8 @@ def train(experiment):
     update, keep_chain = UPDATES[config.algorithm]
     if experiment.epoch < 0:
         tell(experiment, 0, {})  # of the pretrained weights
+        if fallen := fallen_rewards(experiment):
+            raise RewardError(f"--stop-below: before any training, {fallen}")
     for epoch in progress_bar(experiment):
         clock = Clock(policy.device)
 
@@ -138,12 +140,14 @@ def fallen_rewards(experiment):
     Raises RewardError if such a reward can judge none of the fixed prompts.
     """
     first, last, fallen = experiment.rows[0]["watched"], experiment.rows[-1]["watched"], []
+    if last is None:
+        return ""
     for name, (number, is_share) in stop_limits(experiment.config).items():
         unit = next(reward.unit for reward in experiment.watched if reward.name == name)
-        if first[name] is None:
+        if None in (first[name], last[name]):
             raise RewardError(f"--stop-below {name}: it can judge none of the fixed prompts")
         limit = first[name] - (1 - number) * abs(first[name]) if is_share else number
-        if last and last[name] is not None and last[name] < limit:
+        if last[name] < limit:
             fallen.append(f"{name} {display(last[name], unit)} is below {display(limit, unit)}")
     return " and ".join(fallen)
 
@@ -151,9 +155,10 @@ def fallen_rewards(experiment):
 def go_back(experiment, fallen):
     """Take back the weights of the last checkpoint, and say so. The log keeps the rows of the epochs that are given up."""
     epoch = experiment.epoch
-    experiment.load_state_dict(runs.load_checkpoint(experiment.folder))
+    experiment.load_state_dict(runs.load_checkpoint(experiment.folder, MAY_CHANGE))
     experiment.rows = experiment.rows[:max(experiment.epoch, 0) + 1]
-    say(f"stopped after epoch {epoch}: {fallen}; the weights are those of epoch {max(experiment.epoch, 0)}")
+    say(f"stopped after epoch {epoch} and {epoch * experiment.config.samples_per_epoch} reward queries: {fallen}; the weights are those of "
+        f"epoch {max(experiment.epoch, 0)}")
 
 
 def evaluate_fixed(experiment):
@@ -170,7 +175,7 @@ def evaluate_fixed(experiment):
     if not is_due(experiment.epoch, config.eval_every, config.epochs):
         return dict.fromkeys(("eval_reward_mean", "eval_reward_std", "watched", "seconds_eval"))
     clock, states = Clock(experiment.policy.device), reward.rng_states
-    prompts, images = draw_fixed(experiment.policy, experiment.prompts, config)
+    prompts, images = draw_fixed(experiment.fixed_policy, experiment.prompts, config)
     texts = parallel.gathered([prompt.text for prompt in prompts])
     rewards, notes = map(parallel.gathered, reward(images, prompts))
     watched = {other.name: mean_of_known(parallel.gathered(other(images, prompts)[0])) for other in experiment.watched}
@@ -268,6 +273,7 @@ class Experiment:
         self.config, self.policy, self.prompts = config, policy, prompts
         self.folder = self.lock = self.settings = self.saved_epoch = self.track = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
+        self.fixed_policy = with_steps(policy, config.eval_steps, config.eta) if config.eval_steps else policy  # of the evaluations
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
         self.optimizer = adamw(policy, config)
@@ -423,10 +429,15 @@ def resume(folder, flags):
         raise ValueError(f"the checkpoint of {folder} is damaged, or of another version of the libraries") from error
     experiment.settings = saved_settings(folder, config)
     experiment.track = load_tracker(config.tracker, folder, experiment.settings, experiment.epoch)
+    experiment.rows = rows
+    if config.stop_below and experiment.epoch >= 0 and rows[-1]["watched"] is None:
+        raise ValueError(f"--stop-below: the checkpoint of {folder} is of epoch {experiment.epoch}, which was not evaluated, so there would be "
+                         "no weights to go back to; go on without it")
+    if rows and (fallen := fallen_rewards(experiment)):
+        raise ValueError(f"--stop-below: {fallen} at epoch {experiment.epoch}, of which the checkpoint of {folder} is; set another limit")
     parallel.meet()  # nothing may be refused from here on, since the run changes
     runs.save_settings(folder, experiment.settings)
     runs.forget_after(folder, experiment.epoch)
-    experiment.rows = rows
     return experiment
 
 
@@ -536,6 +547,8 @@ def surprises(experiment):
         yield f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next to nothing with it; try 3e-4"
     if config.compile and config.precision == "bf16" and config.algorithm == "ddpo-is":
         yield "--compile rounds sampling and learning differently, and in bf16 that may be more than --clip-range: see ratio_deviation"
+    if config.stats_buffer == config.images_per_prompt == 1 and 2 * len(experiment.alike) > config.samples_per_epoch:
+        yield "--stats-buffer 1 compares an image with those of its own prompt in the epoch, and few have another: see --images-per-prompt"
     if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
         yield cut
     same = [(text, other) for text, other in experiment.alike.items() if text != other]

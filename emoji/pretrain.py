@@ -32,7 +32,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
-from networks import to_pil
+from networks import fingerprint, to_pil
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
@@ -402,7 +402,7 @@ def tokens_and_labels(processor, question, answer):
 @torch.no_grad()
 def encode_pool(vae, images, args):
     """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor. They are encoded once and kept."""
-    path = args.work / f"latents-{args.autoencoder_steps}.pt"  # of another autoencoder, if it is trained for longer
+    path = args.work / f"latents-{fingerprint(vae)[:8]}.pt"  # of another autoencoder, if it is trained for longer
     if not path.exists():
         batches = tqdm(torch.arange(len(images)).split(64), "encoding   ")
         latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu() for b in batches]
@@ -650,8 +650,8 @@ def main(argv=None):
     if not os.path.exists(args.font):
         sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
                  "apt install fonts-noto-color-emoji) or give its file with --font")
-    if args.start and not (args.start / "model_index.json").exists():
-        sys.exit(f"pretrain.py: --start {args.start}: no model is there: give a folder as emoji/model")
+    if args.start and not all(path.exists() for path in (args.start / "model_index.json", args.start.parent / WEIGHTS.name)):
+        sys.exit(f"pretrain.py: --start {args.start}: no model is there, or no {WEIGHTS.name} beside it: give a folder as emoji/model")
     if not args.start and 0 in (args.autoencoder_steps, args.judge_steps, args.denoiser_steps):
         sys.exit("pretrain.py: 0 steps keep a network of --start as it is: give --start")
     if args.check_images <= 256:

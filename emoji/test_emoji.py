@@ -93,3 +93,12 @@ def test_a_training_can_start_from_a_models_weights():
     network = pretrain.begun(args, unet=pretrain.new_unet())["unet"]
     saved = load_file(EMOJI / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weight, saved[name].float()) for name, weight in network.state_dict().items())
+
+
+def test_a_network_of_zero_steps_is_that_of_the_start(tmp_path):
+    args = pretrain.parse(["--start", str(EMOJI), "--judge-steps", "0", "--autoencoder-steps", "0", "--work", str(tmp_path)])
+    kept, vae = pretrain.train_judge(None, None, None, args), pretrain.train_autoencoder([], args)
+    assert not any(network.training for network in (kept, vae)) and not list(tmp_path.iterdir())
+    for network, file in ((kept, judge.WEIGHTS), (vae, EMOJI / "vae" / "diffusion_pytorch_model.safetensors")):
+        saved = load_file(file)
+        assert all(torch.equal(weight, saved[name].to(weight.dtype)) for name, weight in network.state_dict().items())

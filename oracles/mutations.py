@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHOD, REWARDS, EVALUATE = "test_ddpo.py", "test_rewards.py", "test_evaluate.py"
 MODELS, PROMPTS, RUNS = "test_models.py", "test_prompts.py", "test_runs.py"
-PARALLEL, LORA = "test_parallel.py", "test_lora.py"
+PARALLEL, LORA, GUIDANCE = "test_parallel.py", "test_lora.py", "test_guidance.py"
 EMOJI, STUDIES = "emoji/test_emoji.py", "studies/test_studies.py"
 
 # (file, the line as it is, the line as it must not be, the tests that must notice)
@@ -44,9 +44,16 @@ MUTATIONS = [
     ("baselines_rwr.py", "kept = (r >= r.quantile(percentile))", "kept = (r > r.quantile(percentile))", METHOD),
     ("baselines_rwr.py", "torch.softmax(beta * r, 0) * len(r)", "torch.softmax(r / beta, 0) * len(r)", METHOD),
     ("baselines_rwr.py", "if not config.guided_training:", "if config.guided_training:", METHOD),  # a test was added
+    ("baselines_rwr.py", "for sign in (1, -1))", "for sign in (-1, 1))", METHOD),
+    ("models.py", "weight.detach().clone() for name, weight in weights.items()", "weight.detach() for name, weight in weights.items()", METHOD),
+    ("ddpo.py", ".argsort(1) < config.learn_steps", ".argsort(1) <= config.learn_steps", METHOD),
+    ("baselines_guidance.py", "e - (ab / (1 - ab)).sqrt() * shift", "e - shift", GUIDANCE),
+    ("baselines_guidance.py", "scale * (1 - ab).sqrt() * gradient", "scale * gradient", GUIDANCE),
+    ("networks.py", "smooth + (exact - smooth).detach()", "smooth", REWARDS),
+    ("train.py", "limit = first[name] - (1 - number) * abs(first[name])", "limit = first[name]", RUNS),
     # models.py, networks.py, rewards.py, preference_rewards.py
     ("networks.py", "* 255).round()", "* 255)", METHOD),
-    ("models.py", "part[:] = (decoded / 2 + 0.5)", "part[:] = (decoded + 0.5)", METHOD),
+    ("models.py", "return (decoded / 2 + 0.5)", "return (decoded + 0.5)", METHOD),
     ("rewards.py", "quality=95", "quality=90", METHOD),
     ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", RUNS),
     ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())', REWARDS),

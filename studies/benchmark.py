@@ -34,10 +34,10 @@ from train import RUNS, UPDATES, Experiment, policy_of
 TFLOP_STEP, TFLOP_LEARN, TFLOP_LEARN_LORA, TFLOP_DECODE = 1.606, 4.82, 3.43, 2.5
 
 
-def benchmark(config, images, micro_batches, peak_tflops):
+def benchmark(config, images, passes, micro_batches, peak_tflops):
     """A row of the table: precision, seconds a query and peak GB of sampling and learning, largest |ratio - 1| per micro-batch.
 
-    images: how many. Raises FloatingPointError or torch.OutOfMemoryError.
+    images: how many. passes: how often RWR and nft learn from an image that was drawn. Raises FloatingPointError or torch.OutOfMemoryError.
     """
     policy = policy_of(config)
     experiment = Experiment(config, policy)
@@ -50,15 +50,15 @@ def benchmark(config, images, micro_batches, peak_tflops):
         return trajectory
 
     def learn(trajectory):
-        return update(policy, trajectory, torch.randn(images).abs(), experiment.optimizer, experiment.scaler, experiment.rng,
+        return update(policy, trajectory, torch.rand(images), experiment.optimizer, experiment.scaler, experiment.rng,
                       config)
 
     learn(draw())  # to warm up: the first call of each kernel is slower than those of a whole epoch
     trajectory, sampling, memory_sampling = timed(config.device, draw)
     deviations = [ratio_deviation(policy, trajectory, size) for size in micro_batches] if keep_chain else []
     _, learning, memory_learning = timed(config.device, lambda: learn(trajectory))
-    # RWR learns from five images for each one drawn; here whole batches make it a little more or less.
-    share = 1 if keep_chain else 5 * images / (config.updates_per_epoch * config.batch_size)
+    # Here whole batches make the passes a little more or less.
+    share = 1 if keep_chain else passes * images / (config.updates_per_epoch * config.batch_size)
     cells = [config.precision, f"{sampling / images:.3g}", f"{share * learning / images:.3g}",
              *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
              *(f"{deviation:.1e}" for deviation in deviations)]
@@ -153,7 +153,8 @@ def print_rows(args, device):
             write_stable_diffusion(Path(flags["model"]))
     config = build_config({**flags, "precision": "fp32"})
     _, keep_chain = UPDATES[config.algorithm]
-    updates = 1 if keep_chain else max(1, 5 * args.images // config.batch_size)
+    passes = config.updates_per_epoch * config.batch_size / config.samples_per_epoch
+    updates = 1 if keep_chain else max(1, round(passes * args.images) // config.batch_size)
     config = replace(config, samples_per_epoch=args.images, updates_per_epoch=updates)
     names = ["precision", "sampling (s/query)", "learning (s/query)", "peak GB sampling", "peak GB learning"]
     names += [f"largest \\|ratio - 1\\| at {size} pairs" for size in args.ratio_batches] if keep_chain else []
@@ -164,7 +165,7 @@ def print_rows(args, device):
                      f"learned from {config.micro_batch} at a time", *options]) + "\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
         try:
-            cells = benchmark(replace(config, precision=precision), args.images, args.ratio_batches, args.peak_tflops)
+            cells = benchmark(replace(config, precision=precision), args.images, passes, args.ratio_batches, args.peak_tflops)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # the other precisions are measured all the same
             cells = [precision, str(error).splitlines()[0]]
         print("| " + " | ".join(cells) + " |", flush=True)

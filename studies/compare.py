@@ -65,7 +65,8 @@ SWEEP = {
     "nft": [dict(learning_rate=lr, **rwr_settings(rounds, SWEEP_QUERIES))
             for lr, rounds in ((1e-4, 13), (3e-4, 13), (1e-4, 4), (3e-4, 4))]}
 
-# One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them.
+# One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them. A label may
+# have its own number of queries.
 ABLATIONS = {
     # RWR changes the images without any reward, too. Percentile 0 and beta 0 show how.
     "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_settings(5, 640)}
@@ -82,6 +83,19 @@ ABLATIONS = {
         f"DDPO-SF, an update of {images} images": {"algorithm": "ddpo-sf", "learning_rate": 2e-4, "samples_per_epoch": images}
         for images in (64, 8)}}),
     "clip-range": (640, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
+    # Runs of about as many U-Net passes as 1,536 queries of the default cost, which learn from 8 steps of 10: report.passes_per_query.
+    "learn-steps": (QUERIES, {
+        "the first 8 steps": {},
+        **{f"{count} step{'s' * (count > 1)} at random": {"learn_steps": count, "queries": queries}
+           for count, queries in ((1, 4032), (2, 3264), (4, 2368))},
+        "8 of all 10 steps at random": {"skip_last_steps": 0, "learn_steps": 8},
+        **{f"the first {count} step{'s' * (count > 1)}": {"skip_last_steps": 10 - count, "queries": queries}
+           for count, queries in ((1, 4032), (2, 3264), (4, 2368))}}),
+    "sampling-steps": (QUERIES, {
+        f"T = {steps}": {"sampling_steps": steps, "skip_last_steps": steps // 5, "eval_steps": 20, "queries": queries}
+        for steps, queries in ((5, 3072), (10, QUERIES), (20, 768))}),
+    "groups": (QUERIES, {"running statistics": {}, **{
+        f"groups of {count}": {"images_per_prompt": count, "stats_buffer": 1, "stats_min_count": 1} for count in (4, 8)}}),
     "baseline": (640, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
 }
 
@@ -102,7 +116,8 @@ class Run:
         """The name of its folder under runs/, which differs between runs of different settings or models."""
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.label).split())
         # Of the settings that are not the default: a new setting, at its default, leaves the name as it is.
-        own = {name: value for name, value in shared_settings(self.config).items() if value != getattr(Config, name)}
+        own = {name: value for name, value in shared_settings(self.config).items()
+               if (tuple(value) if isinstance(value, list) else value) != getattr(Config, name)}
         own["model"] = hash_of_model(self.config.model)
         own_hash = hashlib.sha1(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6]
         return f"{self.study}-{short_name(self.flags['reward'])}-{words}-seed{self.seed}-{own_hash}"
@@ -140,6 +155,11 @@ def hash_of_model(model):
     return identity_of(load_pipeline(model))
 
 
+def without(flags, name):
+    """The flags but one."""
+    return {other: value for other, value in flags.items() if other != name}
+
+
 def planned_run(study, label, seed, flags, queries):
     """A run of that many reward queries. It is evaluated about eight times, or after each of fewer epochs."""
     samples = build_config(flags).samples_per_epoch
@@ -159,7 +179,7 @@ def planned_runs(args, common):
                 for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
-        return [planned_run(args.ablation, label, seed, {**shared, **choice}, queries)
+        return [planned_run(args.ablation, label, seed, {**shared, **without(choice, "queries")}, choice.get("queries", queries))
                 for seed in range(args.seeds) for label, choice in choices.items()]
     methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not args.algorithms:  # the control: what RWR does to the images without any reward

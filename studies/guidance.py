@@ -21,14 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
 from baselines_guidance import guided_rollout
-from evaluate import with_interval
-from models import decode
+from evaluate import refuse_another_base, with_interval
+from models import PRECISIONS, decode
 from networks import to_pil
 from prompts import load_prompts
 from rewards import RewardError, load_reward
 from sampling import rollout
 from settings import check, chosen_device, load_config, refuse, reward_options
-from train import EVAL_SEED, fixed_prompts, policy_of
+from train import EVAL_SEED, MAY_CHANGE, fixed_prompts, policy_of
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen
 COLUMNS = 12      # of the picture
@@ -38,7 +38,7 @@ def drawn(policy, prompts, seed, config, guidance=None):
     """Images of the prompts, and the seconds that one took. guidance: guided_rollout's reward and settings; None: the plain chain."""
     start, rng = time.perf_counter(), torch.Generator().manual_seed(seed)
     if guidance:
-        x_0 = guided_rollout(policy, prompts, rng=rng, batch_size=config.sample_batch, **guidance)
+        x_0 = guided_rollout(policy, prompts, rng=rng, batch_size=config.micro_batch, **guidance)  # it keeps activations, as learning does
     else:
         x_0 = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch, keep_chain=False).x_0
     images = decode(policy.pipeline, x_0, policy.precision)
@@ -54,8 +54,19 @@ def row(name, images, seconds, prompts, rewards):
 
 def chosen_scale(means):
     """The scale that the rule takes. means: scale -> means of the reward and of the watched ones; scale 0 is without guidance."""
-    kept = {scale: mean for scale, mean in means.items() if len(mean) < 2 or mean[1] >= 0.9 * means[0.0][1]}
+    kept = {scale: mean for scale, mean in means.items()
+            if len(mean) < 2 or mean[1] != mean[1] or mean[1] >= means[0.0][1] - 0.1 * abs(means[0.0][1])}  # NaN: it can judge none
     return max(kept, key=lambda scale: kept[scale][0])
+
+
+def guidable(config, checkpointing):
+    """The base model with frozen weights: a gradient to the latents needs none to the weights, nor the memory for it."""
+    policy = policy_of(config, config.model, scored=False)
+    for network in (policy.unet, policy.pipeline.vae):
+        network.requires_grad_(False)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+    return policy
 
 
 def compare(run, args):
@@ -63,14 +74,15 @@ def compare(run, args):
     config = load_config(run)
     if not (run / "model").exists():
         raise ValueError(f"{run} has no model/ yet: finish it with python train.py --resume {run}")
-    changes = {"eval_prompts": args.images, "sample_batch": args.sample_batch, "device": args.device and chosen_device(args.device),
-               "precision": args.precision}
+    changes = {"eval_prompts": args.images, "micro_batch": args.micro_batch, "precision": args.precision,
+               "device": args.device and chosen_device(args.device)}
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     check(config)
     prompts = fixed_prompts(load_prompts(config.prompts), config)
-    rewards = [load_reward(name, config.device, nan_allowed=True, **reward_options(config, name))
+    rewards = [load_reward(name, config.device, nan_allowed=name in config.watch, **reward_options(config, name))
                for name in (config.reward, *config.watch)]
-    guided = policy_of(replace(config, eta=0.0, sampling_steps=args.sampling_steps or config.sampling_steps), config.model, scored=False)
+    guided = guidable(replace(config, eta=0.0, sampling_steps=args.sampling_steps or config.sampling_steps), args.gradient_checkpointing)
+    refuse_another_base(run, guided, config)
     options = {"reward": rewards[0], "recurrences": args.recurrences, "backward_steps": args.backward_steps,
                "backward_rate": args.backward_rate}
     head = ["", *(reward.name for reward in rewards), "seconds a picture"]
@@ -85,7 +97,7 @@ def compare(run, args):
     for name, policy, guidance in (
             ("base model", policy_of(config, config.model, scored=False), None),
             (f"universal guidance, g = {best:g}, k = {args.recurrences}, m = {args.backward_steps}", guided, {**options, "scale": best}),
-            (f"{config.algorithm}, {config.epochs * config.samples_per_epoch} queries", policy_of(config, run / "model", scored=False), None)):
+            (f"{config.algorithm}, {runs.load_checkpoint(run, MAY_CHANGE)['epoch'] * config.samples_per_epoch} queries", policy_of(config, run / "model", scored=False), None)):
         images, seconds = drawn(policy, prompts, EVAL_SEED, config, guidance)
         lines.append(row(name, images, seconds, prompts, rewards)[0])
         pictures += [to_pil(image) for image in images[:COLUMNS]]
@@ -104,19 +116,24 @@ def main(argv=None):
     parser.add_argument("--backward-rate", type=float, default=1.0, help="step size of these (default: %(default)s)")
     parser.add_argument("--images", type=int, help="number of images, spread evenly over the prompts (default: the run's)")
     parser.add_argument("--sampling-steps", type=int, help="of guidance (default: the run's)")
-    parser.add_argument("--sample-batch", type=int, help="images drawn at a time; guidance keeps the activations of U-Net and VAE (default: the run's)")
+    parser.add_argument("--micro-batch", type=int, help="images that guidance draws at a time, with the activations of U-Net and VAE in "
+                        "memory (default: the run's)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute these activations twice instead")
     parser.add_argument("--device", help="where to draw: auto, cpu, cuda, cuda:1, mps (default: the run's)")
-    parser.add_argument("--precision", help="of the networks: fp32, fp16 or bf16 (default: the run's)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the run's)")
     parser.error = refuse  # one line, not the usage of all flags
     try:
         args = parser.parse_args(argv)
-        for name, least in (("images", 1), ("recurrences", 1), ("backward_steps", 0)):
+        for name, least in (("images", 1), ("sampling_steps", 1), ("micro_batch", 1), ("recurrences", 1), ("backward_steps", 0)):
             if getattr(args, name) is not None and getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-        if min(args.scales) <= 0 or args.backward_rate <= 0:
-            raise ValueError("--scales and --backward-rate must be positive; the sweep has g = 0 by itself")
+        if not all(0 < value < float("inf") for value in (*args.scales, args.backward_rate)):
+            raise ValueError("--scales and --backward-rate must be positive numbers; the sweep has g = 0 by itself")
         print("\n".join(compare(args.run, args)))
-    except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError:
+        print("guidance.py: out of GPU memory: a smaller --micro-batch needs less, and so does --gradient-checkpointing", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RewardError, FloatingPointError) as error:
         print(f"guidance.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,7 +7,7 @@ import numpy as np
 
 import runs
 from rewards import short_name, unit_of
-from settings import RWR
+from settings import DDPO, RWR
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
@@ -48,10 +48,27 @@ def queries_to(line, gain):
     return queries[above[0]] if len(above) and reward[0] else np.nan
 
 
-def gain_percent(line):
-    """Reward gained by the end of a run, in percent of the start; NaN from a start of 0."""
-    _, reward = evaluations(line)
-    return 100 * (reward[-1] - reward[0]) / abs(reward[0]) if reward[0] else np.nan
+def gain_percent(line, queries=np.inf):
+    """Reward gained by the end of a run, or after so many queries, in percent of the start; NaN from a start of 0."""
+    at, reward = rewards_by_epoch(line)
+    end = np.interp(min(queries, at[-1]), at, reward)
+    return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
+
+
+def passes_per_query(line):
+    """U-Net passes that a reward query costs, learning included, for an image and a step each. Back and forth counts three.
+
+    They stand for seconds, of which most are theirs, and are the same on every machine.
+    """
+    settings = line["settings"]
+    guided = 1 if settings["guidance_scale"] == 1 else 2
+    if settings["algorithm"] in DDPO:
+        learned = settings.get("learn_steps") or settings["sampling_steps"] - settings["skip_last_steps"]
+        each = 4 if settings["kl_weight"] else 3  # the reference policy's pass, too
+    else:
+        learned = settings["updates_per_epoch"] * settings["batch_size"] / settings["samples_per_epoch"]
+        each = 4 if settings["algorithm"] == "nft" else 3  # the old policy's
+    return guided * settings["sampling_steps"] + (guided if settings.get("guided_training", True) else 1) * each * learned
 
 
 # ---- Figures over seeds ----
@@ -102,7 +119,8 @@ def table(lines, unit):
     rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)", "gain over control (%)",
              runs.titled("mean during training", unit), *(runs.titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
              "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
-    groups = by_label(lines)
+    groups, costs = by_label(lines), costs_that_differ(lines)
+    rows[0] += [f"gained (%) in {name}" for name in costs]
     for label, group in groups.items():
         ends = [evaluations(line) for line in group]
         reached = []
@@ -116,8 +134,22 @@ def table(lines, unit):
             cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
             *(cell([watched_values(line, name)[-1] for line in group], 1 if name_unit == "%" else 2, scale)
               for name, (scale, name_unit) in watched.items()),
-            *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1)])
+            *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1),
+            *(cell([gain_percent(line, queries_of(line)) for line in group], 1) for queries_of in costs.values())])
     return markdown(rows)
+
+
+def costs_that_differ(lines):
+    """In what the runs are compared besides their ends: "1,536 queries" -> a function of a line, how many queries that is for it.
+
+    The smallest number of queries, and of U-Net passes, that a run of the study spends; {} if all spend the same queries.
+    """
+    queries = [evaluations(line)[0][-1] for line in lines]
+    if max(queries) == min(queries):
+        return {}
+    passes = min(count * passes_per_query(line) for count, line in zip(queries, lines))
+    return {f"{min(queries):,.0f} queries": lambda line: min(queries),
+            f"{passes:,.0f} U-Net passes": lambda line: passes / passes_per_query(line)}
 
 
 def markdown(rows):

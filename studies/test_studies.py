@@ -1,4 +1,4 @@
-"""compare.py, report.py, variance.py, benchmark.py, memory.py, gpu.py, beside_trl.py."""
+"""compare.py, report.py, variance.py, benchmark.py, memory.py, gpu.py, beside_trl.py, guidance.py."""
 import importlib
 import shutil
 import sys
@@ -16,8 +16,8 @@ import runs
 import sampling
 import settings
 import train
-from conftest import EMOJI, LAYERS, TINY_CLIP, learner, rng, tiny_pipeline
-from studies import benchmark, beside_trl, compare, gpu, memory, random_networks, report, variance
+from conftest import EMOJI, LAYERS, ROOT, TINY_CLIP, learner, rng, run, tiny_flags, tiny_pipeline
+from studies import benchmark, beside_trl, compare, gpu, guidance, memory, random_networks, report, variance
 
 
 # ---- The comparison ----
@@ -46,6 +46,20 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     between = {**one, "rows": [one["rows"][0], {"reward_queries": 50, "eval_reward_mean": None, "watched": None}, *one["rows"][1:]]}
     assert report.mean_during_training(between) == pytest.approx((-2 * 50 - 1.5 * 50 - 200) / 300)  # an epoch without an evaluation
     assert report.queries_to(between, 0.25) == 50
+
+
+def test_runs_of_other_costs_are_compared_at_equal_queries_and_at_equal_unet_passes():
+    chain = {"algorithm": "ddpo-is", "eval_prompts": 9, "guidance_scale": 5.0, "sampling_steps": 10, "skip_last_steps": 2, "kl_weight": 0.0}
+    whole, one = ({**line(label, 0, [0, 100, queries], values), "settings": {**chain, "learn_steps": steps}}
+                  for label, queries, values, steps in (("whole", 200, [-2.0, -1.5, -1.0], 0), ("one", 600, [-2.0, -1.9, -1.0], 1)))
+    rwr = {**line("rwr", 0, [0, 100], [-2.0, -1.0]), "settings": {
+        **chain, "algorithm": "rwr", "guided_training": False, "updates_per_epoch": 60, "batch_size": 32, "samples_per_epoch": 384}}
+    # 10 guided steps forth; then 8 steps, or 1, forth and back; RWR: each image five times, unguided.
+    assert list(map(report.passes_per_query, (whole, one, rwr))) == [20 + 2 * 3 * 8, 20 + 2 * 3, 20 + 3 * 5]
+    head, _, *rows = [cells[2:-2].split(" | ") for cells in report.table([whole, one], (-1, "kB")).splitlines()]
+    assert head[-2:] == ["gained (%) in 200 queries", "gained (%) in 13,600 U-Net passes"]
+    assert [row[-2:] for row in rows] == [["50.0", "50.0"], [f"{5 + 45 / 5:.1f}", f"{5 + 45 * (13600 / 26 - 100) / 500:.1f}"]]
+    assert "gained (%) in" not in report.table([whole], (-1, "kB"))
 
 
 def test_a_watched_reward_has_a_column_in_its_unit():
@@ -152,12 +166,14 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
 
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
-    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS), {}, {"algorithms": ["ddpo-is"]}):
+    of_ten_steps = ("learn-steps", "sampling-steps") if reward == "alignment" else ()  # that reward's preset has four
+    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS if name not in of_ten_steps), {},
+                    {"algorithms": ["ddpo-is"]}):
         args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
                                   **options})
         planned = compare.planned_runs(args, {"reward": reward})
         assert len({one.name for one in planned}) == len({one.key for one in planned}) == len(planned)
-        assert len({one.queries for one in planned}) == 1
+        assert len({one.queries for one in planned}) == 1 or options.get("ablation") in ("learn-steps", "sampling-steps")
         for one in planned:  # raises ValueError where train.py would
             settings.build_config(settings.parse(one.arguments, ""))
 
@@ -317,3 +333,32 @@ def test_trl_beside_ours_needs_trl_and_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ValueError, match="pip install trl==0.23.1"):
         beside_trl.epoch_of_trl(None)
+
+
+# ---- Universal guidance ----
+
+
+def test_the_scale_is_that_of_the_most_reward_among_those_that_keep_the_watched_reward():
+    assert guidance.chosen_scale({0.0: [0.1, 1.0], 1.0: [0.3, 0.95], 3.0: [0.4, 0.91], 9.0: [0.8, 0.5]}) == 3.0
+    assert guidance.chosen_scale({0.0: [0.1], 1.0: [0.3], 9.0: [0.8]}) == 9.0
+    assert guidance.chosen_scale({0.0: [0.1, -2.0], 1.0: [0.3, -2.1], 9.0: [0.8, -3.0]}) == 1.0
+    assert guidance.chosen_scale({0.0: [0.1, float("nan")], 9.0: [0.8, float("nan")]}) == 9.0
+
+
+def test_guidance_is_told_beside_the_base_model_and_the_trained_one(tiny_model, capsys):
+    red = f"{ROOT / 'studies' / 'redness.py'}:redness"
+    run(*tiny_flags(tiny_model, name="red", reward=red, epochs=1))
+    assert guidance.main(["runs/red", "--scales", "3", "--recurrences", "2"]) == 0
+    rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0] == rows[4] == ["", "redness", "animal", "number", "seconds a picture"]
+    assert [row[0] for row in rows if "redness" not in row and row[0] != "---"] == [
+        "g = 0", "g = 3", "base model", "universal guidance, g = 3, k = 2, m = 0", "ddpo-is, 4 queries"]
+    assert float(rows[3][1].split(" ")[0]) > float(rows[2][1].split(" ")[0])  # more redness at the larger scale
+    assert Path("runs/red/guidance.png").exists()
+    run(*tiny_flags(tiny_model, name="small", epochs=1))
+    for flags, message in ((["runs/small"], "needs the gradient of the reward, and compressibility has none"),
+                           (["runs/nothing"], "is not the folder of a run"), (["runs/red", "--recurrences", "0"], "--recurrences 0"),
+                           (["runs/red", "--scales", "nan"], "must be positive"), (["runs/red", "--precision", "fp8"], "invalid choice"), (["runs/red", "--device", "x"], "--device x")):
+        assert guidance.main(flags) == 2
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("guidance.py")]
+        assert len(told) == 1 and message in told[0]
