@@ -15,7 +15,7 @@ Where we depart from these lines:
  2. The weights of a prompt's samples average 1, in both forms: beta and the percentile decide which samples count, not how large
     the loss is. The authors scale their softmax in the same way. In their sparse version every kept sample has the weight 1. In
     ours a prompt counts as often as it was drawn, however many of its samples are kept.
- 3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.guided_training False takes the plain one.
+ 3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.training_guidance 1 takes the plain one.
  4. The norm is a mean over the latent dimensions, a constant factor.
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
 """
@@ -89,7 +89,7 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
     weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
     reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
     timesteps. The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding,
-    guided_training, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
+    training_guidance, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
@@ -105,8 +105,7 @@ def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of)
 
     loss_of(policy, images (N,), noise (N, C, H, W), t (N,)) -> loss, info: of those images, noised to timesteps t.
     """
-    if not config.guided_training:
-        policy = replace(policy, guidance_scale=1.0)
+    policy = replace(policy, guidance_scale=config.training_guidance or policy.guidance_scale)
     timesteps = policy.pipeline.scheduler.config.num_train_timesteps
     infos, steps = [], []
     with tqdm(desc="learning", total=config.updates_per_epoch * config.batch_size, leave=False, disable=None) as bar:

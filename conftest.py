@@ -133,7 +133,7 @@ def rng(seed=0):
 def learner(policy, learning_rate=1e-3, **changes):
     """What ddpo_update and rwr_update take besides a trajectory and advantages or weights."""
     config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
-                                "kl_weight": 0.0, "skip_last_steps": 0, "learn_steps": 0, "batch_size": 8, "guided_training": True, **changes})
+                                "kl_weight": 0.0, "skip_last_steps": 0, "learn_steps": 0, "batch_size": 8, "training_guidance": 0.0, **changes})
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
     return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
 

@@ -67,7 +67,8 @@ class Config:
     sampling_steps: int = setting(50, "denoising steps T")
     eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
     guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
-    guided_training: bool = setting(True, "RWR, nft: guidance in the loss too; without it only the sampling is guided")
+    training_guidance: float = setting(0.0, "RWR, nft: guidance weight w in the loss; 0: as in sampling; 1: none, so that only the sampling "
+                                            "is guided")
     learning_rate: float = setting(1e-5, "of AdamW; with --lora-rank 3e-4, and 3e-3 on the embedded model")
     adam_beta1: float = setting(0.9, "of AdamW")
     adam_beta2: float = setting(0.999, "of AdamW")
@@ -159,7 +160,7 @@ FINE_TUNING, WITH_ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
 ALGORITHM_SETTINGS = {
     "clip_range": ("ddpo-is",), "baseline": WITH_ADVANTAGES, "skip_last_steps": DDPO, "learn_steps": DDPO, "kl_weight": DDPO, "advantage_clip": DDPO,
     "stats_buffer": WITH_ADVANTAGES, "stats_min_count": WITH_ADVANTAGES,
-    "batch_size": FINE_TUNING, "guided_training": FINE_TUNING, "beta": ("rwr",), "percentile": ("rwr-sparse",),
+    "batch_size": FINE_TUNING, "training_guidance": FINE_TUNING, "beta": ("rwr",), "percentile": ("rwr-sparse",),
     "nft_strength": ("nft",)}
 
 # Settings that say where something is. With --resume they say where the same thing is now.
@@ -320,7 +321,8 @@ def check(config):
 def check_numbers(config):
     """Raise ValueError if a setting is out of its range."""
     may_be_zero = ("weight_decay", "seed", "lora_rank", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
-                   "percentile", "skip_last_steps", "learn_steps", "eval_steps", "bert_baseline")
+                   "percentile", "skip_last_steps", "learn_steps", "eval_steps", "bert_baseline",
+                   "training_guidance")
     for item in fields(config):
         value, flag = getattr(config, item.name), "--" + item.name.replace("_", "-")
         zero = item.name in may_be_zero

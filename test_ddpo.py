@@ -743,15 +743,15 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
             torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_guided_training_is_guided_and_without_guidance_it_is_another_loss(tiny_model, monkeypatch):
+def test_the_loss_is_guided_as_the_sampling_is_or_as_it_is_told(tiny_model, monkeypatch):
     losses, scales, predict = [], [], baselines_rwr.predict
     monkeypatch.setattr(baselines_rwr, "predict", lambda policy, *state: scales.append(policy.guidance_scale) or predict(policy, *state))
-    for guided in (True, False):
+    for guidance in (0.0, 3.0, 1.0):
         policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
         losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
-                                               **learner(policy, guided_training=guided))["denoising_error"])
-    assert scales == [5.0, 5.0, 1.0, 1.0] and losses[0] != pytest.approx(losses[1], rel=1e-4)
+                                               **learner(policy, training_guidance=guidance))["denoising_error"])
+    assert scales == [5.0, 5.0, 3.0, 3.0, 1.0, 1.0] and len({round(loss, 5) for loss in losses}) == 3
 
 
 # ---- DiffusionNFT ----
@@ -946,7 +946,7 @@ def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     for algorithm in ("rwr", "rwr-sparse"):
         rwr = settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": algorithm})
         assert (rwr.samples_per_epoch, rwr.updates_per_epoch, rwr.batch_size) == (10_000, 400, 128)
-        assert (rwr.beta, rwr.percentile, rwr.guided_training) == (0.2, 0.9, True)
+        assert (rwr.beta, rwr.percentile, rwr.training_guidance) == (0.2, 0.9, 0)
     assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "emoji_animals"
     assert settings.build_config({"prompts": ""}).prompts == "emoji_animals"
     assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7

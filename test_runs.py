@@ -147,7 +147,7 @@ def test_help_explains_every_flag(capsys):
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "10"], "--samples-per-epoch 10 does not divide into --updates-per-epoch 8"),
     (["--algorithm", "ddpo-sf", "--updates-per-epoch", "2"], "ddpo-sf takes one update"),
-    (["--no-guided-training"], "--guided-training is read by rwr, rwr-sparse, nft, not by ddpo-is"),
+    (["--training-guidance", "1"], "--training-guidance is read by rwr, rwr-sparse, nft, not by ddpo-is"),
     (["--algorithm", "rwr", "--kl-weight", "1"], "--kl-weight is read by ddpo-is, ddpo-sf, not by rwr"),
     (["--algorithm", "rwr-sparse", "--percentile", "1"], "--percentile 1: must be below 1"),
     (["--algorithm", "rwr", "--beta", "-1"], "--beta -1.0: must be a non-negative number"),

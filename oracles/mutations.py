@@ -43,7 +43,7 @@ MUTATIONS = [
     # baselines_rwr.py
     ("baselines_rwr.py", "kept = (r >= r.quantile(percentile))", "kept = (r > r.quantile(percentile))", METHOD),
     ("baselines_rwr.py", "torch.softmax(beta * r, 0) * len(r)", "torch.softmax(r / beta, 0) * len(r)", METHOD),
-    ("baselines_rwr.py", "if not config.guided_training:", "if config.guided_training:", METHOD),  # a test was added
+    ("baselines_rwr.py", "guidance_scale=config.training_guidance or policy.guidance_scale", "guidance_scale=policy.guidance_scale", METHOD),  # a test was added
     ("baselines_rwr.py", "for sign in (1, -1))", "for sign in (-1, 1))", METHOD),
     ("models.py", "weight.detach().clone() for name, weight in weights.items()", "weight.detach() for name, weight in weights.items()", METHOD),
     ("ddpo.py", ".argsort(1) < config.learn_steps", ".argsort(1) <= config.learn_steps", METHOD),

@@ -71,7 +71,7 @@ ABLATIONS = {
     # RWR changes the images without any reward, too. Percentile 0 and beta 0 show how.
     "guidance": (640, {f"{name} training{control}": {"algorithm": "rwr-sparse", **guided, **flags, **rwr_settings(5, 640)}
                        for control, flags in (("", {}), (", no reward", {"percentile": 0.0}))
-                       for name, guided in (("guided", {}), ("unguided", {"guided_training": False}))}),
+                       for name, guided in (("guided", {}), ("unguided", {"training_guidance": 1.0}))}),
     # The penalty only matters if the images are in danger: twice the preset's learning rate, and a wider trust region.
     "kl": (640, {f"KL weight {weight:g}": {"kl_weight": weight, "learning_rate": 4e-4, "clip_range": 1e-2}
                  for weight in (0.0, 0.1, 1.0, 10.0)}),

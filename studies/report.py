@@ -68,7 +68,7 @@ def passes_per_query(line):
     else:
         learned = settings["updates_per_epoch"] * settings["batch_size"] / settings["samples_per_epoch"]
         each = 4 if settings["algorithm"] == "nft" else 3  # the old policy's
-    return guided * settings["sampling_steps"] + (guided if settings.get("guided_training", True) else 1) * each * learned
+    return guided * settings["sampling_steps"] + (1 if settings.get("training_guidance") == 1 else guided) * each * learned
 
 
 # ---- Figures over seeds ----

@@ -53,7 +53,7 @@ def test_runs_of_other_costs_are_compared_at_equal_queries_and_at_equal_unet_pas
     whole, one = ({**line(label, 0, [0, 100, queries], values), "settings": {**chain, "learn_steps": steps}}
                   for label, queries, values, steps in (("whole", 200, [-2.0, -1.5, -1.0], 0), ("one", 600, [-2.0, -1.9, -1.0], 1)))
     rwr = {**line("rwr", 0, [0, 100], [-2.0, -1.0]), "settings": {
-        **chain, "algorithm": "rwr", "guided_training": False, "updates_per_epoch": 60, "batch_size": 32, "samples_per_epoch": 384}}
+        **chain, "algorithm": "rwr", "training_guidance": 1.0, "updates_per_epoch": 60, "batch_size": 32, "samples_per_epoch": 384}}
     # 10 guided steps forth; then 8 steps, or 1, forth and back; RWR: each image five times, unguided.
     assert list(map(report.passes_per_query, (whole, one, rwr))) == [20 + 2 * 3 * 8, 20 + 2 * 3, 20 + 3 * 5]
     head, _, *rows = [cells[2:-2].split(" | ") for cells in report.table([whole, one], (-1, "kB")).splitlines()]
