@@ -157,7 +157,7 @@ def nft_preferences(advantages):
 
 
 def nft_loss(prediction, old_prediction, target, preferences, strength):
-    """Three (N, C, H, W) and r (N,) -> scalar loss, info: DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, equation 5).
+    """Three (N, C, H, W) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
 
     A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b is the strength. At v =
     v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r = 1/2, changes nothing. RWR, which has positive
