@@ -639,7 +639,7 @@ def parse(argv):
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
     add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
-    add("--guidance-scale", type=float, default=5.0, help="for the check and the contact sheet: the emoji preset's")
+    add("--guidance-scale", type=float, default=3.0, help="for the check and the contact sheet: the emoji preset's")
     add("--check-images", type=int, default=4096, help="the check's samples, and fresh scenes beside them")
     return parser.parse_args(argv)
 
