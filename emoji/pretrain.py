@@ -5,7 +5,7 @@
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
     python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table
 
-It takes about two and a half hours on two cores. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
+It takes about three and a half hours on two cores. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
 of scenes; train the autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
 vision-language model has two stages on the same pool: its vision tower, then the whole. Only tests import this file.
 """
@@ -635,7 +635,7 @@ def parse(argv):
     add("--scenes", type=int, default=100_000, help="size of the pool of training scenes")
     add("--autoencoder-steps", type=int, default=12_000, help="each on 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
-    add("--denoiser-steps", type=int, default=23_000, help="each on 64 scenes")
+    add("--denoiser-steps", type=int, default=33_000, help="each on 64 scenes")
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
     add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
