@@ -135,7 +135,8 @@ LORA_LEARNING_RATES = {"emoji": 3e-3, "paper": 3e-4, "lora": 3e-4}  # emoji: stu
 
 # What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
-# steps about 40 % of the images are wrong. A single image tells little then, so the batches are larger.
+# steps a fifth of the images are wrong (with the first embedded model, for which the rest was chosen, two fifths). A single image tells
+# little then, so the batches are larger.
 _EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
               "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 1e-4,
               "eval_every": 2, "eval_prompts": 135}

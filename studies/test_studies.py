@@ -146,12 +146,12 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
 
 
+@pytest.mark.xfail(strict=True, reason="it was made with the first embedded model and guidance 5, and waits to be made again")
 def test_the_committed_comparison_is_of_todays_presets():
     args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, queries=compare.QUERIES)
     lines = compare.finished_runs(compare.RESULTS / "compressibility" / "main.jsonl")
     planned = compare.planned_runs(args, {"reward": "compressibility", "precision": "bf16"})
-    # Their model is the first embedded one, and nft came later.
-    assert {run.key[1:] for run in planned if run.label != "nft"} <= {key[1:] for key in lines}
+    assert {run.key for run in planned} <= set(lines)
 
 
 def test_each_preset_is_among_the_settings_of_the_sweep():
