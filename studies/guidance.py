@@ -110,7 +110,7 @@ def main(argv=None):
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run under runs/, whose reward is differentiable")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 10.0, 30.0], help="g, of the sweep (default: %(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 10.0, 30.0, 100.0], help="g, of the sweep (default: %(default)s)")
     parser.add_argument("--recurrences", type=int, default=1, help="k, passes at a timestep (default: %(default)s)")
     parser.add_argument("--backward-steps", type=int, default=0, help="m (default: %(default)s)")
     parser.add_argument("--backward-rate", type=float, default=1.0, help="step size of these (default: %(default)s)")
