@@ -20,8 +20,9 @@ Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0,
 import torch
 from tqdm import tqdm
 
-from models import decode_with_gradient, encode_prompts, latent_shape
-from sampling import generators, predict, x_0_and_eps
+from models import decode_with_gradient, encode_prompts
+from rewards import HAS_GRADIENT, as_prompts
+from sampling import generators, noise, predict, x_0_and_eps
 
 # The gradient to a pixel is too small for fp16: it is multiplied by this on its way back. That is meant for a reward of order 1 that is an
 # average over the pixels.
@@ -38,8 +39,7 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
     finite.
     """
     if not reward.differentiable:
-        raise ValueError(f"universal guidance needs the gradient of the reward, and {reward.name} has none: aesthetic has one, and so "
-                         "has a function of your own that computes in torch and says it by .differentiable = True")
+        raise ValueError(f"universal guidance needs the gradient of the reward, and {reward.name} has none: {HAS_GRADIENT}")
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
     if not policy.schedule.alpha_bar.all():
         raise ValueError("universal guidance needs a schedule that never reaches alpha_bar = 0, where the noise says nothing of the image")
@@ -54,19 +54,16 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
 
 def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_steps, backward_rate):
     """The final latents of N images, one for each prompt and generator."""
-    def noise():
-        return torch.stack([torch.randn(latent_shape(policy.pipeline), generator=rng) for rng in rngs]).to(policy.device)
-
     def loss(z_0):
         return -reward.with_gradient(decode_with_gradient(policy.pipeline, z_0, policy.precision), prompts).sum()
 
-    prompt_states = encode_prompts(policy.pipeline, [getattr(prompt, "text", prompt) for prompt in prompts])
-    schedule, z = policy.schedule, noise()
+    prompt_states = encode_prompts(policy.pipeline, [prompt.text for prompt in as_prompts(prompts)])
+    schedule, z = policy.schedule, noise(policy, rngs)
     for t, ab, ab_prev in zip(schedule.timesteps, schedule.alpha_bar, schedule.alpha_bar_prev):
         for passes_left in reversed(range(recurrences)):
             z_0, e = guided_prediction(policy, z, t.expand(len(z)), ab, prompt_states, loss, scale, backward_steps, backward_rate)
             z_prev = ab_prev.sqrt() * z_0 + (1 - ab_prev).sqrt() * e
-            z = (ab / ab_prev).sqrt() * z_prev + (1 - ab / ab_prev).sqrt() * noise() if passes_left else z_prev
+            z = (ab / ab_prev).sqrt() * z_prev + (1 - ab / ab_prev).sqrt() * noise(policy, rngs) if passes_left else z_prev
     if not z.isfinite().all():
         raise FloatingPointError("a latent is not finite: try a smaller scale")
     return z
@@ -79,8 +76,7 @@ def guided_prediction(policy, z, t, ab, prompt_states, loss, scale, backward_ste
         z_0, e = x_0_and_eps(z, predict(policy, z, t, prompt_states), ab, policy.schedule.prediction_type)
         if scale:
             e = e + scale * (1 - ab).sqrt() * gradient(loss(z_0), z, policy.precision)
-    z, e = z.detach(), e.detach()
-    z_0 = (z - (1 - ab).sqrt() * e) / ab.sqrt()
+    z_0, e = x_0_and_eps(z.detach(), e.detach(), ab, "epsilon")
     shift = torch.zeros_like(z_0)
     for _ in range(backward_steps):
         step = gradient(loss(z_0 + shift.requires_grad_()), shift, policy.precision)

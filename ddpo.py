@@ -20,7 +20,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is (see PromptStatistics).
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy moves, the ratio falls,
     whatever the advantage. So the low side of the clip is in effect a bound on the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back
-    in. Here that destroyed the images: in two of two seeds, at clip ranges of 2e-3 and 5e-4, 0 to 2 % showed the right animal.
+    in. Here that destroyed the images (a trial whose program was not kept).
  9. An update may learn from some of an image's steps, drawn at random (learn_steps). That does not bias the gradient.
 """
 from collections import Counter

@@ -87,17 +87,24 @@ def refuse_another_base(target, policy, config):
         raise ValueError(f"{target} was trained from another model than {config.model} is now: say with --base where it is")
 
 
+def finished_run(folder):
+    """The settings of a run and the folder of its trained model. Raises ValueError if it has none yet."""
+    config, model = load_config(folder), folder / "model"
+    if not model.exists():
+        raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
+    return config, model
+
+
 def settings_of(target, args):
     """Settings to draw with, the trained model, and where its image goes (None: nowhere). Raises ValueError."""
     if (Path(target) / "config.json").exists():
-        config, model, output = load_config(Path(target)), Path(target) / "model", Path(target) / "before_after.png"
-        if not model.exists():
-            raise ValueError(f"{target} has no model/ yet: finish it with python train.py --resume {target}")
+        (config, model), output = finished_run(Path(target)), Path(target) / "before_after.png"
     else:
         given = {name: getattr(args, name) for name in ("device", "precision") if getattr(args, name) is not None}
         config, model, output = build_config({"preset": args.preset, **given}), target, None
-    changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": args.sampling_steps or config.eval_steps or None, "eval_prompts": args.images,
-               "device": args.device, "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0}  # nothing is learned here
+    steps = config.eval_steps or None if args.sampling_steps is None else args.sampling_steps
+    changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": steps, "eval_prompts": args.images, "device": args.device,
+               "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     make_paths_absolute(config)
     check(config)

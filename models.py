@@ -325,7 +325,7 @@ class WithWeights:
     """A U-Net as it was with those weights, of which it keeps a copy: name -> weight. It is called as the U-Net is."""
 
     def __init__(self, unet, weights):
-        self.unet, self.device, self.config = unet, unet.device, unet.config
+        self.unet, self.device = unet, unet.device
         self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def __call__(self, *inputs):

@@ -256,9 +256,14 @@ def clip_pixels_with_gradient(processor, images):
     resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
     top, left = (height - crop["height"]) // 2, (width - crop["width"]) // 2
     cropped = resized[:, :, top:top + crop["height"], left:left + crop["width"]]
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    smooth = (cropped.clamp(0, 1) - mean) / std
+    smooth = normalised(cropped.clamp(0, 1), processor)
     return smooth + (exact - smooth).detach()
+
+
+def normalised(images, processor):
+    """Images (B, 3, H, W) in [0, 1], normalised as the image processor does it."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return (images - mean) / std
 
 
 def image_embeddings(clip, pixels):

@@ -59,6 +59,7 @@ from prompts import Prompt
 BERT_MODEL = "BERTScore's encoder (--bert-model)"
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 LLAVA, DEBERTA = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
+HAS_GRADIENT = "aesthetic has one, and so has a function of your own that computes in torch and says it by .differentiable = True"
 MAX_ANSWER = 64  # tokens, as in the authors' code
 
 
@@ -300,8 +301,7 @@ class Reward:
     def with_gradient(self, images, prompts):
         """The values alone, (B,), with a gradient to the images. Raises RewardError, also if the reward is not differentiable."""
         if not self.differentiable:
-            raise RewardError(f"the reward {self.name} is not differentiable, as far as it says: aesthetic is, and so is a function of "
-                              "your own that computes in torch and says it by .differentiable = True")
+            raise RewardError(f"the reward {self.name} is not differentiable, as far as it says, and has no gradient: {HAS_GRADIENT}")
         prompts = as_prompts(prompts)
         result = self.called(images, prompts, torch.enable_grad())
         self.checked(result, prompts)

@@ -277,17 +277,19 @@ def generators(rng, count):
     return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,), generator=rng).tolist()]
 
 
+def noise(policy, rngs):
+    """Standard normal latents (N, C, H, W), one from each generator."""
+    return torch.stack([torch.randn(latent_shape(policy.pipeline), generator=rng) for rng in rngs]).to(policy.device)
+
+
 def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
     """Draw N chains, one for each prompt and generator, and write them into latents (N, T + 1 or 1, ...) and log_probs (N, T or 0)."""
-    def noise():
-        return torch.stack([torch.randn(latents.shape[2:], generator=rng) for rng in rngs]).to(policy.device)
-
     keep_chain = latents.shape[1] > 1
     prompt_states = encode_prompts(policy.pipeline, prompts)
-    x_t = latents[:, 0] = noise()                                            # x_T ~ Normal(0, I)
+    x_t = latents[:, 0] = noise(policy, rngs)                                            # x_T ~ Normal(0, I)
     for k, t in enumerate(policy.schedule.timesteps):
         mean, sigma = p_mean_sigma(policy, x_t, t.expand(len(prompts)), prompt_states)
-        x_prev = mean + sigma * noise()
+        x_prev = mean + sigma * noise(policy, rngs)
         if keep_chain:
             latents[:, k + 1], log_probs[:, k] = x_prev, log_prob(x_prev, mean, sigma)
         x_t = x_prev

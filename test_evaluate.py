@@ -82,6 +82,7 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
 
 @pytest.mark.parametrize("flags, message", [
     (["runs/nothing"], "it is neither a folder here nor reachable"), (["runs/r", "--images", "0"], "--images 0: must be"),
+    (["runs/r", "--sampling-steps", "0"], "--sampling-steps 0: must be"),
     (["runs/r", "--prompts", "nothing"], "no prompts 'nothing'"), (["runs/r", "--reward", "beauty"], "no reward 'beauty'"),
     (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet"),
     (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility"),

@@ -36,8 +36,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("flags", [{"algorithm": "ddpo-is", "learn-steps": 1}, {"algorithm": "nft", "batch-size": 3},
-                                   {"lora-rank": 2, "kl-weight": 1}], ids=["ddpo-is", "nft", "lora"])  # nft goes through RWR's updates
+@pytest.mark.parametrize("flags", [{"algorithm": "ddpo-is", "learn-steps": 1}, {"algorithm": "rwr", "batch-size": 3},
+                                   {"algorithm": "nft", "batch-size": 3}, {"lora-rank": 2, "kl-weight": 1}],
+                         ids=["ddpo-is", "rwr", "nft", "lora"])
 def test_two_processes_learn_what_one_learns(flags, tiny_model, own_reward):
     # A large epsilon: else AdamW makes a whole step of a gradient that is rounding and nothing else.
     flags = tiny_flags(tiny_model, epochs=3, reward=own_reward("redness"), **flags, **{"adam-epsilon": 1e-4},

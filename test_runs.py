@@ -35,8 +35,9 @@ def scaled(factor):
 
 # ---- Resumed, interrupted ----
 
-def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, with_drawings):
-    flags = dict(reward=own_reward("shuffled"), **{"eval-every": 2})
+@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
+def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm, with_drawings):
+    flags = dict(algorithm=algorithm, reward=own_reward("shuffled"), **{"eval-every": 2})
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
     run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
     parts = run("--resume", "runs/parts", "--epochs", 3)

@@ -47,8 +47,7 @@ def train(experiment):
     config, policy, rng = experiment.config, experiment.policy, experiment.rng
     update, keep_chain = UPDATES[config.algorithm]
     if experiment.epoch < 0:
-        tell(experiment, 0, {})  # of the pretrained weights
-        if fallen := fallen_rewards(experiment):
+        if fallen := tell(experiment, 0, {}):  # of the pretrained weights
             raise RewardError(f"--stop-below: before any training, {fallen}")
     for epoch in progress_bar(experiment):
         clock = Clock(policy.device)
@@ -70,8 +69,7 @@ def train(experiment):
         clock.lap("seconds_learn")
 
         # 5. Tell: evaluate, log and save.
-        tell(experiment, epoch, {**reward_metrics("", trajectory.prompts, rewards, notes), **metrics, **clock.laps})
-        if fallen := fallen_rewards(experiment):
+        if fallen := tell(experiment, epoch, {**reward_metrics("", trajectory.prompts, rewards, notes), **metrics, **clock.laps}):
             go_back(experiment, fallen)
             break
 
@@ -118,20 +116,24 @@ TRAINING_METRICS = ("reward_mean", "reward_std", "seconds_sample", "seconds_rewa
 
 
 def tell(experiment, epoch, metrics):
-    """End an epoch: evaluate, add a row to the log, save the state, show the row to the tracker, draw the curve."""
+    """End an epoch: evaluate, add a row to the log, save the state, show the row to the tracker, draw the curve.
+
+    Returns fallen_rewards. If there are any, the state is not saved.
+    """
     config, folder, reward = experiment.config, experiment.folder, experiment.reward
     experiment.epoch = epoch
     row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch, **dict.fromkeys(TRAINING_METRICS), **metrics,
            **evaluate_fixed(experiment)}
     experiment.rows.append(row)
     runs.append_row(folder, row)
-    is_evaluated = row["eval_reward_mean"] is not None
-    due = is_evaluated and not fallen_rewards(experiment) if config.stop_below else is_due(epoch, config.checkpoint_every, config.epochs)
+    is_evaluated, fallen = row["eval_reward_mean"] is not None, fallen_rewards(experiment)
+    due = is_evaluated and not fallen if config.stop_below else is_due(epoch, config.checkpoint_every, config.epochs)
     if epoch and due:
         experiment.save()
     experiment.track(row)
     if is_evaluated:
         runs.draw_curve(folder, reward.name, reward.unit, {other.name: other.unit for other in experiment.watched})
+    return fallen
 
 
 def fallen_rewards(experiment):
@@ -362,13 +364,18 @@ def policy_of(config, model=None, scored=True):
     return policy
 
 
+def load_rewards(config):
+    """The trained reward of a run, and the watched ones."""
+    return [load_reward(name, config.device, nan_allowed=name in config.watch, **reward_options(config, name))
+            for name in (config.reward, *config.watch)]
+
+
 def build_experiment(config):
     """The Experiment of a run's settings, without a folder yet. Raises ValueError if something cannot be loaded."""
     prompts = load_prompts(config.prompts)
     check_questions(prompts, [config.reward], every_prompt=True)
     check_questions(prompts, config.watch, every_prompt=False)
-    reward, *watched = [load_reward(name, config.device, nan_allowed=name in config.watch, **reward_options(config, name))
-                        for name in (config.reward, *config.watch)]
+    reward, *watched = load_rewards(config)
     return Experiment(config, policy_of(config), prompts, reward, watched)
 
 

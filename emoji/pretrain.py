@@ -32,7 +32,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
-from networks import fingerprint, to_pil
+from networks import fingerprint, normalised, to_pil
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
@@ -333,7 +333,7 @@ def train_tower(images, animals, numbers, processor, args):
         chosen, rng = batch(np.arange(len(images)), step, 64)
         x = as_if_generated(to_float(images[chosen], args.device), rng)
         with torch.autocast(args.device, torch.bfloat16):
-            patches = networks["tower"](normalised(x, processor)).last_hidden_state[:, 1:]  # without the class token, as LLaVA
+            patches = networks["tower"](normalised(x, processor.image_processor)).last_hidden_state[:, 1:]  # without the class token, as LLaVA
             pooled = torch.cat([patches.amax(1), patches.mean(1)], 1)                       # (B, 2 E), as in judge.py
             return classification_loss(networks["animal"](pooled), networks["number"](pooled), animals[chosen],
                                        numbers[chosen])
@@ -344,13 +344,6 @@ def train_tower(images, animals, numbers, processor, args):
         return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(width, MAX_NUMBER)}
 
     return train_networks("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
-
-
-def normalised(x, processor):
-    """Images (B, 3, 64, 64) in [0, 1], normalised as the VLM's processor does it."""
-    scale = processor.image_processor
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (scale.image_mean, scale.image_std))
-    return (x - mean) / std
 
 
 def train_vlm(images, animals, numbers, args):
@@ -369,7 +362,7 @@ def train_vlm(images, animals, numbers, args):
         ids, labels = (torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=args.device)
                        for rows, fill in zip(zip(*asked), (tokenizer.pad_token_id, -100)))
         with torch.autocast(args.device, torch.bfloat16):
-            return networks["vlm"](input_ids=ids, pixel_values=normalised(x, processor), labels=labels,
+            return networks["vlm"](input_ids=ids, pixel_values=normalised(x, processor.image_processor), labels=labels,
                                    attention_mask=(ids != tokenizer.pad_token_id).long()).loss
 
     def make():

@@ -155,13 +155,13 @@ def hash_of_model(model):
     return identity_of(load_pipeline(model))
 
 
-def without(flags, name):
-    """The flags but one."""
-    return {other: value for other, value in flags.items() if other != name}
-
-
 def planned_run(study, label, seed, flags, queries):
-    """A run of that many reward queries. It is evaluated about eight times, or after each of fewer epochs."""
+    """A run of that many reward queries. It is evaluated about eight times, or after each of fewer epochs.
+
+    The flags may hold queries of their own.
+    """
+    flags = dict(flags)
+    queries = flags.pop("queries", queries)
     samples = build_config(flags).samples_per_epoch
     if queries < samples or queries % samples:
         raise ValueError(f"--queries {queries} does not divide into epochs of {samples}, as {label} has them")
@@ -179,7 +179,7 @@ def planned_runs(args, common):
                 for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
-        return [planned_run(args.ablation, label, seed, {**shared, **without(choice, "queries")}, choice.get("queries", queries))
+        return [planned_run(args.ablation, label, seed, {**shared, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
     methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not args.algorithms:  # the control: what RWR does to the images without any reward

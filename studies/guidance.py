@@ -21,14 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
 from baselines_guidance import guided_rollout
-from evaluate import refuse_another_base, with_interval
+from evaluate import finished_run, refuse_another_base, with_interval
 from models import PRECISIONS, decode
 from networks import to_pil
 from prompts import load_prompts
-from rewards import RewardError, load_reward
+from rewards import RewardError
 from sampling import rollout
-from settings import check, chosen_device, load_config, refuse, reward_options
-from train import EVAL_SEED, MAY_CHANGE, fixed_prompts, policy_of
+from settings import check, chosen_device, refuse
+from train import EVAL_SEED, MAY_CHANGE, fixed_prompts, load_rewards, policy_of
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen
 COLUMNS = 12      # of the picture
@@ -71,16 +71,13 @@ def guidable(config, checkpointing):
 
 def compare(run, args):
     """The two tables, as lines. Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError."""
-    config = load_config(run)
-    if not (run / "model").exists():
-        raise ValueError(f"{run} has no model/ yet: finish it with python train.py --resume {run}")
+    config, model = finished_run(run)
     changes = {"eval_prompts": args.images, "micro_batch": args.micro_batch, "precision": args.precision,
                "device": args.device and chosen_device(args.device)}
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     check(config)
     prompts = fixed_prompts(load_prompts(config.prompts), config)
-    rewards = [load_reward(name, config.device, nan_allowed=name in config.watch, **reward_options(config, name))
-               for name in (config.reward, *config.watch)]
+    rewards = load_rewards(config)
     guided = guidable(replace(config, eta=0.0, sampling_steps=args.sampling_steps or config.sampling_steps), args.gradient_checkpointing)
     refuse_another_base(run, guided, config)
     options = {"reward": rewards[0], "recurrences": args.recurrences, "backward_steps": args.backward_steps,
@@ -97,7 +94,7 @@ def compare(run, args):
     for name, policy, guidance in (
             ("base model", policy_of(config, config.model, scored=False), None),
             (f"universal guidance, g = {best:g}, k = {args.recurrences}, m = {args.backward_steps}", guided, {**options, "scale": best}),
-            (f"{config.algorithm}, {runs.load_checkpoint(run, MAY_CHANGE)['epoch'] * config.samples_per_epoch} queries", policy_of(config, run / "model", scored=False), None)):
+            (f"{config.algorithm}, {runs.load_checkpoint(run, MAY_CHANGE)['epoch'] * config.samples_per_epoch} queries", policy_of(config, model, scored=False), None)):
         images, seconds = drawn(policy, prompts, EVAL_SEED, config, guidance)
         lines.append(row(name, images, seconds, prompts, rewards)[0])
         pictures += [to_pil(image) for image in images[:COLUMNS]]

@@ -7,7 +7,7 @@ import numpy as np
 
 import runs
 from rewards import short_name, unit_of
-from settings import DDPO, RWR
+from settings import DDPO, RWR, Config, learned_steps
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
@@ -51,7 +51,7 @@ def queries_to(line, gain):
 def gain_percent(line, queries=np.inf):
     """Reward gained by the end of a run, or after so many queries, in percent of the start; NaN from a start of 0."""
     at, reward = rewards_by_epoch(line)
-    end = np.interp(min(queries, at[-1]), at, reward)
+    end = np.interp(queries, at, reward)
     return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
 
 
@@ -60,15 +60,15 @@ def passes_per_query(line):
 
     They stand for seconds, of which most are theirs, and are the same on every machine.
     """
-    settings = line["settings"]
-    guided = 1 if settings["guidance_scale"] == 1 else 2
-    if settings["algorithm"] in DDPO:
-        learned = settings.get("learn_steps") or settings["sampling_steps"] - settings["skip_last_steps"]
-        each = 4 if settings["kl_weight"] else 3  # the reference policy's pass, too
+    config = Config(**line["settings"])
+    guided = 1 if config.guidance_scale == 1 else 2
+    if config.algorithm in DDPO:
+        learned, rows = learned_steps(config), guided
+        each = 4 if config.kl_weight else 3  # the reference policy's pass, too
     else:
-        learned = settings["updates_per_epoch"] * settings["batch_size"] / settings["samples_per_epoch"]
-        each = 4 if settings["algorithm"] == "nft" else 3  # the old policy's
-    return guided * settings["sampling_steps"] + (1 if settings.get("training_guidance") == 1 else guided) * each * learned
+        learned, rows = config.updates_per_epoch * config.batch_size / config.samples_per_epoch, 1 if config.training_guidance == 1 else guided
+        each = 4 if config.algorithm == "nft" else 3  # the old policy's
+    return guided * config.sampling_steps + rows * each * learned
 
 
 # ---- Figures over seeds ----
