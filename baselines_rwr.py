@@ -21,14 +21,13 @@ Where we depart from these lines:
 """
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from ddpo import accumulate, optimizer_step, summary
-from models import WithWeights, encode_prompts
-from sampling import predict
+from models import encode_prompts
+from sampling import frozen_copy, predict
 
 
 # ---- Rewards into weights ----
@@ -172,14 +171,14 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
 def nft_update(policy, trajectory, preferences, optimizer, scaler, rng, config):
     """One epoch of DiffusionNFT, as rwr_update. v_old is the policy that drew the images. preferences: r (B,), of nft_preferences.
 
-    Also read: config.nft_strength. The copy of the trained weights is one more U-Net in memory, or with LoRA one more of its adapters.
+    Also read: config.nft_strength. v_old costs a copy of the weights that train: sampling.frozen_copy.
     """
-    old, preferences = SimpleNamespace(unet=WithWeights(policy.unet, policy.trained)), preferences.to(policy.device)
+    old, preferences = frozen_copy(policy), preferences.to(policy.device)
 
     def loss_of(policy, images, noise, t):
         *noised, target = noised_states(policy, trajectory, images, noise, t)
         with torch.no_grad():
-            old_prediction = predict(replace(policy, pipeline=old), *noised)
+            old_prediction = predict(replace(policy, pipeline=old.pipeline), *noised)
         return nft_loss(predict(policy, *noised), old_prediction, target, preferences[images], config.nft_strength)
 
     return fine_tune(policy, trajectory, torch.arange(len(preferences)), optimizer, scaler, rng, config, loss_of)

@@ -305,20 +305,6 @@ def save_pipeline(pipeline, folder):
     pipeline.save_lora_weights(folder, get_peft_model_state_dict(unet), **_collate_lora_metadata({"unet": unet}))
 
 
-class WithoutLora:
-    """A U-Net with its adapters off: the pretrained one, without a second copy. It is called as the U-Net is."""
-
-    def __init__(self, unet):
-        self.unet, self.device, self.config = unet, unet.device, unet.config
-
-    def __call__(self, *inputs):
-        self.unet.disable_adapters()
-        try:
-            return self.unet(*inputs)
-        finally:
-            self.unet.enable_adapters()
-
-
 # ---- A second set of weights ----
 
 class WithWeights:

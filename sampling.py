@@ -12,7 +12,6 @@ update would have a ratio other than 1, and the estimators of ddpo.py would belo
 
 B images, T denoising steps, N (image, step) pairs, latents of (C, H, W).
 """
-import copy
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from models import PRECISIONS, WithoutLora, add_lora, autocast, encode_prompts, identity_of, latent_shape, load_pipeline
+from models import PRECISIONS, WithWeights, add_lora, autocast, encode_prompts, identity_of, latent_shape, load_pipeline
 from process import notify
 
 
@@ -63,7 +62,7 @@ class Policy:
     schedule: Schedule
     guidance_scale: float     # w; at 1 the conditional prediction alone
     precision: str            # of the autocast of U-Net and VAE; weights that train, latents and the step's arithmetic are fp32
-    reference: object = None  # the pretrained policy, a frozen copy, for a penalty on the KL to it
+    reference: object = None  # the pretrained policy, a frozen_copy, for a penalty on the KL to it
     pretrained: str = ""      # a hash of the model before training: models.identity_of
 
     @property
@@ -97,24 +96,28 @@ def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32
 def as_policy(policy, keep_reference=False, lora_rank=0, seed=0, gradient_checkpointing=False, compiled=False):
     """A pretrained policy, made ready to train.
 
-    keep_reference: policy.reference becomes a frozen copy, one more U-Net in memory (with LoRA: the same one). lora_rank: adapters of
-    that rank train alone (see models.add_lora), 0: all weights of the U-Net do. seed: of the adapters. gradient_checkpointing:
+    keep_reference: policy.reference becomes a frozen_copy. lora_rank: adapters of that rank train alone (see models.add_lora), 0: all
+    weights of the U-Net do. seed: of the adapters. gradient_checkpointing:
     compute activations twice instead of keeping them. compiled: by torch.compile, for sampling and for learning.
     """
     pipeline, precision = policy.pipeline, policy.precision
     if lora_rank:
         pipeline.to(PRECISIONS[precision])  # what does not train needs no more
         add_lora(pipeline.unet, lora_rank, seed)
-    if keep_reference:
-        frozen = SimpleNamespace(unet=WithoutLora(pipeline.unet) if lora_rank else copy.deepcopy(pipeline.unet))
-        policy = replace(policy, reference=replace(policy, pipeline=frozen))
-    if not lora_rank:
+    else:
         pipeline.unet.requires_grad_(True)
+    if keep_reference:
+        policy = replace(policy, reference=frozen_copy(policy))
     if gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if compiled:
         pipeline.unet.compile()
     return policy
+
+
+def frozen_copy(policy):
+    """The policy as it is now, whatever is learned later. It costs a copy of the weights that train: all, or LoRA's alone."""
+    return replace(policy, pipeline=SimpleNamespace(unet=WithWeights(policy.unet, policy.trained)))
 
 
 def with_steps(policy, steps, eta):

@@ -628,7 +628,7 @@ def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(ti
         extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
         kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)), loss=ddpo.clipped_loss,
                                         **extras)["kl_pretrained"] for k in range(5)]
-        assert all(not weight.requires_grad for weight in policy.reference.unet.parameters())
+        assert all(not weight.requires_grad for weight in policy.reference.unet.weights.values())
     assert kls[0.0][0] == kls[100.0][0] == 0
     assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 

@@ -56,7 +56,7 @@ def test_the_ratio_is_one_and_what_does_not_train_is_kept_in_the_autocasts_preci
     assert {weight.dtype for weight in policy.trained.values()} == {torch.float32}
 
 
-def test_the_reference_of_the_kl_is_the_same_unet_with_its_adapters_off(tiny_model):
+def test_the_reference_of_the_kl_is_the_pretrained_unet(tiny_model):
     policy, pretrained = moved(lora(tiny_model, keep_reference=True)), sampling.load_policy(tiny_model, 4, 1.0, 5.0)
     x_t, t = torch.randn(2, 4, 8, 8, generator=rng()), policy.schedule.timesteps[:2]
     states = models.encode_prompts(pretrained.pipeline, ["a cat", "a dog"])
