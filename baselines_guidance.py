@@ -3,13 +3,13 @@
 Nothing is trained. The sampler itself follows the gradient of the reward. At each timestep, k times:
 
     e      = e_u + w (e_c - e_u)                                                  the policy's prediction
-    e     += g sqrt(1 - ab) grad_z l(z_0),   l(z_0) = -r(decode(z_0), c)          forward guidance, through U-Net and VAE
-    e     -= sqrt(ab / (1 - ab)) D                                                backward guidance, if m > 0
-    z_prev = sqrt(ab_prev) z_0 + sqrt(1 - ab_prev) e                              DDIM with eta = 0
-    z      = sqrt(ab / ab_prev) z_prev + sqrt(1 - ab / ab_prev) noise             self-recurrence: noised again, to the same timestep
+    e     += g b grad_z l(z_0),   l(z_0) = -r(decode(z_0), c)                     forward guidance, through U-Net and VAE
+    e     -= (a / b) D                                                            backward guidance, if m > 0
+    z_prev = a' z_0 + b' e                                                        the chain's step with eta = 0
+    z      = (a / a') z_prev + sqrt(b^2 - (a b' / a')^2) noise                    self-recurrence: noised again, to the same timestep
 
-ab is alpha_bar of x_t, ab_prev that of x_{t-1}. In each line z_0 = (z - sqrt(1 - ab) e) / sqrt(ab), with e as it is by then. D is found
-by m steps of gradient descent on l(z_0 + D), from D = 0: so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes
+a and b are those of x_t = a x_0 + b eps, a' and b' those of x_{t-1} (sampling.py); in diffusion b = sqrt(1 - alpha_bar), as the paper
+writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D is found by m steps of gradient descent on l(z_0 + D), from D = 0: so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes
 on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at each step, and a reward
@@ -41,8 +41,8 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
     if not reward.differentiable:
         raise ValueError(f"universal guidance needs the gradient of the reward, and {reward.name} has none: {HAS_GRADIENT}")
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
-    if not policy.schedule.alpha_bar.all():
-        raise ValueError("universal guidance needs a schedule that never reaches alpha_bar = 0, where the noise says nothing of the image")
+    if not policy.schedule.a.all():
+        raise ValueError("universal guidance needs a schedule that does not begin at pure noise (alpha_bar = 0), which says nothing of the image")
     rngs, latents = generators(rng, len(prompts)), []
     with tqdm(desc="guided sampling", total=len(prompts), leave=False, disable=None) as bar:
         for first in range(0, len(prompts), batch_size):
@@ -59,29 +59,30 @@ def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_st
 
     prompt_states = encode_prompts(policy.pipeline, [prompt.text for prompt in as_prompts(prompts)])
     schedule, z = policy.schedule, noise(policy, rngs)
-    for t, ab, ab_prev in zip(schedule.timesteps, schedule.alpha_bar, schedule.alpha_bar_prev):
+    for t, a, b, a_prev, b_prev in zip(schedule.timesteps, schedule.a, schedule.b, schedule.a_prev, schedule.b_prev):
         for passes_left in reversed(range(recurrences)):
-            z_0, e = guided_prediction(policy, z, t.expand(len(z)), ab, prompt_states, loss, scale, backward_steps, backward_rate)
-            z_prev = ab_prev.sqrt() * z_0 + (1 - ab_prev).sqrt() * e
-            z = (ab / ab_prev).sqrt() * z_prev + (1 - ab / ab_prev).sqrt() * noise(policy, rngs) if passes_left else z_prev
+            z_0, e = guided_prediction(policy, z, t.expand(len(z)), a, b, prompt_states, loss, scale, backward_steps, backward_rate)
+            z_prev = a_prev * z_0 + b_prev * e
+            again = (b**2 - (a * b_prev / a_prev) ** 2).clamp(min=0).sqrt()
+            z = a / a_prev * z_prev + again * noise(policy, rngs) if passes_left else z_prev
     if not z.isfinite().all():
         raise FloatingPointError("a latent is not finite: try a smaller scale")
     return z
 
 
-def guided_prediction(policy, z, t, ab, prompt_states, loss, scale, backward_steps, backward_rate):
-    """The image and the noise (N, C, H, W) in z (N, C, H, W) at timesteps t (N,) with alpha_bar ab, moved towards a smaller loss(z_0)."""
+def guided_prediction(policy, z, t, a, b, prompt_states, loss, scale, backward_steps, backward_rate):
+    """The image and the noise (N, C, H, W) in z = a x_0 + b eps (N, C, H, W) at timesteps t (N,), moved towards a smaller loss(z_0)."""
     z.requires_grad_(scale > 0)
     with torch.set_grad_enabled(scale > 0):
-        z_0, e = x_0_and_eps(z, predict(policy, z, t, prompt_states), ab, policy.schedule.prediction_type)
+        z_0, e = x_0_and_eps(z, predict(policy, z, t, prompt_states), a, b, policy.schedule.prediction_type)
         if scale:
-            e = e + scale * (1 - ab).sqrt() * gradient(loss(z_0), z, policy.precision)
-    z_0, e = x_0_and_eps(z.detach(), e.detach(), ab, "epsilon")
+            e = e + scale * b * gradient(loss(z_0), z, policy.precision)
+    z_0, e = x_0_and_eps(z.detach(), e.detach(), a, b, "epsilon")
     shift = torch.zeros_like(z_0)
     for _ in range(backward_steps):
         step = gradient(loss(z_0 + shift.requires_grad_()), shift, policy.precision)
         shift = shift.detach() - backward_rate * step
-    return z_0 + shift, e - (ab / (1 - ab)).sqrt() * shift
+    return z_0 + shift, e - a / b * shift
 
 
 def gradient(loss, z, precision):

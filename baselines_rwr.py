@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from ddpo import accumulate, optimizer_step, summary
 from models import encode_prompts
-from sampling import frozen_copy, predict
+from sampling import frozen_copy, predict, target_of
+from schedules import coefficients, training_timesteps
 
 
 # ---- Rewards into weights ----
@@ -105,12 +106,12 @@ def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of)
     loss_of(policy, images (N,), noise (N, C, H, W), t (N,)) -> loss, info: of those images, noised to timesteps t.
     """
     policy = replace(policy, guidance_scale=config.training_guidance or policy.guidance_scale)
-    timesteps = policy.pipeline.scheduler.config.num_train_timesteps
+    timesteps = training_timesteps(policy.pipeline.scheduler)
     infos, steps = [], []
     with tqdm(desc="learning", total=config.updates_per_epoch * config.batch_size, leave=False, disable=None) as bar:
         for images in reshuffled_passes(rows, config.updates_per_epoch, config.batch_size, rng):
             noise = torch.randn((len(images), *trajectory.x_0.shape[1:]), generator=rng)
-            t = torch.randint(timesteps, (len(images),), generator=rng)
+            t = timesteps[torch.randint(len(timesteps), (len(images),), generator=rng)]
             infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: loss_of(
                 policy, images[part], noise[part], t[part]), scaler, bar))
             steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
@@ -135,12 +136,10 @@ def regression(policy, trajectory, weights, images, noise, t):
 
 def noised_states(policy, trajectory, images, noise, t):
     """What the U-Net is given for those images, noised to timesteps t: x_t (N, C, H, W), t (N,), the prompts' states. And its target."""
-    scheduler, prediction_type = policy.pipeline.scheduler, policy.schedule.prediction_type
-    x_0, noise, t = trajectory.x_0[images], noise.to(policy.device), t.to(policy.device)
+    x_0, noise = trajectory.x_0[images], noise.to(policy.device)
+    a, b = (values.float().to(policy.device)[:, None, None, None] for values in coefficients(policy.pipeline.scheduler, t))
     prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[image] for image in images.tolist()])
-    target = {"epsilon": noise, "sample": x_0}.get(prediction_type)
-    return (scheduler.add_noise(x_0, noise, t), t, prompt_states,
-            scheduler.get_velocity(x_0, noise, t) if target is None else target)
+    return a * x_0 + b * noise, t.to(policy.device), prompt_states, target_of(x_0, noise, a, b, policy.schedule.prediction_type)
 
 
 # ---- DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), a newer method in the same shape ----

@@ -1,5 +1,6 @@
 """What several test files share: tiny random models, a file of small rewards, train.py in this process."""
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -86,6 +87,19 @@ def edit_weights(folder, edit):
 @pytest.fixture
 def tiny_policy(tiny_model):
     return sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(tiny_model, tmp_path_factory):
+    """The same with flow matching: a folder that plain diffusers draws from. Its last step is no action."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "flow")
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(params=["tiny_model", "tiny_flow"], ids=["diffusion", "flow"])
+def either_model(request):
+    return request.getfixturevalue(request.param)
 
 
 LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)

@@ -139,10 +139,10 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     maximum over the first update's), grad_norm (a mean over updates) and skipped_updates (a count).
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
-    B, T = trajectory.log_probs.shape
+    B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
     advantages = advantages.to(policy.device)
-    learned_steps = T - config.skip_last_steps
+    learned_steps = min(actions, len(trajectory.timesteps) - config.skip_last_steps)
     infos, steps = [], []
     with tqdm(desc="learning", total=B * (config.learn_steps or learned_steps), leave=False, disable=None) as bar:
         for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):

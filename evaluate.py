@@ -164,7 +164,7 @@ def main(argv=None):
     parser.add_argument("--prompts", help="a set of python prompts.py, or a text file (default: the run's)")
     parser.add_argument("--images", type=int, help="number of images, spread evenly over the prompts (default: the run's)")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps T (default: the run's)")
-    parser.add_argument("--eta", type=float, help="noise of the DDIM chain, from 0 (default: the run's)")
+    parser.add_argument("--eta", type=float, help="noise of the chain, from 0 (default: the run's)")
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
     parser.add_argument("--preset", choices=PRESETS, default="emoji",
                         help="for a model that is not a run: whose base model and settings")

@@ -35,9 +35,8 @@ def load_pipeline(model, device="cpu", precision="fp32", clip_skip=0, height=0, 
     silence_libraries()
     pipeline = (load_single_file if Path(model).is_file() else load_parts)(model)
     refuse_architecture(model, pipeline)
-    # A model is published with any sampler. The betas and offsets are the model's own, the step is DDIM's.
     with one_line_errors("the scheduler of model", model):
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.scheduler = scheduler_of(pipeline.scheduler.config, type(pipeline.scheduler))
     tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config
     if max(tokenizer.get_vocab().values()) >= text.vocab_size:
         raise ValueError(f"model {str(model)!r}: its tokenizer knows more tokens than its text encoder has embeddings ({text.vocab_size})")
@@ -77,12 +76,13 @@ def load_parts(model):
     tokenizer = getattr(transformers, kinds.get("tokenizer", ""), transformers.CLIPTokenizer)
     tokenizer = from_pretrained(tokenizer, folder, "the tokenizer of model", subfolder="tokenizer")
     with one_line_errors("the scheduler of model", model):
-        settings = with_its_defaults(diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler"))
+        settings = diffusers.DDIMScheduler.load_config(str(folder), subfolder="scheduler")
+        scheduler = scheduler_of(settings, getattr(diffusers, settings.get("_class_name", ""), diffusers.DDIMScheduler))
         with warnings.catch_warnings():  # diffusers corrects the offset of old schedulers, and warns at length
             warnings.simplefilter("ignore")
             return diffusers.StableDiffusionPipeline(
-                **parts, tokenizer=tokenizer, scheduler=diffusers.DDIMScheduler.from_config(settings),
-                safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+                **parts, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                requires_safety_checker=False)
 
 
 def fetched(model):
@@ -105,18 +105,27 @@ def refuse_incomplete_folder(folder):
                          f"{', '.join(missing)}")
 
 
-def with_its_defaults(settings):
-    """A scheduler's settings, with the defaults of its class where it does not say what noise the model was trained with.
+def scheduler_of(settings, kind):
+    """The DDIMScheduler of a published scheduler's settings and class, or with flow matching the FlowMatchEulerDiscreteScheduler.
 
-    Raises ValueError if its class has no betas, so that DDIM does not know its noise.
+    A model is published with any sampler. The noise that it was trained with belongs to the model, the step is sampling.py's. What the
+    settings do not say of that noise is the default of their class; the final alpha is Stable Diffusion's. Raises ValueError if there is
+    neither a flow nor betas.
     """
     import diffusers
-    kind = getattr(diffusers, settings.get("_class_name", ""), diffusers.DDIMScheduler)
     defaults = {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
-    if "beta_schedule" not in {*settings, *defaults}:
-        raise ValueError(f"it is a {kind.__name__}, which has no betas as Stable Diffusion's have")
+    known = {**defaults, **settings}
+    if kind is diffusers.FlowMatchEulerDiscreteScheduler:
+        return kind.from_config(settings)
+    if known.get("prediction_type") == "flow_prediction":
+        # By name: what is given by position, diffusers takes for a default, and forgets when the scheduler is made again.
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=known["num_train_timesteps"], shift=known["flow_shift"])
+    if "beta_schedule" not in known:
+        raise ValueError(f"it is a {kind.__name__}, which has neither betas nor flow matching")
     trained = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
-    return {**{name: defaults[name] for name in trained if name in defaults}, **settings}
+    return diffusers.DDIMScheduler.from_config({
+        "set_alpha_to_one": defaults.get("set_alpha_to_one", False), **{name: defaults[name] for name in trained if name in defaults},
+        **settings}, clip_sample=False)
 
 
 def refuse_architecture(model, pipeline):
@@ -167,7 +176,7 @@ def set_image_size(pipeline, height, width):
 def identity_of(pipeline):
     """A hash of a pretrained model: its networks, the noise and spacing of its scheduler, its image size, its vocabulary."""
     scheduler = pipeline.scheduler.config
-    parts = [scheduler[name] for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
+    parts = [scheduler.get(name) for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
                                           "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
     parts += [latent_shape(pipeline), sorted(pipeline.tokenizer.get_vocab().items()), pipeline.tokenizer.model_max_length]
     return hash_of([*map(fingerprint, (pipeline.unet, pipeline.vae, pipeline.text_encoder)), *parts])

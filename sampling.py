@@ -1,4 +1,4 @@
-"""The denoising chain as a Markov decision process (paper, section 4.3): its schedule, its step, drawing chains, scoring them.
+"""The denoising chain as a Markov decision process (paper, section 4.3): its step, drawing chains, scoring them.
 
     MDP                    diffusion
     state s_t              (prompt c, timestep t, latent x_t)
@@ -6,11 +6,26 @@
     policy pi(a_t | s_t)   p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM with eta > 0
     reward                 r(x_0, c) after the last step, 0 before
 
+One step covers diffusion and flow matching, since in both a noised latent is x_t = a_t x_0 + b_t eps:
+
+                           diffusion                        flow matching
+    a_t, b_t               sqrt(ab_t), sqrt(1 - ab_t)       1 - s_t, s_t: the noise level s falls from 1 to 0
+    network's prediction   eps, x_0, or v = a eps - b x_0   v = eps - x_0
+    timestep t             999 to 0                         1000 s_t
+
+(ab is alpha_bar.) The prediction says which x_0 and eps are in x_t. Then, with a' and b' those of x_{t-1},
+
+    mean = a' x_0 + sqrt(b'^2 - sigma^2) eps,   sigma = eta b' sqrt(1 - rho^2),   rho = a b' / (a' b)
+
+With the coefficients of diffusion this is DDIM. At eta = 1 it is the posterior of the forward process in both. At eta = 0 it is the
+deterministic step, DDIM's or Euler's. A last step to the clean image (b' = 0) has no noise. It is drawn but it is no action: like the
+decoder it belongs to the environment. schedules.py makes the coefficients and sigma.
+
 Time runs as in diffusion: x_T is noise, x_0 is the image. The policy is written once, in `p_mean_sigma`, guidance included:
 `rollout` draws from it and `score` scores with it, under the same autocast and with the U-Net in eval mode. Otherwise the first
 update would have a ratio other than 1, and the estimators of ddpo.py would belong to another policy than the one that drew.
 
-B images, T denoising steps, N (image, step) pairs, latents of (C, H, W).
+B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N (image, step) pairs, latents of (C, H, W).
 """
 import math
 from dataclasses import dataclass, replace
@@ -21,31 +36,21 @@ from tqdm import tqdm
 
 import parallel
 from models import PRECISIONS, WithWeights, add_lora, autocast, encode_prompts, identity_of, latent_shape, load_pipeline
-from process import notify
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The T timesteps of a DDIM chain, in the order in which they are visited, and what the step at each of them needs."""
-    timesteps: torch.Tensor       # (T,) int64, decreasing
-    alpha_bar: torch.Tensor       # (T,) fp32, of x_t
-    alpha_bar_prev: torch.Tensor  # (T,) fp32, of x_{t-1}
-    sigma: torch.Tensor           # (T,) fp32, > 0
-    prediction_type: str          # what the U-Net predicts: "epsilon", "v_prediction" or "sample"
+from schedules import Schedule, chain_schedule, scheduler_with_density
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """B recorded chains, in fp32: a latent that is rounded to half precision is not the action that was scored."""
     latents: torch.Tensor    # (B, T + 1, C, H, W) fp32, from x_T to x_0; without the chain (B, 1, C, H, W), x_0 alone
-    log_probs: torch.Tensor  # (B, T) fp32, under the policy that drew them; without the chain (B, 0)
-    timesteps: torch.Tensor  # (T,) int64
+    log_probs: torch.Tensor  # (B, A) fp32, of the A actions under the policy that drew them; without the chain (B, 0)
+    timesteps: torch.Tensor  # (T,) as in Schedule
     prompts: tuple           # B texts
 
     def __post_init__(self):
         B, states = self.latents.shape[:2]
         assert len(self.prompts) == B, f"{len(self.prompts)} prompts for {B} chains"
-        assert self.log_probs.shape == (B, states - 1), f"log_probs {tuple(self.log_probs.shape)}, {states} states"
+        assert self.log_probs.shape in ((B, states - 1), (B, states - 2)), f"log_probs {tuple(self.log_probs.shape)}, {states} states"
         assert states in (1, len(self.timesteps) + 1), f"{states} states, {len(self.timesteps)} timesteps"
         assert self.latents.dtype == self.log_probs.dtype == torch.float32, "a trajectory is kept in fp32"
 
@@ -80,16 +85,16 @@ class Policy:
 
 
 def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", scored=True, clip_skip=0, height=0, width=0,
-                **training):
-    """A pipeline by hub name, folder or file, as a policy with a DDIM chain of `steps` steps.
+                noise="ddim", **training):
+    """A pipeline by hub name, folder or file, as a policy with a chain of `steps` steps.
 
-    eta: noise of the chain. guidance_scale, precision: see Policy. device: as torch names it. scored: see ddim_schedule.
+    eta, noise, scored: see chain_schedule. guidance_scale, precision: see Policy. device: as torch names it.
     clip_skip, height, width: see models.load_pipeline. training: see as_policy. Raises ValueError, in one line, if the model is
     refused or if its schedule is.
     """
     pipeline = load_pipeline(model, device, precision, clip_skip, height, width)
     pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
-    schedule = ddim_schedule(pipeline.scheduler, steps, eta, device, scored)
+    schedule = chain_schedule(pipeline.scheduler, steps, eta, device, scored, noise)
     return as_policy(Policy(pipeline, schedule, float(guidance_scale), precision, pretrained=identity_of(pipeline)), **training)
 
 
@@ -120,96 +125,42 @@ def frozen_copy(policy):
     return replace(policy, pipeline=SimpleNamespace(unet=WithWeights(policy.unet, policy.trained)))
 
 
-def with_steps(policy, steps, eta):
-    """The same policy, network and all, with a chain of another number of steps to be drawn. Raises ValueError: see ddim_schedule."""
-    return replace(policy, schedule=ddim_schedule(policy.pipeline.scheduler, steps, eta, policy.device, scored=False))
+def with_steps(policy, steps, eta, noise):
+    """The same policy, network and all, with a chain of another number of steps to be drawn. Raises ValueError: see chain_schedule."""
+    return replace(policy, schedule=chain_schedule(policy.pipeline.scheduler, steps, eta, policy.device, False, noise))
 
 
 # ---- The step ----
 
-def scheduler_with_density(model, scheduler, steps):
-    """The model's own DDIMScheduler if each step of its chain has a density at eta = 1, else that of Stable Diffusion's sampler.
+def mean_sigma(x_t, prediction, t, schedule):
+    """Mean and standard deviation of x_{t-1} given x_t (Song et al. 2021, equation 12, for any a and b).
 
-    The betas and the prediction type belong to the model, which was trained with them. Spacing, offset and final alpha belong to
-    the sampler that it was saved with (Euler a, DPM++, ...), and may be exchanged. It is said if they are. Raises ValueError.
-    """
-    try:
-        ddim_schedule(scheduler, steps, 1.0)
-        return scheduler
-    except ValueError:
-        spacing = "trailing" if scheduler.config.rescale_betas_zero_snr else "leading"  # the first step must be at alpha_bar = 0
-        ours = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False,
-                                           thresholding=False)
-        ddim_schedule(ours, steps, 1.0)
-    notify(f"model {model}: its sampler's settings give a chain without a density; Stable Diffusion's are taken "
-           f"(timestep_spacing {spacing}, steps_offset 1, set_alpha_to_one False)")
-    return ours
-
-
-def ddim_schedule(scheduler, steps, eta, device="cpu", scored=True):
-    """The chain of `steps` steps over the schedule of a diffusers DDIMScheduler.
-
-    x_{t-1} belongs to the next entry of `scheduler.timesteps`, and to `final_alpha_cumprod` after the last one. (diffusers' own
-    step takes t - 1000 // steps, which is often another timestep under "trailing" and "linspace" spacing.)
-    scored: False for a chain that is only drawn; eta may then be 0.
-    Raises ValueError if a step is not a Gaussian with a density; each message says why.
-    """
-    config = scheduler.config
-    if not (0 < eta <= 1 or not scored and eta == 0):
-        raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is deterministic, so "
-                         "its actions have no log-probability, and above 1 a variance would be negative")
-    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction type {config.prediction_type!r}: must be epsilon, v_prediction or sample")
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise ValueError(f"{steps} sampling steps: must be from 1 to {config.num_train_timesteps}")
-    if config.clip_sample or config.thresholding:
-        raise ValueError("the scheduler clips its prediction of x_0 (clip_sample or thresholding): the mean of the policy "
-                         "would not be the one that is scored; set both to False")
-    if len(scheduler.alphas_cumprod) != config.num_train_timesteps or not scheduler.alphas_cumprod.isfinite().all():
-        raise ValueError(f"the scheduler's betas are not those of {config.num_train_timesteps} timesteps of noise")
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.cpu().long()
-    if timesteps.max() >= config.num_train_timesteps:
-        raise ValueError(f"{steps} sampling steps: with this schedule's offset and spacing the first would be timestep "
-                         f"{timesteps.max()}, but the model knows none above {config.num_train_timesteps - 1}; take fewer")
-    alpha_bar = scheduler.alphas_cumprod[timesteps].float()
-    alpha_bar_prev = torch.cat([alpha_bar[1:], scheduler.final_alpha_cumprod.float().reshape(1)])
-    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-    sigma = eta * variance.clamp(min=0).sqrt()                               # (T,)  DDIM, equation 16
-    for t, s, a in zip(timesteps.tolist(), sigma.tolist(), alpha_bar.tolist()):
-        if scored and not s > 0:
-            raise ValueError(f"sigma is 0 at timestep {t}: the step is deterministic and has no log-probability. Stable "
-                             "Diffusion's schedule (steps_offset 1, set_alpha_to_one False) has no such step")
-        if a == 0 and config.prediction_type == "epsilon":
-            raise ValueError(f"alpha_bar is 0 at timestep {t}: a predicted epsilon does not determine x_0 there")
-    tensors = (tensor.to(device) for tensor in (timesteps, alpha_bar, alpha_bar_prev, sigma))
-    return Schedule(*tensors, config.prediction_type)
-
-
-def ddim_mean_sigma(x_t, prediction, t, schedule):
-    """Mean and standard deviation of x_{t-1} given x_t (Song et al. 2021, equation 12).
-
-    x_t and the U-Net's prediction: (N, C, H, W) fp32. t: (N,) timesteps of the schedule, which may all differ.
+    x_t and the network's prediction: (N, C, H, W) fp32. t: (N,) timesteps of the schedule, which may all differ.
     Returns mean (N, C, H, W) and sigma (N, 1, 1, 1).
     """
     matches = schedule.timesteps == t[:, None]                               # (N, T)
     assert matches.any(1).all(), "t holds a timestep that is not in the schedule"
     row = matches.int().argmax(1)                                            # (N,)
-    alpha_bar, alpha_bar_prev, sigma = (
-        values[row, None, None, None] for values in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.sigma))
-    x_0, eps = x_0_and_eps(x_t, prediction, alpha_bar, schedule.prediction_type)  # (N, C, H, W) each
-    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
-    return mean, sigma
+    a, b, a_prev, b_prev, sigma = (values[row, None, None, None] for values in (
+        schedule.a, schedule.b, schedule.a_prev, schedule.b_prev, schedule.sigma))
+    x_0, eps = x_0_and_eps(x_t, prediction, a, b, schedule.prediction_type)  # (N, C, H, W) each
+    return a_prev * x_0 + (b_prev**2 - sigma**2).clamp(min=0).sqrt() * eps, sigma
 
 
-def x_0_and_eps(x_t, prediction, alpha_bar, prediction_type):
-    """The image and the noise of which x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, as the U-Net's prediction says."""
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+def x_0_and_eps(x_t, prediction, a, b, prediction_type):
+    """The image and the noise of which x_t = a x_0 + b eps, as the network's prediction says."""
     if prediction_type == "epsilon":
-        return (x_t - noise * prediction) / signal, prediction
+        return (x_t - b * prediction) / a, prediction
     if prediction_type == "v_prediction":
-        return signal * x_t - noise * prediction, signal * prediction + noise * x_t
-    return prediction, (x_t - signal * prediction) / noise  # "sample"
+        return a * x_t - b * prediction, a * prediction + b * x_t
+    if prediction_type == "flow":
+        return x_t - b * prediction, x_t + a * prediction
+    return prediction, (x_t - a * prediction) / b  # "sample"
+
+
+def target_of(x_0, eps, a, b, prediction_type):
+    """What the network should predict from x_t = a x_0 + b eps: the inverse of x_0_and_eps."""
+    return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "flow": eps - x_0, "sample": x_0}[prediction_type]
 
 
 def log_prob(x_prev, mean, sigma):
@@ -248,7 +199,7 @@ def predict(policy, x_t, t, prompt_states):
 
 def p_mean_sigma(policy, x_t, t, prompt_states):
     """The policy p_theta(x_{t-1} | x_t, c): mean (N, C, H, W) and sigma (N, 1, 1, 1), for N states at any timesteps."""
-    return ddim_mean_sigma(x_t, predict(policy, x_t, t, prompt_states), t, policy.schedule)
+    return mean_sigma(x_t, predict(policy, x_t, t, prompt_states), t, policy.schedule)
 
 
 @torch.no_grad()
@@ -262,7 +213,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     B, T = len(prompts), len(policy.schedule.timesteps)
     rngs = generators(rng, B)
     latents = torch.zeros((B, T + 1 if keep_chain else 1, *latent_shape(policy.pipeline)), device=policy.device)
-    log_probs = torch.zeros((B, T if keep_chain else 0), device=policy.device)
+    log_probs = torch.zeros((B, policy.schedule.actions if keep_chain else 0), device=policy.device)
     batches = parallel.my_parts(B, batch_size)
     with tqdm(desc=title, total=len(batches) * T, leave=False, disable=None) as bar:
         for batch in batches:
@@ -286,7 +237,7 @@ def noise(policy, rngs):
 
 
 def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
-    """Draw N chains, one for each prompt and generator, and write them into latents (N, T + 1 or 1, ...) and log_probs (N, T or 0)."""
+    """Draw N chains, one for each prompt and generator, and write them into latents (N, T + 1 or 1, ...) and log_probs (N, A or 0)."""
     keep_chain = latents.shape[1] > 1
     prompt_states = encode_prompts(policy.pipeline, prompts)
     x_t = latents[:, 0] = noise(policy, rngs)                                            # x_T ~ Normal(0, I)
@@ -294,7 +245,9 @@ def draw_chains(policy, prompts, rngs, latents, log_probs, bar):
         mean, sigma = p_mean_sigma(policy, x_t, t.expand(len(prompts)), prompt_states)
         x_prev = mean + sigma * noise(policy, rngs)
         if keep_chain:
-            latents[:, k + 1], log_probs[:, k] = x_prev, log_prob(x_prev, mean, sigma)
+            latents[:, k + 1] = x_prev
+        if k < log_probs.shape[1]:
+            log_probs[:, k] = log_prob(x_prev, mean, sigma)
         x_t = x_prev
         bar.update()
     if not x_t.isfinite().all():  # found here, and not after 10,000 images

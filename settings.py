@@ -19,6 +19,7 @@ from ddpo import BASELINES
 from models import PRECISIONS
 from prompts import PROMPT_SETS
 from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS, Alignment, short_name
+from schedules import NOISES
 
 ROOT = Path(__file__).resolve().parent
 
@@ -65,7 +66,9 @@ class Config:
     updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the samples")
     batch_size: int = setting(128, "RWR, nft: images of an update")
     sampling_steps: int = setting(50, "denoising steps T")
-    eta: float = setting(1.0, "noise of the DDIM chain, in (0, 1]")
+    eta: float = setting(1.0, "noise of the chain, in (0, 1]")
+    noise: str = setting("ddim", "sigma of a step: ddim, eta times that of the forward process's posterior; or cps, b' sin(eta pi / 2) "
+                                 "(sampling.py)")
     guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
     training_guidance: float = setting(0.0, "RWR, nft: guidance weight w in the loss; 0: as in sampling; 1: none, so that only the sampling "
                                             "is guided")
@@ -337,6 +340,8 @@ def check_numbers(config):
         raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
+    if config.noise not in NOISES:
+        raise ValueError(f"--noise {config.noise}: choose {', '.join(NOISES)}")
     if config.percentile >= 1:
         raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
     if config.algorithm == "nft" and config.baseline == "none":
@@ -468,7 +473,7 @@ def parse(argv, description):
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME. With it may be given: --epochs, --stop-below, --device, "
                         f"--tracker; {speed}; and the new place of what has moved ({places})")
     choices = {"preset": PRESETS, "algorithm": ALGORITHMS, "wording": Alignment.WORDINGS, "precision": PRECISIONS,
-               "baseline": BASELINES, "tracker": ("none", "tensorboard", "wandb")}
+               "baseline": BASELINES, "noise": NOISES, "tracker": ("none", "tensorboard", "wandb")}
     for item in fields(Config):
         kind = {"type": item.type, "choices": choices.get(item.name), "metavar": item.name.split("_")[-1].upper()}
         if item.type is bool:

@@ -94,6 +94,6 @@ def test_a_reward_without_a_gradient_is_refused_in_one_line(still_policy, green)
 
 def test_a_schedule_that_begins_at_pure_noise_is_refused(still_policy, green):
     schedule = still_policy.schedule
-    pure = replace(schedule, alpha_bar=torch.cat([torch.zeros(1), schedule.alpha_bar[1:]]))
-    with pytest.raises(ValueError, match="never reaches alpha_bar = 0"):
+    pure = replace(schedule, a=torch.cat([torch.zeros(1), schedule.a[1:]]))
+    with pytest.raises(ValueError, match="does not begin at pure noise"):
         guided_rollout(replace(still_policy, schedule=pure), TEXTS, green, rng(), 2, scale=1.0)

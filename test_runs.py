@@ -35,11 +35,11 @@ def scaled(factor):
 
 # ---- Resumed, interrupted ----
 
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "rwr"])
-def test_a_resumed_run_equals_one_never_stopped(tiny_model, own_reward, algorithm, with_drawings):
-    flags = dict(algorithm=algorithm, reward=own_reward("shuffled"), **{"eval-every": 2})
-    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
-    run(*tiny_flags(tiny_model, name="parts", epochs=2, **flags))
+@pytest.mark.parametrize("model, algorithm", [("tiny_model", "ddpo-is"), ("tiny_flow", "rwr")])
+def test_a_resumed_run_equals_one_never_stopped(model, algorithm, own_reward, with_drawings, request):
+    model, flags = request.getfixturevalue(model), dict(algorithm=algorithm, reward=own_reward("shuffled"), **{"eval-every": 2})
+    whole = run(*tiny_flags(model, name="whole", epochs=3, **flags))
+    run(*tiny_flags(model, name="parts", epochs=2, **flags))
     parts = run("--resume", "runs/parts", "--epochs", 3)
     assert without_seconds(whole) == without_seconds(parts)
     one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True) for name in ("whole", "parts"))

@@ -275,7 +275,7 @@ class Experiment:
         self.config, self.policy, self.prompts = config, policy, prompts
         self.folder = self.lock = self.settings = self.saved_epoch = self.track = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
-        self.fixed_policy = with_steps(policy, config.eval_steps, config.eta) if config.eval_steps else policy  # of the evaluations
+        self.fixed_policy = with_steps(policy, config.eval_steps, config.eta, config.noise) if config.eval_steps else policy  # of the evaluations
         self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
         self.identity = identity_of(self)
         self.optimizer = adamw(policy, config)
@@ -358,7 +358,7 @@ def policy_of(config, model=None, scored=True):
         "gradient_checkpointing": config.gradient_checkpointing, "compiled": config.compile}
     policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta,
                          config.guidance_scale, config.device, config.precision, scored, config.clip_skip, config.height, config.width,
-                         **training)
+                         config.noise, **training)
     if adapters:
         load_lora(policy.pipeline, adapters)
     return policy

@@ -32,7 +32,8 @@ from ddpo import accumulate, clipped_loss, optimizer_step, surrogate
 from models import decode, image_size, latent_shape
 from networks import silence_libraries
 from runs import checkpoint_file, load_checkpoint, remove, save_settings
-from sampling import Policy, Trajectory, as_policy, ddim_schedule, draw_chains
+from sampling import Policy, Trajectory, as_policy, draw_chains
+from schedules import chain_schedule
 from settings import Config, build_config
 from studies.random_networks import noise_scheduler, stable_diffusion, write_stable_diffusion
 from train import RUNS, Experiment, adamw, policy_of
@@ -115,7 +116,7 @@ def epoch(preset, checkpointing, sample_batch, micro_batches):
     """The generator function of an epoch's parts under a preset's settings. It yields the name of a part after it."""
     steps = 2  # they need as much memory as all, but for the chain
     scheduler = DDIMScheduler.from_config(noise_scheduler().config, clip_sample=False)
-    schedules = {device: ddim_schedule(scheduler, steps, Config.eta, device) for device in ("cpu", *["cuda"] * WITH_GPU)}
+    schedules = {device: chain_schedule(scheduler, steps, Config.eta, device) for device in ("cpu", *["cuda"] * WITH_GPU)}
 
     def work(device, precision):
         config, schedule = build_config({"preset": preset, "precision": precision, "device": device}), schedules[device]
