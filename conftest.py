@@ -261,7 +261,7 @@ def forked(count, *flags, send=None):
 
 def tiny_flags(tiny_model, **changes):
     """train.py's flags for a run of two epochs on a tiny model. A list gives a flag more than once."""
-    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "updates-per-epoch": 2, "sampling-steps": 3,
+    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "images-per-prompt": 2, "updates-per-epoch": 2, "sampling-steps": 3,
              "eval-prompts": 3, "eval-every": 1, "name": "r", **changes}
     return [part for name, value in flags.items() for one in (value if isinstance(value, list) else [value])
             for part in (f"--{name}", str(one))]

@@ -124,13 +124,14 @@ PRESETS = {
         "model": str(EMOJI / "model"),
         "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
-        "precision": "fp32", "epochs": 24, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
+        "precision": "fp32", "epochs": 12, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
+        # An image is compared with the seven others of its prompt in the same epoch: a baseline from the first epoch on.
+        "images_per_prompt": 8, "stats_buffer": 1, "stats_min_count": 1,
         "guidance_scale": 3.0,  # the largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md
         "learning_rate": 2e-4,
         "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
-        "stats_buffer": 16, "stats_min_count": 8,  # a prompt comes once or twice an epoch: its own statistics come late
-        "sample_batch": 64, "micro_batch": 64, "eval_every": 3, "eval_prompts": 45},
+        "sample_batch": 64, "micro_batch": 64, "eval_every": 2, "eval_prompts": 45},
     "paper": {},
     "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}}  # appendix C, and the authors' port
 # With --lora-rank, for any algorithm. 3e-4 is that of the authors' port; 1e-5, the paper's for all weights, moves adapters too little.
@@ -151,7 +152,7 @@ PRESET_REWARDS = {"emoji": {
 
 # What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md), but nft's, which waits.
 # training_guidance: at this weight rounds without a reward leave the images as they are (studies/results/README.md, "Drift").
-_EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
+_EMOJI_RWR = {"epochs": 2, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
               "training_guidance": 1.7, "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
     "ddpo-sf": {"samples_per_epoch": 64, "updates_per_epoch": 1, "learning_rate": 1e-4},
@@ -359,6 +360,9 @@ def check_epoch(config):
     if config.samples_per_epoch % config.images_per_prompt:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --images-per-prompt "
                          f"{config.images_per_prompt}")
+    if config.algorithm in WITH_ADVANTAGES and config.baseline == "prompt" and config.images_per_prompt == config.stats_buffer == 1:
+        raise ValueError("--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone: give --stats-buffer 16 "
+                         "--stats-min-count 8, too")
     if config.algorithm in DDPO and config.samples_per_epoch % config.updates_per_epoch:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into --updates-per-epoch "
                          f"{config.updates_per_epoch} equal shares")

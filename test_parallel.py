@@ -96,7 +96,7 @@ def test_a_signal_to_one_process_ends_all_with_the_state_saved(number, rank, cod
 
 
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):
-    for flags, message in ((["--reward", "beauty"], "no reward 'beauty'"), (["--samples-per-epoch", 5, "--updates-per-epoch", 1],
+    for flags, message in ((["--reward", "beauty"], "no reward 'beauty'"), (["--samples-per-epoch", 5, "--images-per-prompt", 1, "--updates-per-epoch", 1, "--stats-buffer", 8],
                            "--samples-per-epoch 5 does not divide into equal shares for 2 processes")):
         codes, (told, silence) = forked(2, *tiny_flags(tiny_model), *flags)
         assert codes == [2, 2] and not silence and message in told and len(told.splitlines()) == 1

@@ -279,7 +279,7 @@ def test_the_published_files_of_the_preference_models(tiny_clip, tiny_vlm, monke
 
 def test_a_run_trains_on_a_learned_reward(tiny_model, tiny_clip, tiny_head, capsys):
     assert train.main(["--reward", "aesthetic", "--reward-model", str(tiny_clip), "--aesthetic-head", str(tiny_head), "--model",
-                       str(tiny_model), "--epochs", "1", "--samples-per-epoch", "4", "--updates-per-epoch", "2",
+                       str(tiny_model), "--epochs", "1", "--samples-per-epoch", "8", "--updates-per-epoch", "2",
                        "--sampling-steps", "4", "--eval-prompts", "9"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("aesthetic: ")
 

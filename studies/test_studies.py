@@ -93,7 +93,7 @@ def test_a_drift_that_both_rewards_share_cancels():
 
 
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
-    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "images_per_prompt": 2, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     train_run = compare.train_run
@@ -119,7 +119,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
 
 
 def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(tiny_model, tmp_path, monkeypatch, capsys):
-    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
+    tiny = {"model": str(tiny_model), "samples_per_epoch": 4, "images_per_prompt": 2, "sampling_steps": 3, "eval_prompts": 9, "updates_per_epoch": 1}
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
         **tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
