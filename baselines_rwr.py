@@ -114,7 +114,7 @@ def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of)
             t = timesteps[torch.randint(len(timesteps), (len(images),), generator=rng)]
             infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: loss_of(
                 policy, images[part], noise[part], t[part]), scaler, bar))
-            steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
+            steps.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
     return summary(infos, steps)
 
 
@@ -177,7 +177,7 @@ def nft_update(policy, trajectory, preferences, optimizer, scaler, rng, config):
     def loss_of(policy, images, noise, t):
         *noised, target = noised_states(policy, trajectory, images, noise, t)
         with torch.no_grad():
-            old_prediction = predict(replace(policy, pipeline=old.pipeline), *noised)
+            old_prediction = predict(replace(policy, frozen=old.frozen), *noised)
         return nft_loss(predict(policy, *noised), old_prediction, target, preferences[images], config.nft_strength)
 
     return fine_tune(policy, trajectory, torch.arange(len(preferences)), optimizer, scaler, rng, config, loss_of)

@@ -1,6 +1,5 @@
 """What several test files share: tiny random models, a file of small rewards, train.py in this process."""
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -10,14 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel,
+                       UniPCMultistepScheduler)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
-                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
+from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
 
 import runs
 import sampling
@@ -92,9 +93,59 @@ def tiny_policy(tiny_model):
 @pytest.fixture(scope="session")
 def tiny_flow(tiny_model, tmp_path_factory):
     """The same with flow matching: a folder that plain diffusers draws from. Its last step is no action."""
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "flow")
-    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0).save_pretrained(folder / "scheduler")
+    pipeline, folder = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None), tmp_path_factory.mktemp("models") / "flow"
+    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0, steps_offset=1)
+    pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """A folder with a pipeline of SDXL's architecture and its sampler, Euler: 8 x 8 latents."""
+    torch.manual_seed(0)
+    part, (small, large) = tiny_pipeline(), tiny_clips()
+    unet = UNet2DConditionModel(**{**part.unet.config, "cross_attention_dim": 16 + 24, "addition_embed_type": "text_time",
+                                   "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24})
+    scheduler = EulerDiscreteScheduler(timestep_spacing="leading", **{k: v for k, v in STABLE_DIFFUSION.items() if k in (
+        "beta_start", "beta_end", "beta_schedule", "steps_offset")})
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    StableDiffusionXLPipeline(part.vae, part.text_encoder, large, part.tokenizer, part.tokenizer, unet, scheduler,
+                              force_zeros_for_empty_prompt=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents of 16 channels, flow matching, three text encoders."""
+    torch.manual_seed(0)
+    part, (small, large) = tiny_pipeline(), tiny_clips()
+    vae = AutoencoderKL(**{**part.vae.config, "latent_channels": 16, "shift_factor": 0.06, "scaling_factor": 1.5,
+                           "use_quant_conv": False, "use_post_quant_conv": False})
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+                                        joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=16 + 24, out_channels=16,
+                                        pos_embed_max_size=8, qk_norm="rms_norm")
+    words = ["<pad>", "</s>", "<unk>", *"a an one two three cat cats dog dogs ant mice".split()]
+    t5_tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
+    t5_tokenizer.pre_tokenizer = Whitespace()
+    t5_tokenizer = PreTrainedTokenizerFast(tokenizer_object=t5_tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=48, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, small, part.tokenizer, large, part.tokenizer, t5,
+                             t5_tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_clips():
+    """Two text encoders with projections, of widths 16 and 24."""
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    return [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=size,
+        max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id)) for size in (16, 24)]
+
+
+@pytest.fixture(params=["tiny_model", "tiny_flow", "tiny_sdxl", "tiny_sd3"])
+def any_model(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["tiny_model", "tiny_flow"], ids=["diffusion", "flow"])
@@ -148,12 +199,12 @@ def learner(policy, learning_rate=1e-3, **changes):
     """What ddpo_update and rwr_update take besides a trajectory and advantages or weights."""
     config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
                                 "kl_weight": 0.0, "skip_last_steps": 0, "learn_steps": 0, "batch_size": 8, "training_guidance": 0.0, **changes})
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(policy.denoiser.parameters(), lr=learning_rate)
     return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
 
 
 def weights(policy):
-    return {name: weight.detach().clone() for name, weight in policy.unet.state_dict().items()}
+    return {name: weight.detach().clone() for name, weight in policy.denoiser.state_dict().items()}
 
 
 # ---- Training, by the command ----

@@ -153,7 +153,7 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
             pairs = pairs[torch.randperm(len(pairs), generator=rng)]
             infos.append(accumulate(pairs, config.micro_batch, lambda part: surrogate(
                 policy, trajectory, advantages, part, loss, config), scaler, bar))
-            steps.append(optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm))
+            steps.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
     return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"]}
 
 
@@ -200,14 +200,14 @@ def add_info(total, info, share):
             total[name] = total.get(name, 0) + share * value
 
 
-def optimizer_step(unet, optimizer, scaler, max_grad_norm):
+def optimizer_step(denoiser, optimizer, scaler, max_grad_norm):
     """Add up the processes' gradients, unscale once, clip the norm, step. Returns the norm before clipping, and whether it stepped.
 
     Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step.
     """
-    parallel.add_up([weight.grad for weight in unet.parameters() if weight.grad is not None])
+    parallel.add_up([weight.grad for weight in denoiser.parameters() if weight.grad is not None])
     scaler.unscale_(optimizer)  # after the sum: so if one process has an inf, all of them skip the step
-    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), max_grad_norm).item()
     if not scaler.is_enabled() and not np.isfinite(norm):
         raise FloatingPointError("the gradient is not finite")
     scale = scaler.get_scale()

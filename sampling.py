@@ -22,20 +22,21 @@ deterministic step, DDIM's or Euler's. A last step to the clean image (b' = 0) h
 decoder it belongs to the environment. schedules.py makes the coefficients and sigma.
 
 Time runs as in diffusion: x_T is noise, x_0 is the image. The policy is written once, in `p_mean_sigma`, guidance included:
-`rollout` draws from it and `score` scores with it, under the same autocast and with the U-Net in eval mode. Otherwise the first
+`rollout` draws from it and `score` scores with it, under the same autocast and with the denoiser in eval mode. Otherwise the first
 update would have a ratio other than 1, and the estimators of ddpo.py would belong to another policy than the one that drew.
 
 B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N (image, step) pairs, latents of (C, H, W).
 """
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import parallel
-from models import PRECISIONS, WithWeights, add_lora, autocast, encode_prompts, identity_of, latent_shape, load_pipeline
+from models import (PRECISIONS, WithWeights, add_lora, architecture_of, autocast, denoiser_of, encode_prompts, latent_shape, networks_of,
+                    vae_precision)
+from pipelines import identity_of, load_pipeline
 from schedules import Schedule, chain_schedule, scheduler_with_density
 
 
@@ -62,37 +63,38 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Policy:
-    """A text-to-image pipeline as a policy. Only weights of the U-Net train: all, or LoRA's."""
-    pipeline: object          # diffusers' StableDiffusionPipeline: unet, vae, text_encoder, tokenizer, scheduler
+    """A text-to-image pipeline as a policy. Only weights of its denoiser (U-Net or transformer) train: all, or LoRA's."""
+    pipeline: object          # of diffusers; see models.ARCHITECTURES
     schedule: Schedule
     guidance_scale: float     # w; at 1 the conditional prediction alone
     precision: str            # of the autocast of U-Net and VAE; weights that train, latents and the step's arithmetic are fp32
     reference: object = None  # the pretrained policy, a frozen_copy, for a penalty on the KL to it
-    pretrained: str = ""      # a hash of the model before training: models.identity_of
+    pretrained: str = ""      # a hash of the model before training: pipelines.identity_of
+    frozen: object = None     # a WithWeights of the denoiser, in a frozen_copy
 
     @property
-    def unet(self):
-        return self.pipeline.unet
+    def denoiser(self):
+        return self.frozen or denoiser_of(self.pipeline)
 
     @property
     def device(self):
-        return self.unet.device
+        return denoiser_of(self.pipeline).device
 
     @property
     def trained(self):
         """name -> weight, of those that train."""
-        return {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
+        return {name: weight for name, weight in self.denoiser.named_parameters() if weight.requires_grad}
 
 
 def load_policy(model, steps, eta, guidance_scale, device="cpu", precision="fp32", scored=True, clip_skip=0, height=0, width=0,
-                noise="ddim", **training):
+                t5=True, noise="ddim", **training):
     """A pipeline by hub name, folder or file, as a policy with a chain of `steps` steps.
 
     eta, noise, scored: see chain_schedule. guidance_scale, precision: see Policy. device: as torch names it.
-    clip_skip, height, width: see models.load_pipeline. training: see as_policy. Raises ValueError, in one line, if the model is
+    clip_skip, height, width, t5: see pipelines.load_pipeline. training: see as_policy. Raises ValueError, in one line, if the model is
     refused or if its schedule is.
     """
-    pipeline = load_pipeline(model, device, precision, clip_skip, height, width)
+    pipeline = load_pipeline(model, device, precision, clip_skip, height, width, t5)
     pipeline.scheduler = scheduler_with_density(model, pipeline.scheduler, steps)
     schedule = chain_schedule(pipeline.scheduler, steps, eta, device, scored, noise)
     return as_policy(Policy(pipeline, schedule, float(guidance_scale), precision, pretrained=identity_of(pipeline)), **training)
@@ -102,27 +104,28 @@ def as_policy(policy, keep_reference=False, lora_rank=0, seed=0, gradient_checkp
     """A pretrained policy, made ready to train.
 
     keep_reference: policy.reference becomes a frozen_copy. lora_rank: adapters of that rank train alone (see models.add_lora), 0: all
-    weights of the U-Net do. seed: of the adapters. gradient_checkpointing:
+    weights of the denoiser do. seed: of the adapters. gradient_checkpointing:
     compute activations twice instead of keeping them. compiled: by torch.compile, for sampling and for learning.
     """
     pipeline, precision = policy.pipeline, policy.precision
     if lora_rank:
-        pipeline.to(PRECISIONS[precision])  # what does not train needs no more
-        add_lora(pipeline.unet, lora_rank, seed)
+        for network in networks_of(pipeline):  # what does not train needs no more
+            network.to(PRECISIONS[vae_precision(pipeline, precision) if network is pipeline.vae else precision])
+        add_lora(pipeline, lora_rank, seed)
     else:
-        pipeline.unet.requires_grad_(True)
+        policy.denoiser.requires_grad_(True)
     if keep_reference:
         policy = replace(policy, reference=frozen_copy(policy))
     if gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        policy.denoiser.enable_gradient_checkpointing()
     if compiled:
-        pipeline.unet.compile()
+        policy.denoiser.compile()
     return policy
 
 
 def frozen_copy(policy):
     """The policy as it is now, whatever is learned later. It costs a copy of the weights that train: all, or LoRA's alone."""
-    return replace(policy, pipeline=SimpleNamespace(unet=WithWeights(policy.unet, policy.trained)))
+    return replace(policy, frozen=WithWeights(policy.denoiser, policy.trained))
 
 
 def with_steps(policy, steps, eta, noise):
@@ -182,18 +185,18 @@ def gaussian_kl(mean, mean_reference, sigma):
 # ---- The policy ----
 
 def predict(policy, x_t, t, prompt_states):
-    """The U-Net's prediction with classifier-free guidance (Ho and Salimans 2021): (N, C, H, W) fp32.
+    """The denoiser's prediction with classifier-free guidance (Ho and Salimans 2021): (N, C, H, W) fp32.
 
     Guidance is part of the policy, in learning as in sampling. An update without it would score another policy than the one
     that drew the images. (For sparse RWR the paper saw performance fall after the first round without it, appendix E.1.)
     """
-    conditional, unconditional = prompt_states                               # (N, L, E), (1, L, E)
-    w = policy.guidance_scale
+    conditional, unconditional = prompt_states                               # tuples of tensors of N rows, and of one
+    w, call = policy.guidance_scale, architecture_of(policy.pipeline).predict
     with autocast(policy.device, policy.precision):
         if w == 1:
-            return policy.unet(x_t, t, conditional).sample.float()
-        both = torch.cat([unconditional.expand_as(conditional), conditional])
-        uncond, cond = policy.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).sample.float().chunk(2)
+            return call(policy.pipeline, policy.denoiser, x_t, t, conditional).float()
+        both = tuple(torch.cat([empty.expand_as(states), states]) for states, empty in zip(conditional, unconditional))
+        uncond, cond = call(policy.pipeline, policy.denoiser, torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
     return uncond + w * (cond - uncond)
 
 

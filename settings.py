@@ -46,10 +46,11 @@ class Config:
                                "reads them, else to the watched one")
     prompts: str = setting("", "%(sets)s, or a file: text with one prompt a line, or .jsonl; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
-    model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2: hub name, folder, or one .safetensors or "
-                                                          ".ckpt file")
-    lora_rank: int = setting(0, "train adapters of this rank beside the U-Net's attention (LoRA); 0: all weights of the U-Net")
-    clip_skip: int = setting(0, "last layers of the text encoder to leave out, as diffusers counts them")
+    model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1, 2, 3, 3.5 or SDXL: hub name or folder; of Stable Diffusion 1 "
+                                                          "and 2 also one .safetensors or .ckpt file")
+    t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (20 GB in fp32, 10 in half precision)")
+    lora_rank: int = setting(0, "train adapters of this rank beside the denoiser's attention (LoRA); 0: all weights of the denoiser")
+    clip_skip: int = setting(0, "Stable Diffusion 1, 2: last layers of the text encoder to leave out, as diffusers counts them")
     height: int = setting(0, "of the images, in pixels; 0: the model's own")
     width: int = setting(0, "of the images, in pixels; 0: the model's own")
     reward_model: str = setting("", "learned rewards: folder or hub name of another network than the published one")

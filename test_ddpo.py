@@ -51,10 +51,11 @@ def predicting_policy(cond, uncond, schedule, guidance_scale, **pipeline):
         return SimpleNamespace(sample=torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond) else cond)
 
     unet.device = torch.device("cpu")
-    return sampling.Policy(SimpleNamespace(unet=unet, **pipeline), schedule, guidance_scale, "fp32")
+    stub = type("StableDiffusionPipeline", (SimpleNamespace,), {})
+    return sampling.Policy(stub(unet=unet, **pipeline), schedule, guidance_scale, "fp32")
 
 
-STATES = torch.zeros(6, 1, 1), torch.zeros(1, 1, 1)  # of prompts, which that U-Net does not read
+STATES = (torch.zeros(6, 1, 1),), (torch.zeros(1, 1, 1),)  # of prompts, which that U-Net does not read
 
 
 def test_the_authors_step_and_log_prob():
@@ -276,12 +277,12 @@ def test_kl_is_that_of_torch_distributions_per_dimension():
 
 def test_guided_prediction_equals_the_plain_formula(tiny_policy):
     x_t, t = torch.randn((2, 4, 8, 8), generator=rng()), torch.tensor([751, 1])
-    conditional, unconditional = models.encode_prompts(tiny_policy.pipeline, ["a cat", "an ant"])
+    (conditional,), (unconditional,) = texts = models.encode_prompts(tiny_policy.pipeline, ["a cat", "an ant"])
     with torch.no_grad():
-        cond = tiny_policy.unet(x_t, t, conditional).sample
-        uncond = tiny_policy.unet(x_t, t, unconditional.repeat(2, 1, 1)).sample
-        guided = sampling.predict(tiny_policy, x_t, t, (conditional, unconditional))
-        plain = sampling.predict(replace(tiny_policy, guidance_scale=1.0), x_t, t, (conditional, unconditional))
+        cond = tiny_policy.denoiser(x_t, t, conditional).sample
+        uncond = tiny_policy.denoiser(x_t, t, unconditional.repeat(2, 1, 1)).sample
+        guided = sampling.predict(tiny_policy, x_t, t, texts)
+        plain = sampling.predict(replace(tiny_policy, guidance_scale=1.0), x_t, t, texts)
     torch.testing.assert_close(guided, uncond + 5 * (cond - uncond))
     torch.testing.assert_close(plain, cond)
 
@@ -573,10 +574,10 @@ def test_any_pipeline_loads_in_fp32_with_its_own_schedule_as_ddim(tiny_model, tm
     scheduler = policy.pipeline.scheduler
     assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
     assert (scheduler.config.beta_start, scheduler.config.steps_offset) == (0.00085, 1)
-    parts = (policy.unet, policy.pipeline.vae, policy.pipeline.text_encoder)
+    parts = (policy.denoiser, policy.pipeline.vae, policy.pipeline.text_encoder)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
     assert not any(part.training for part in parts)
-    assert all(weight.requires_grad for weight in policy.unet.parameters())
+    assert all(weight.requires_grad for weight in policy.denoiser.parameters())
     assert not any(weight.requires_grad for part in parts[1:] for weight in part.parameters())
 
 
@@ -602,7 +603,7 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
     advantages = torch.tensor([1.0, -2.0])
     extras = learner(one, updates_per_epoch=1)
     # SGD: AdamW would hide a wrong scale.
-    extras["optimizer"], optimizer = (torch.optim.SGD(policy.unet.parameters(), lr=0.1) for policy in (one, two))
+    extras["optimizer"], optimizer = (torch.optim.SGD(policy.denoiser.parameters(), lr=0.1) for policy in (one, two))
     before = weights(one)
     ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **extras)
     total, actions = 0, two.schedule.actions
@@ -610,7 +611,7 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
         log_prob, _ = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
         total = total - advantages[i] * (log_prob - trajectory.log_probs[i, k]).exp().sum() / (2 * actions)
     total.backward()
-    torch.nn.utils.clip_grad_norm_(two.unet.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(two.denoiser.parameters(), 1.0)
     optimizer.step()
     assert 0 < distance(before, weights(one)) and distance(weights(one), weights(two)) < 1e-3 * distance(before, weights(one))
 
@@ -623,7 +624,7 @@ def test_micro_batch_does_not_change_an_update(tiny_model, loss):
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8)
         # SGD: AdamW divides by the gradient's size and would blow rounding of near-zero gradients up.
         extras = learner(policy, micro_batch=micro_batch, updates_per_epoch=2, max_grad_norm=1e9)
-        extras["optimizer"] = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
+        extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
         info = ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=loss, **extras)
         results.append((weights(policy), info))
     for other, info in results[1:]:
@@ -693,7 +694,7 @@ def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(ti
         extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
         kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)), loss=ddpo.clipped_loss,
                                         **extras)["kl_pretrained"] for k in range(5)]
-        assert all(not weight.requires_grad for weight in policy.reference.unet.weights.values())
+        assert all(not weight.requires_grad for weight in policy.reference.denoiser.weights.values())
     assert kls[0.0][0] == kls[100.0][0] == 0
     assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 
@@ -705,22 +706,22 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_m
     assert "the gradient is not finite" in capsys.readouterr().err
     policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)
     start, extras = weights(policy), learner(policy)
-    for weight in policy.unet.parameters():
+    for weight in policy.denoiser.parameters():
         weight.grad = torch.full_like(weight, float("nan"))
     with pytest.raises(FloatingPointError):
-        ddpo.optimizer_step(policy.unet, extras["optimizer"], extras["scaler"], 1.0)
-    assert all(torch.equal(weight, start[name]) for name, weight in policy.unet.state_dict().items())
+        ddpo.optimizer_step(policy.denoiser, extras["optimizer"], extras["scaler"], 1.0)
+    assert all(torch.equal(weight, start[name]) for name, weight in policy.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_the_fp16_scaler_skips_a_step_that_overflowed_and_lowers_its_scale(fused, tiny_policy):
-    parameters = list(tiny_policy.unet.parameters())
+    parameters = list(tiny_policy.denoiser.parameters())
     optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-3, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
     for gradient, steps in ((1.0, True), (float("inf"), False), (1.0, True)):
         before, scale = weights(tiny_policy), scaler.scale(torch.ones(())).item()
         for weight in parameters:
             weight.grad = torch.full_like(weight, gradient * scale)
-        norm, stepped = ddpo.optimizer_step(tiny_policy.unet, optimizer, scaler, 1.0)
+        norm, stepped = ddpo.optimizer_step(tiny_policy.denoiser, optimizer, scaler, 1.0)
         moved = any(not torch.equal(weight, before[name]) for name, weight in weights(tiny_policy).items())
         assert stepped == moved == steps and scaler.get_scale() == (scale if steps else scale / 2)
         assert norm == pytest.approx(sum(weight.numel() for weight in parameters) ** 0.5) or not steps
@@ -766,9 +767,9 @@ def test_uniform_weights_without_guidance_are_the_plain_loss_of_flow_matching(ti
     order, noise = torch.randperm(8, generator=(again := rng())), torch.randn(8, 4, 8, 8, generator=again)
     sigmas = FlowMatchEulerDiscreteScheduler(shift=2.0).sigmas.flip(0)  # of training: 1,000, from the smallest
     s = sigmas[torch.randint(1000, (8,), generator=again)].view(8, 1, 1, 1)
-    x_0, states = trajectory.x_0[order], models.encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in order])[0]
+    x_0, states = trajectory.x_0[order], models.encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in order])[0][0]
     with torch.no_grad():
-        v = policy.unet((1 - s) * x_0 + s * noise, 1000 * s.flatten(), states).sample
+        v = policy.denoiser((1 - s) * x_0 + s * noise, 1000 * s.flatten(), states).sample
     assert info["loss"] == pytest.approx(torch.nn.functional.mse_loss(v, noise - x_0).item(), rel=1e-4)
 
 
@@ -812,7 +813,7 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
         trajectory.latents[[0, 5]] += noise
         extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9)
-        extras["optimizer"] = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
+        extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
         info = baselines_rwr.rwr_update(policy, trajectory, torch.tensor([0.0, 1, 2, 1, 1, 0, 2, 1]), **extras)
         results.append((weights(policy), info))
     for other, info in results[1:]:
@@ -1001,10 +1002,10 @@ def test_rwr_learns_on_the_embedded_model_in_one_round():
     policy = sampling.load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
     trajectory = sampling.rollout(policy, FOUR * 24, rng(), 48, keep_chain=False)
     values = redness(models.decode(policy.pipeline, trajectory.x_0))
-    start, red = policy.unet.state_dict(), {}
+    start, red = policy.denoiser.state_dict(), {}
     start = {name: weight.clone() for name, weight in start.items()}
     for beta in (0, 60):
-        policy.unet.load_state_dict(start)
+        policy.denoiser.load_state_dict(start)
         extras = learner(policy, 2e-4, updates_per_epoch=10, batch_size=24, micro_batch=24)
         baselines_rwr.rwr_update(policy, trajectory, baselines_rwr.rwr_weights(FOUR * 24, values, beta), **extras)
         red[beta] = drawn_redness(policy)
@@ -1119,7 +1120,7 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     reloaded = sampling.load_policy("runs/r/model", 3, 1.0, 5.0)
     state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
-    for name, weight in reloaded.unet.state_dict().items():
+    for name, weight in reloaded.denoiser.state_dict().items():
         assert torch.equal(weight, state["unet"][name])
     fixed = [prompts.emoji_animals()[k * 45 // 3] for k in range(3)]
     drawn = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)

@@ -40,7 +40,7 @@ def test_without_a_scale_it_is_the_policys_own_chain(still_policy, green):
 def test_it_is_algorithm_1_written_as_a_plain_loop(still_policy, green):
     g, k, m, rate = 3.0, 2, 2, 0.5
     ours = guided_rollout(still_policy, TEXTS[:2], green, rng(), 2, g, k, m, rate)
-    states, empty = models.encode_prompts(still_policy.pipeline, TEXTS[:2])
+    (states,), (empty,) = models.encode_prompts(still_policy.pipeline, TEXTS[:2])
     unet, vae, scheduler = (getattr(still_policy.pipeline, name) for name in ("unet", "vae", "scheduler"))
     for i, noise in enumerate(sampling.generators(rng(), 2)):  # one image at a time
         def draw():

@@ -50,7 +50,7 @@ def test_the_ratio_is_one_and_what_does_not_train_is_kept_in_the_autocasts_preci
     images, steps = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
     log_probs, _ = sampling.score(policy, trajectory, images, steps)
     assert torch.allclose(log_probs, trajectory.log_probs.flatten(), atol=2e-6 if precision == "fp32" else 2e-3)
-    frozen = policy.unet.conv_in, policy.pipeline.vae.decoder.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
+    frozen = policy.denoiser.conv_in, policy.pipeline.vae.decoder.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
     assert {network.weight.dtype for network in frozen} == {models.PRECISIONS[precision]}
     assert models.decode(policy.pipeline, trajectory.x_0, precision).dtype == torch.float32
     assert {weight.dtype for weight in policy.trained.values()} == {torch.float32}
@@ -89,7 +89,7 @@ def test_plain_diffusers_draws_what_the_policy_drew(tiny_model):
         for t in silent.schedule.timesteps:
             x_t, _ = sampling.p_mean_sigma(silent, x_t, t.expand(1), states)
         x, t = torch.randn(2, 4, 8, 8, generator=rng(2)), torch.tensor([5, 700])
-        one, two = (unet(x, t, states[0].expand(2, -1, -1)).sample for unet in (pipeline.unet, policy.unet))
+        one, two = (unet(x, t, states[0][0].expand(2, -1, -1)).sample for unet in (pipeline.unet, policy.denoiser))
     assert torch.equal(one, two) and torch.allclose(drawn, x_t, atol=1e-5)
 
 

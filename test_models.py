@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
+import pipelines
 import networks
 import rewards
 import sampling
@@ -32,7 +33,7 @@ def edit_json(path, **changes):
 def refused(model, **options):
     """The line with which a model is refused."""
     with pytest.raises(ValueError) as caught:
-        models.load_pipeline(model, **options)
+        pipelines.load_pipeline(model, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -80,7 +81,7 @@ def test_a_text_encoder_out_of_a_whole_clip_with_an_old_buffer_is_accepted_and_i
     edit_weights(folder / "text_encoder", lambda weights: {
         **{f"text_model.{name}": weight for name, weight in weights.items()}, "logit_scale": torch.zeros(()),
         "text_model.embeddings.position_ids": torch.arange(16)[None], "vision_model.embeddings.class_embedding": torch.zeros(3)})
-    one, two = (models.encode_prompts(models.load_pipeline(model), ["a cat"])[0] for model in (tiny_model, folder))
+    one, two = (models.encode_prompts(pipelines.load_pipeline(model), ["a cat"])[0][0] for model in (tiny_model, folder))
     assert torch.equal(one, two)
 
 
@@ -88,7 +89,7 @@ def test_a_vae_of_the_old_layout_is_accepted_and_is_the_same(tiny_model, tmp_pat
     folder, old = copied(tiny_model, tmp_path), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     edit_weights(folder / "vae", lambda weights: {
         re.sub(r"\b(to_q|to_k|to_v|to_out\.0)\b", lambda match: old[match[0]], name): weight for name, weight in weights.items()})
-    one, two = (models.load_pipeline(model).vae.state_dict() for model in (tiny_model, folder))
+    one, two = (pipelines.load_pipeline(model).vae.state_dict() for model in (tiny_model, folder))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -132,7 +133,7 @@ def test_a_tokenizer_without_its_vocabulary_or_with_too_large_a_one_is_refused(t
     edit_json(folder / "text_encoder" / "config.json", vocab_size=100)
     edit_weights(folder / "text_encoder", lambda weights: {
         name: weight[:100].clone() if "token_embedding" in name else weight for name, weight in weights.items()})
-    assert "its tokenizer knows more tokens than its text encoder has embeddings (100)" in refused(folder)
+    assert "its tokenizer knows more tokens than its text_encoder has embeddings (100)" in refused(folder)
 
 
 @pytest.mark.parametrize("part, change", [
@@ -171,9 +172,9 @@ def test_small_files_alone_or_pickles_alone_are_loaded_without_a_word(tiny_model
         name = "pytorch_model" if path.name == "model.safetensors" else path.stem  # transformers' name, or diffusers'
         torch.save(load_file(path), path.with_name(f"{name}.bin"))
         path.unlink()
-    want = models.load_pipeline(tiny_model).unet.state_dict()
+    want = pipelines.load_pipeline(tiny_model).unet.state_dict()
     for folder, tolerance in ((small, 1e-3), (pickled, 0)):
-        got = models.load_pipeline(folder).unet.state_dict()
+        got = pipelines.load_pipeline(folder).unet.state_dict()
         assert all(torch.allclose(got[name], weight, rtol=tolerance, atol=tolerance) for name, weight in want.items())
         assert got["conv_in.weight"].dtype == torch.float32
     assert not capfd.readouterr().err
@@ -188,12 +189,12 @@ def test_a_hub_repository_with_small_files_alone_is_loaded(tiny_model, tmp_path,
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what was fetched before is there without a network
-    assert models.load_pipeline("someone/small").unet.dtype == torch.float32
+    assert pipelines.load_pipeline("someone/small").unet.dtype == torch.float32
 
 
 def single_file(folder):
     """The weights of a pipeline's folder under the names that a single file has, those of the original code."""
-    unet, vae, text = (models.load_pipeline(folder).components[part].state_dict() for part in ("unet", "vae", "text_encoder"))
+    unet, vae, text = (pipelines.load_pipeline(folder).components[part].state_dict() for part in ("unet", "vae", "text_encoder"))
     weights = {}
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
               "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -249,7 +250,7 @@ def test_a_single_file_is_the_same_model_and_trains(tiny_model, tmp_path, cached
         torch.save({"state_dict": single_file(tiny_model), "global_step": 7}, path)
     else:
         save_file(single_file(tiny_model), path)
-    one, two = models.load_pipeline(tiny_model), models.load_pipeline(path)
+    one, two = pipelines.load_pipeline(tiny_model), pipelines.load_pipeline(path)
     for part in ("unet", "vae", "text_encoder"):
         got, want = two.components[part].state_dict(), one.components[part].state_dict()
         assert got.keys() == want.keys() and all(torch.equal(got[name], weight) for name, weight in want.items())
@@ -302,7 +303,7 @@ SAMPLERS = {"Euler a": "EulerAncestralDiscreteScheduler", "DPM++ 2M": "DPMSolver
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_model_saved_with_any_sampler_takes_stable_diffusions_chain_and_says_so(name, tiny_model, tmp_path, capsys):
     folder, want = copied(tiny_model, tmp_path), sampling.load_policy(tiny_model, 4, 1.0, 5.0).schedule
-    own = models.load_pipeline(tiny_model).scheduler.config
+    own = pipelines.load_pipeline(tiny_model).scheduler.config
     betas = {key: own[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")}
     if name == "LMS":  # diffusers' own needs scipy, which we do not
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": SAMPLERS[name], **betas}))
@@ -326,7 +327,7 @@ def test_an_old_scheduler_config_without_offset_is_corrected_as_diffusers_does(t
 
 def test_a_zero_terminal_snr_model_keeps_trailing_spacing_and_its_first_step_is_pure_noise(tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
-    own = models.load_pipeline(tiny_model).scheduler.config
+    own = pipelines.load_pipeline(tiny_model).scheduler.config
     diffusers.EulerDiscreteScheduler(**{key: own[key] for key in ("beta_start", "beta_end", "beta_schedule")}, timestep_spacing="trailing",
                                      prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
     schedule = sampling.load_policy(folder, 4, 1.0, 5.0).schedule
@@ -369,7 +370,7 @@ def test_a_unet_that_asks_for_more_is_refused(changes, message, tiny_model, tmp_
 def test_a_list_of_equal_widths_is_one_width(tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
     edit_json(folder / "unet" / "config.json", cross_attention_dim=[16, 16])
-    assert models.load_pipeline(folder).unet.config.cross_attention_dim == [16, 16]
+    assert pipelines.load_pipeline(folder).unet.config.cross_attention_dim == [16, 16]
 
 
 def test_a_pipeline_of_another_kind_is_refused_by_its_name(tiny_model, tmp_path):
@@ -383,45 +384,45 @@ def test_a_pipeline_of_another_kind_is_refused_by_its_name(tiny_model, tmp_path)
 def test_a_tokenizer_that_does_not_say_its_length_takes_the_text_encoders(tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
     edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=None)
-    assert models.encode_prompts(models.load_pipeline(folder), ["a cat " * 50])[0].shape == (1, 16, 16)
+    assert models.encode_prompts(pipelines.load_pipeline(folder), ["a cat " * 50])[0][0].shape == (1, 16, 16)
     edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=77)  # of another text encoder
-    assert models.load_pipeline(folder).tokenizer.model_max_length == 16
+    assert pipelines.load_pipeline(folder).tokenizer.model_max_length == 16
 
 
 def test_a_text_encoder_that_wants_an_attention_mask_gets_it(tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path)
     edit_json(folder / "text_encoder" / "config.json", use_attention_mask=True)
-    pipeline = models.load_pipeline(folder)
+    pipeline = pipelines.load_pipeline(folder)
     tokens = pipeline.tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt")
     masked = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-    states, _ = models.encode_prompts(pipeline, ["a cat"])
+    (states,), _ = models.encode_prompts(pipeline, ["a cat"])
     assert torch.allclose(states, masked, atol=1e-6)
     assert not torch.allclose(states, pipeline.text_encoder(tokens.input_ids)[0], atol=1e-3)
 
 
 def test_all_vectors_of_a_textual_inversion_token_are_read(tiny_model, tmp_path):
-    pipeline = models.load_pipeline(tiny_model)
+    pipeline = pipelines.load_pipeline(tiny_model)
     save_file({"<toy>": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}, tmp_path / "toy.safetensors")
     pipeline.load_textual_inversion(tmp_path / "toy.safetensors", token="<toy>")
     pipeline.save_pretrained(tmp_path / "with_toy")
-    pipeline = models.load_pipeline(tmp_path / "with_toy")
-    tokens, = models.tokens_of(pipeline, ["a <toy>"])
+    pipeline = pipelines.load_pipeline(tmp_path / "with_toy")
+    (tokens,), = models.tokens_of(pipeline, ["a <toy>"])
     assert len(set(tokens)) == len(tokens) == 6  # begin, a, three vectors, end
     padded = torch.tensor([[*tokens, *[tokens[-1]] * 10]])
-    assert torch.equal(models.encode_prompts(pipeline, ["a <toy>"])[0][0], pipeline.text_encoder(padded.repeat(2, 1))[0][0])
+    assert torch.equal(models.encode_prompts(pipeline, ["a <toy>"])[0][0][0], pipeline.text_encoder(padded.repeat(2, 1))[0][0])
 
 
 def test_clip_skip_is_diffusers_and_a_saved_model_is_not_shortened_again(tmp_path):
-    pipeline = models.load_pipeline(EMOJI)
+    pipeline = pipelines.load_pipeline(EMOJI)
     tokens = pipeline.tokenizer(["a cat", ""], padding="max_length", return_tensors="pt").input_ids
     states = pipeline.text_encoder(tokens, output_hidden_states=True).hidden_states
     want = pipeline.text_encoder.final_layer_norm(states[-2])  # as in diffusers' encode_prompt with clip_skip=1
-    skipping = models.load_pipeline(EMOJI, clip_skip=1)
-    assert torch.equal(models.encode_prompts(skipping, ["a cat"])[0][0], want[0])
+    skipping = pipelines.load_pipeline(EMOJI, clip_skip=1)
+    assert torch.equal(models.encode_prompts(skipping, ["a cat"])[0][0][0], want[0])
     skipping.save_pretrained(tmp_path / "saved")
     for options in ({"clip_skip": 1}, {}):
-        saved = models.load_pipeline(tmp_path / "saved", **options)
-        assert torch.equal(models.encode_prompts(saved, ["a cat"])[0][0], want[0])
+        saved = pipelines.load_pipeline(tmp_path / "saved", **options)
+        assert torch.equal(models.encode_prompts(saved, ["a cat"])[0][0][0], want[0])
     assert "--clip-skip 2: the text encoder has only 2 layers" in refused(EMOJI, clip_skip=2)
 
 
@@ -437,7 +438,7 @@ def test_a_rectangular_model_and_height_and_width_give_images_of_diffusers_size(
         image = networks.to_pil(models.decode(policy.pipeline, trajectory.x_0)[0])
         assert image.size == drawn.images[0].size == (24, 16)
     policies[1].pipeline.save_pretrained(tmp_path / "wide")
-    assert models.latent_shape(models.load_pipeline(tmp_path / "wide")) == (4, 8, 12)
+    assert models.latent_shape(pipelines.load_pipeline(tmp_path / "wide")) == (4, 8, 12)
     assert "--height 15: must be a multiple of 2 pixels" in refused(tiny_model, height=15)
 
 

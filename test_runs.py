@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import models
+import pipelines
 import process
 import runs
 import settings
@@ -547,7 +548,7 @@ def test_prompts_that_are_cut_are_counted_and_those_that_become_the_same_share_a
     Path("p.txt").write_text(f"{long}frog\n{long}goat and a fox\na cat\nA  CAT\n")
     run(*tiny_flags(tiny_model, prompts="p.txt", epochs=1, **{"eval-prompts": 4, "samples-per-epoch": 16}))
     out = capsys.readouterr().out
-    lengths = [len(tokens) for tokens in models.load_pipeline(tiny_model).tokenizer([f"{long}frog", f"{long}goat and a fox"]).input_ids]
+    lengths = [len(tokens) for tokens in pipelines.load_pipeline(tiny_model).tokenizer([f"{long}frog", f"{long}goat and a fox"]).input_ids]
     assert 16 < lengths[0] < lengths[1]
     assert (f"2 of 4 prompts have {lengths[0]} to {lengths[1]} tokens and are cut to the text encoder's 16, the first is "
             f"'{long}frog'") in out

@@ -314,7 +314,7 @@ class Experiment:
             group["fused"] = adamw_is_fused(self.policy)  # the run may go on on another device
         if state["unet"].keys() != self.policy.trained.keys():
             raise ValueError("the checkpoint holds other weights")
-        self.policy.unet.load_state_dict(state["unet"], strict=False)
+        self.policy.denoiser.load_state_dict(state["unet"], strict=False)
         self.rng.set_state(state["rng"])
         for reward in self.rewards:
             reward.rng_states = state["reward_rngs"][reward.name]
@@ -358,7 +358,7 @@ def policy_of(config, model=None, scored=True):
         "gradient_checkpointing": config.gradient_checkpointing, "compiled": config.compile}
     policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta,
                          config.guidance_scale, config.device, config.precision, scored, config.clip_skip, config.height, config.width,
-                         config.noise, **training)
+                         config.t5, config.noise, **training)
     if adapters:
         load_lora(policy.pipeline, adapters)
     return policy

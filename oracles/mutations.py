@@ -111,7 +111,7 @@ MUTATIONS = [
     ("train.py", "if experiment.epoch < 0:", "if True:", RUNS),
     ("train.py", "experiment.save()  # so that a run", "pass  # so that a run", RUNS),
     ("models.py", "lora_alpha=rank", "lora_alpha=2 * rank", LORA),
-    ("sampling.py", "pipeline.to(PRECISIONS[precision])", "pipeline.unet.to(PRECISIONS[precision])", LORA),
+    ("sampling.py", "network is pipeline.vae else precision])", "network is pipeline.vae else 'fp32'])", LORA),
     ("studies/memory.py", "self.now -= self.alive.pop(key)", "self.alive.pop(key)", STUDIES),
     ("trackers.py", "purge_step=epoch + 1", "purge_step=epoch", "test_trackers.py"),
 ]

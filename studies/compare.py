@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
-from models import PRECISIONS, identity_of, load_pipeline
+from models import PRECISIONS
+from pipelines import identity_of, load_pipeline
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
 from settings import ALGORITHMS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift

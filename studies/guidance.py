@@ -62,7 +62,7 @@ def chosen_scale(means):
 def guidable(config, checkpointing):
     """The base model with frozen weights: a gradient to the latents needs none to the weights, nor the memory for it."""
     policy = policy_of(config, config.model, scored=False)
-    for network in (policy.unet, policy.pipeline.vae):
+    for network in (policy.denoiser, policy.pipeline.vae):
         network.requires_grad_(False)
         if checkpointing:
             network.enable_gradient_checkpointing()

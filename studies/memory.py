@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 from ddpo import accumulate, clipped_loss, optimizer_step, surrogate
-from models import decode, image_size, latent_shape
+from models import decode, image_size, latent_shape, networks_of
 from networks import silence_libraries
 from runs import checkpoint_file, load_checkpoint, remove, save_settings
 from sampling import Policy, Trajectory, as_policy, draw_chains
@@ -122,7 +122,7 @@ def epoch(preset, checkpointing, sample_batch, micro_batches):
         config, schedule = build_config({"preset": preset, "precision": precision, "device": device}), schedules[device]
         B, T = config.samples_per_epoch, config.sampling_steps
         pipeline = stable_diffusion().to(device)
-        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for network in networks_of(pipeline):
             network.eval().requires_grad_(False)
         policy = as_policy(Policy(pipeline, schedule, config.guidance_scale, precision), lora_rank=config.lora_rank,
                            gradient_checkpointing=checkpointing)
@@ -136,7 +136,7 @@ def epoch(preset, checkpointing, sample_batch, micro_batches):
             pairs = torch.cartesian_prod(torch.arange(micro_batch), torch.arange(steps))  # two parts: gradients add up
             accumulate(pairs, micro_batch, lambda part: surrogate(
                 policy, trajectory, advantages, part, clipped_loss, config), scaler, SILENT)
-            optimizer_step(policy.unet, optimizer, scaler, config.max_grad_norm)
+            optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm)
 
         learn(1)
         yield "the first update"  # it makes the optimizer's moments, which stay

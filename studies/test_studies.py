@@ -201,7 +201,7 @@ def test_signal_to_noise_is_that_of_a_known_gaussian():
 def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(tiny_model, tiny_policy):
     trained, noise = sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0), rng()
     with torch.no_grad():
-        for weight in trained.unet.parameters():
+        for weight in trained.denoiser.parameters():
             weight += 0.01 * torch.randn(weight.shape, generator=noise)
     u = variance.direction(tiny_policy, trained)
     assert sum(part.square().sum() for part in u).item() == pytest.approx(1, rel=1e-4)
@@ -211,14 +211,14 @@ def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(
     ddpo.accumulate(pairs, len(pairs), lambda part: ddpo.surrogate(
         tiny_policy, trajectory, advantages, part, ddpo.score_function_loss, extras["config"]),
         extras["scaler"], SimpleNamespace(update=lambda n: None))
-    along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.unet.parameters(), u)).item()
+    along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.denoiser.parameters(), u)).item()
     projected = variance.projected_scores(tiny_policy, trajectory, torch.arange(4), u)
     assert -(advantages.numpy() @ projected) / 3 == pytest.approx(along, rel=1e-3)
 
 
 def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny_policy, tmp_path, monkeypatch):
     with torch.no_grad():
-        tiny_policy.unet.conv_out.weight.add_(0.1)
+        tiny_policy.denoiser.conv_out.weight.add_(0.1)
     tiny_policy.pipeline.save_pretrained(tmp_path / "run" / "model")
 
     def measure(*steps):

@@ -41,14 +41,14 @@ NAMES = {f"{baseline}, {which}": f"{words}, {steps}"
 
 def direction(policy, trained):
     """The unit vector from the policy's weights to the trained policy's: one tensor for each weight of the U-Net."""
-    moves = [after.detach() - before.detach() for before, after in zip(policy.unet.parameters(), trained.unet.parameters())]
+    moves = [after.detach() - before.detach() for before, after in zip(policy.denoiser.parameters(), trained.denoiser.parameters())]
     length = sum(move.square().sum() for move in moves).sqrt()
     return [move / length for move in moves]
 
 
 def projected_scores(policy, trajectory, steps, u):
     """<G_i, u> of every image, where G_i is the mean over those steps of the chain: (N,) float64."""
-    weights, projected = list(policy.unet.parameters()), []
+    weights, projected = list(policy.denoiser.parameters()), []
     for image in tqdm(range(len(trajectory.prompts)), desc="gradients", leave=False, disable=None):
         log_probs, _ = score(policy, trajectory, torch.full((len(steps),), image), steps)
         gradients = torch.autograd.grad(log_probs.mean(), weights)

@@ -1,0 +1,84 @@
+"""The claims hold for every architecture: tiny random pipelines, through the real loading code."""
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import baselines_rwr
+import ddpo
+import models
+import pipelines
+import sampling
+import schedules
+from conftest import learner, rng, run, tiny_flags, weights
+
+TEXTS = ["a cat", "two dogs"]
+PIPELINES = {"tiny_sdxl": diffusers.StableDiffusionXLPipeline, "tiny_sd3": diffusers.StableDiffusion3Pipeline}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_without_noise_our_pictures_are_those_of_diffusers_own_pipeline(name, guidance, request):
+    folder = request.getfixturevalue(name)
+    policy = sampling.load_policy(folder, 4, 0.0, guidance, scored=False)
+    images = models.decode(policy.pipeline, sampling.rollout(policy, TEXTS, rng(), 2, keep_chain=False).x_0)
+    theirs = PIPELINES[name].from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    if name == "tiny_sdxl":
+        theirs.scheduler = policy.pipeline.scheduler  # Euler's steps are DDIM's, but its timesteps are other ones
+    x_T = torch.stack([torch.randn(models.latent_shape(policy.pipeline), generator=one) for one in sampling.generators(rng(), 2)])
+    size = models.image_size(policy.pipeline)
+    drawn = theirs(TEXTS, num_inference_steps=4, guidance_scale=guidance, latents=x_T, height=size[0], width=size[1], output_type="pt").images
+    torch.testing.assert_close(images, drawn, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_first_update_has_a_ratio_of_one_and_the_second_has_moved(any_model, lora_rank):
+    policy = sampling.load_policy(any_model, 4, 1.0, 5.0, lora_rank=lora_rank, keep_reference=True)
+    trajectory = sampling.rollout(policy, TEXTS * 4, rng(), 8)
+    extras = learner(policy, 1e-3, kl_weight=1.0, skip_last_steps=2)
+    infos = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss, **extras) for _ in range(2)]
+    assert infos[0]["ratio_deviation"] <= 5e-6 and infos[1]["ratio_deviation"] > 1e-5
+    assert infos[1]["kl_pretrained"] > infos[0]["kl_pretrained"] >= 0
+
+
+def test_micro_batches_change_nothing(any_model):
+    moved, start = [], weights(sampling.load_policy(any_model, 4, 1.0, 5.0))
+    for micro_batch in (3, 100):
+        policy = sampling.load_policy(any_model, 4, 1.0, 5.0)
+        trajectory = sampling.rollout(policy, TEXTS * 2, rng(), 4)
+        extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9, skip_last_steps=2)
+        extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
+        ddpo.ddpo_update(policy, trajectory, torch.randn(4, generator=rng()), loss=ddpo.clipped_loss, **extras)
+        baselines_rwr.rwr_update(policy, trajectory, torch.ones(4), **extras)
+        moved.append(weights(policy))
+    size = max((moved[0][name] - start[name]).abs().max() for name in start)
+    assert size > 0 and max((moved[0][name] - moved[1][name]).abs().max() for name in start) < 1e-3 * size
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_is_resumed_and_saved_for_plain_diffusers(any_model, rank):
+    flags = {"guidance-scale": 3, "lora-rank": rank, "learning-rate": 1e-3, "precision": "bf16", "noise": "cps"}
+    whole = run(*tiny_flags(any_model, name="whole", **flags))
+    run(*tiny_flags(any_model, name="parts", **{**flags, "epochs": 1}))
+    parts = run("--resume", "runs/parts", "--epochs", "2")
+    assert [row["eval_reward_mean"] for row in whole] == [row["eval_reward_mean"] for row in parts]
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(any_model if rank else "runs/whole/model", safety_checker=None)
+    if rank:
+        pipeline.load_lora_weights("runs/whole/model")
+    pipeline.set_progress_bar_config(disable=True)
+    size = models.image_size(pipelines.load_pipeline(any_model))
+    assert pipeline("a cat", num_inference_steps=2, height=size[0], width=size[1]).images[0].size == size[::-1]
+
+
+def test_without_t5_stable_diffusion_3_is_what_diffusers_makes_of_it(tiny_sd3):
+    pipeline = pipelines.load_pipeline(tiny_sd3, t5=False)
+    assert pipeline.text_encoder_3 is None and pipeline.tokenizer_3 is None
+    (states, pooled), _ = models.encode_prompts(pipeline, TEXTS)
+    whole, _ = models.encode_prompts(pipelines.load_pipeline(tiny_sd3), TEXTS)
+    clips = pipeline.tokenizer.model_max_length
+    assert states.shape == whole[0].shape and torch.equal(pooled, whole[1]) and torch.equal(states[:, :clips], whole[0][:, :clips])
+    assert (states[:, clips:] == 0).all() and (whole[0][:, clips:] != 0).any()
+    assert pipelines.identity_of(pipeline) != pipelines.identity_of(pipelines.load_pipeline(tiny_sd3))
