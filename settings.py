@@ -39,7 +39,7 @@ class Config:
     settings of memory and speed, and how often to evaluate and to save.
     """
     preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: "
-                                   "likewise, v1.5 and LoRA of rank 4")
+                                   "likewise, v1.5 and LoRA of rank 4; sdxl, sd3: LoRA of SDXL and of Stable Diffusion 3.5 medium")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. Options such as --reward-model go to the trained reward if it "
@@ -120,23 +120,30 @@ _RWR = {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400, "eva
 ALGORITHMS = {"ddpo-is": {}, "ddpo-sf": {"updates_per_epoch": 1}, "rwr": _RWR, "rwr-sparse": _RWR, "nft": {}}
 
 EMOJI = ROOT / "emoji"
+# An image is compared with the seven others of its prompt in the same epoch: a baseline from the first epoch on.
+_GROUPS = {"images_per_prompt": 8, "stats_buffer": 1, "stats_min_count": 1}
 PRESETS = {
     "emoji": {
         "model": str(EMOJI / "model"),
         "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
         "precision": "fp32", "epochs": 12, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
-        # An image is compared with the seven others of its prompt in the same epoch: a baseline from the first epoch on.
-        "images_per_prompt": 8, "stats_buffer": 1, "stats_min_count": 1,
+        **_GROUPS,
         "guidance_scale": 3.0,  # the largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md
         "learning_rate": 2e-4,
         "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
         "sample_batch": 64, "micro_batch": 64, "eval_every": 2, "eval_prompts": 45},
     "paper": {},
-    "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}}  # appendix C, and the authors' port
+    "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4},  # appendix C, and the authors' port
+    # Untested by us at full size. Steps, guidance, rank and image size of sd3 are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
+    # action of its chain adds hardly any noise, so its gradient would drown the others': with the last step, which is no action, it is skipped.
+    "sdxl": {"model": "stabilityai/stable-diffusion-xl-base-1.0", "lora_rank": 32, "precision": "bf16", "sampling_steps": 20, "eval_steps": 40,
+             **_GROUPS, "sample_batch": 4, "micro_batch": 1, "gradient_checkpointing": True},
+    "sd3": {"model": "stabilityai/stable-diffusion-3.5-medium", "lora_rank": 32, "precision": "bf16", "sampling_steps": 10, "eval_steps": 40,
+            "guidance_scale": 4.5, "height": 512, "width": 512, "skip_last_steps": 2, **_GROUPS, "sample_batch": 8, "micro_batch": 1}}
 # With --lora-rank, for any algorithm. 3e-4 is that of the authors' port; 1e-5, the paper's for all weights, moves adapters too little.
-LORA_LEARNING_RATES = {"emoji": 3e-3, "paper": 3e-4, "lora": 3e-4}  # emoji: studies/results/README.md
+LORA_LEARNING_RATES = {"emoji": 3e-3}  # studies/results/README.md; else 3e-4
 
 # What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
@@ -192,7 +199,7 @@ def build_config(flags):
     of_reward, of_algorithm = preset_reward(preset, reward), PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {})
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
     if config.lora_rank and "learning_rate" not in flags:
-        config.learning_rate = LORA_LEARNING_RATES[preset]
+        config.learning_rate = LORA_LEARNING_RATES.get(preset, 3e-4)
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     make_paths_absolute(config)
     if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained

@@ -1,17 +1,15 @@
 """The claims hold for every architecture: tiny random pipelines, through the real loading code."""
-from pathlib import Path
+import shutil
 
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import baselines_rwr
 import ddpo
 import models
 import pipelines
 import sampling
-import schedules
 from conftest import learner, rng, run, tiny_flags, weights
 
 TEXTS = ["a cat", "two dogs"]
@@ -42,6 +40,11 @@ def test_the_first_update_has_a_ratio_of_one_and_the_second_has_moved(any_model,
     infos = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss, **extras) for _ in range(2)]
     assert infos[0]["ratio_deviation"] <= 5e-6 and infos[1]["ratio_deviation"] > 1e-5
     assert infos[1]["kl_pretrained"] > infos[0]["kl_pretrained"] >= 0
+    state = trajectory.latents[:2, 1], trajectory.timesteps[:1].expand(2), models.encode_prompts(policy.pipeline, TEXTS)
+    with torch.no_grad():
+        now, reference, pretrained = (sampling.predict(one, *state) for one in (
+            policy, policy.reference, sampling.load_policy(any_model, 4, 1.0, 5.0)))
+    assert torch.equal(reference, pretrained) and not torch.equal(now, pretrained)
 
 
 def test_micro_batches_change_nothing(any_model):
@@ -71,6 +74,23 @@ def test_a_run_is_resumed_and_saved_for_plain_diffusers(any_model, rank):
     pipeline.set_progress_bar_config(disable=True)
     size = models.image_size(pipelines.load_pipeline(any_model))
     assert pipeline("a cat", num_inference_steps=2, height=size[0], width=size[1]).images[0].size == size[::-1]
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("tiny_sd3", {"height": 24}, "Stable Diffusion 3 draws square images of at most 32 pixels"),
+    ("tiny_sd3", {"width": 18, "height": 18}, "--height 18: must be a multiple of 4 pixels"),
+    ("tiny_sdxl", {"clip_skip": 1}, "--clip-skip 1: it is for Stable Diffusion 1 and 2")])
+def test_what_an_architecture_cannot_do_is_refused_in_one_line(name, options, message, request):
+    with pytest.raises(ValueError, match=message):
+        pipelines.load_pipeline(request.getfixturevalue(name), **options)
+
+
+def test_a_part_that_is_missing_is_named(tiny_sd3, tmp_path):
+    folder = shutil.copytree(tiny_sd3, tmp_path / "model")
+    shutil.rmtree(folder / "text_encoder_3")
+    with pytest.raises(ValueError, match="not of a Stable Diffusion 3 pipeline: it has no text_encoder_3"):
+        pipelines.load_pipeline(folder)
+    assert pipelines.load_pipeline(folder, t5=False).text_encoder_3 is None
 
 
 def test_without_t5_stable_diffusion_3_is_what_diffusers_makes_of_it(tiny_sd3):

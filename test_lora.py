@@ -120,8 +120,8 @@ def test_a_lora_is_not_taken_for_a_whole_model(tiny_model, capsys):
 
 
 def test_the_default_learning_rate_follows_the_mode_and_that_of_the_other_is_told(tiny_model, capsys):
-    rates = [settings.build_config({"preset": preset, "precision": "fp32"}).learning_rate for preset in ("paper", "lora")]
-    assert rates == [1e-5, 3e-4]
+    rates = [settings.build_config({"preset": preset, "precision": "fp32"}).learning_rate for preset in ("paper", "lora", "sdxl", "sd3")]
+    assert rates == [1e-5, 3e-4, 3e-4, 3e-4]
     assert settings.build_config({"lora_rank": 4}).learning_rate == 3e-3 and settings.build_config({}).learning_rate == 2e-4
     for rank, rate, message in ((2, 1e-5, "adapters learn next to nothing"), (0, 3e-4, "is LoRA's: with it all weights")):
         train.main([*tiny_flags(tiny_model, name=f"r{rank}", epochs=1), "--preset", "paper", "--precision", "fp32", "--reward",

@@ -36,12 +36,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("flags", [{"algorithm": "ddpo-is", "learn-steps": 1}, {"algorithm": "rwr", "batch-size": 3},
-                                   {"algorithm": "nft", "batch-size": 3}, {"lora-rank": 2, "kl-weight": 1}],
-                         ids=["ddpo-is", "rwr", "nft", "lora"])
-def test_two_processes_learn_what_one_learns(flags, tiny_model, own_reward):
+@pytest.mark.parametrize("model, flags", [
+    ("tiny_model", {"algorithm": "ddpo-is", "learn-steps": 1}), ("tiny_sdxl", {"algorithm": "rwr", "batch-size": 3}),
+    ("tiny_flow", {"algorithm": "nft", "batch-size": 3}), ("tiny_sd3", {"lora-rank": 2, "kl-weight": 1})],
+    ids=["ddpo-is", "rwr", "nft", "lora"])
+def test_two_processes_learn_what_one_learns(model, flags, own_reward, request):
     # A large epsilon: else AdamW makes a whole step of a gradient that is rounding and nothing else.
-    flags = tiny_flags(tiny_model, epochs=3, reward=own_reward("redness"), **flags, **{"adam-epsilon": 1e-4},
+    flags = tiny_flags(request.getfixturevalue(model), epochs=3, reward=own_reward("redness"), **flags, **{"adam-epsilon": 1e-4},
                        watch=[own_reward("is_cat"), own_reward("letters")])
     one = run(*flags, "--name", "one")
     codes, (told, silence) = forked(2, *flags, "--name", "two")
