@@ -127,7 +127,7 @@ PRESETS = {
         "model": str(EMOJI / "model"),
         "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
-        "precision": "fp32", "epochs": 12, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
+        "precision": "fp32", "epochs": 10, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
         **_GROUPS,
         "guidance_scale": 3.0,  # the largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md
         "learning_rate": 2e-4,

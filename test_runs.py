@@ -139,7 +139,7 @@ def test_help_explains_every_flag(capsys):
     (["--prompts", "empty.txt"], "is empty"),
     (["--prompts", "binary.txt"], "is not UTF-8"),
     (["--model", "nobody/nothing"], "neither a folder here nor reachable on the hub"),
-    (["--model", "bare"], "not of a Stable Diffusion pipeline: it has no model_index.json, unet"),
+    (["--model", "bare"], "not of a pipeline: it has no model_index.json"),
     (["--model", "truncated"], "its files cannot be loaded"),
     (["--samples-per-epoch", "40", "--updates-per-epoch", "6"], "--samples-per-epoch 40 does not divide into --updates-per-epoch 6"),
     (["--images-per-prompt", "1"], "compares an image with itself alone: give --stats-buffer 16"),
