@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD, REWARDS, EVALUATE = "test_ddpo.py", "test_rewards.py", "test_evaluate.py"
 MODELS, PROMPTS, RUNS = "test_models.py", "test_prompts.py", "test_runs.py"
 PARALLEL, LORA, GUIDANCE = "test_parallel.py", "test_lora.py", "test_guidance.py"
-EMOJI, STUDIES = "emoji/test_emoji.py", "studies/test_studies.py"
+EMOJI, STUDIES, ARCHITECTURES = "emoji/test_emoji.py", "studies/test_studies.py", "test_architectures.py"
 
 # (file, the line as it is, the line as it must not be, the tests that must notice)
 MUTATIONS = [
@@ -41,7 +41,7 @@ MUTATIONS = [
     ("ddpo.py", "share = len(part) / len(rows)", "share = micro_batch / len(rows)", METHOD),
     ("ddpo.py", ">= self.min_count", "> self.min_count", METHOD),
     ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
-    ("ddpo.py", "clip_grad_norm_(unet.parameters(), max_grad_norm)", "clip_grad_norm_(unet.parameters(), 1e9)", METHOD),
+    ("ddpo.py", "clip_grad_norm_(denoiser.parameters(), max_grad_norm)", "clip_grad_norm_(denoiser.parameters(), 1e9)", METHOD),
     # baselines_rwr.py
     ("baselines_rwr.py", "kept = (r >= r.quantile(percentile))", "kept = (r > r.quantile(percentile))", METHOD),
     ("baselines_rwr.py", "torch.softmax(beta * r, 0) * len(r)", "torch.softmax(r / beta, 0) * len(r)", METHOD),
@@ -63,7 +63,7 @@ MUTATIONS = [
     ("preference_rewards.py", "- self.MEAN) / self.STD", "- self.MEAN) * self.STD", REWARDS),
     # settings.py, runs.py
     ("settings.py", 'advantage_clip: float = setting(10.0', 'advantage_clip: float = setting(5.0', METHOD),
-    ("settings.py", '"skip_last_steps": 2,', '"skip_last_steps": 1,', STUDIES),  # a test was added
+    ("settings.py", '"skip_last_steps": 2,\n        "sample_batch"', '"skip_last_steps": 1,\n        "sample_batch"', STUDIES),  # a test was added
     ("settings.py", "or name in config.watch and config.reward not in readers", "or name in config.watch", METHOD),
     ("runs.py", 'row["epoch"] <= epoch]', 'row["epoch"] < epoch]', RUNS),
     # train.py
@@ -84,8 +84,13 @@ MUTATIONS = [
     # what would go wrong in silence
     ("networks.py", 'missing = [key for key in info["missing_keys"]', "missing = [key for key in []", MODELS),
     ("networks.py", "and (of_diffusers or any(", "and (any(", MODELS),
-    ("models.py", "tokenizer.model_max_length = min(", "tokenizer.model_max_length = max(", MODELS),
-    ("models.py", "del layers[-more:]", "del layers[:more]", MODELS),
+    ("pipelines.py", "tokenizer.model_max_length = min(", "tokenizer.model_max_length = max(", MODELS),
+    ("pipelines.py", "del layers[-more:]", "del layers[:more]", MODELS),
+    # architectures
+    ("models.py", '+ (config.get("shift_factor") or 0)', "", ARCHITECTURES),
+    ("models.py", "[[*pixels, 0, 0, *pixels]]", "[[0, 0, 0, 0, 0, 0]]", ARCHITECTURES),
+    ("models.py", "encoded([\"\"], True)[1::2]", "encoded([\"\"], True)[::2]", ARCHITECTURES),
+    ("schedules.py", "return N * shift * s / (1 + (shift - 1) * s)", "return N * s", METHOD),
     ("schedules.py", 'spacing = "trailing" if', 'spacing = "leading" if', MODELS),
     ("prompts.py", 'line.strip(" \\t\\ufeff")', "line.strip()", PROMPTS),
     ("prompts.py", 're.split("\\r\\n|\\n|\\r", text)', "text.splitlines()", PROMPTS),
