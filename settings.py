@@ -160,7 +160,7 @@ PRESET_REWARDS = {"emoji": {
 
 # What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md), but nft's, which waits.
 # training_guidance: at this weight rounds without a reward leave the images as they are (studies/results/README.md, "Drift").
-_EMOJI_RWR = {"epochs": 2, "samples_per_epoch": 384, "updates_per_epoch": 60, "batch_size": 32, "learning_rate": 1e-4,
+_EMOJI_RWR = {"epochs": 2, "samples_per_epoch": 256, "updates_per_epoch": 40, "batch_size": 32, "learning_rate": 1e-4,
               "training_guidance": 1.7, "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
     "ddpo-sf": {"samples_per_epoch": 64, "updates_per_epoch": 1, "learning_rate": 1e-4},
