@@ -2,10 +2,11 @@
 
     python emoji/pretrain.py            # remakes model and judge from nothing; if it is stopped, the same command goes on
     python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model   # trains the shipped weights for longer
+    python emoji/pretrain.py --flow     # makes the flow-matching model emoji/flow, which begins with the weights of emoji/model
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
-    python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table
+    python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table, as with --flow
 
-It takes about three and a half hours on two cores. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
+It takes about three and a half hours on two cores, --flow two. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
 of scenes; train the autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
 vision-language model has two stages on the same pool: its vision tower, then the whole. Only tests import this file.
 """
@@ -32,10 +33,14 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
+from models import decode, save_pipeline
 from networks import fingerprint, normalised, to_pil
+from pipelines import load_pipeline
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
+from sampling import load_policy, rollout, target_of
+from schedules import coefficients, is_flow, training_timesteps
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
@@ -406,14 +411,17 @@ def encode_pool(vae, images, args):
     return latents * factor, factor
 
 
-def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
-    """U-Net and text encoder jointly, on the epsilon loss. 10 % of the captions are dropped, for guidance."""
+def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps, learning_rate, args):
+    """U-Net and text encoder jointly, on the loss of the scheduler's kind: diffusion's, on epsilon, or flow matching's, on eps - x_0.
+
+    10 % of the captions are dropped, for guidance.
+    """
     from diffusers.models.attention_processor import AttnProcessor
     kinds = [(a, n, bare) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1) for bare in (False, True)]
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
                     return_tensors="pt").input_ids.to(args.device)
-    alpha_bar = scheduler.alphas_cumprod.to(args.device)
+    timesteps, kind = training_timesteps(scheduler), "flow" if is_flow(scheduler) else scheduler.config.prediction_type
     hard = np.flatnonzero(np.isin(animals, [ANIMALS.index(name) for name in HARD]))
     scenes = np.concatenate([np.arange(len(latents)), hard])
 
@@ -424,15 +432,18 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
                 for a, n, b, d in zip(animals[chosen], numbers[chosen], bare, dropped)]
         x_0 = latents[torch.as_tensor(chosen)].to(args.device)                                   # (B, 8, 16, 16)
         # One timestep from each 64th of the range: the loss varies less than with independent ones (Kingma et al. 2021, app. I.1).
-        t = torch.as_tensor(((rng.random() + rng.permutation(64) / 64) % 1 * 1000).astype(int), device=args.device)  # (B,)
+        t = timesteps[torch.as_tensor(((rng.random() + rng.permutation(64) / 64) % 1 * len(timesteps)).astype(int))]  # (B,)
+        a, b = (values.float().to(args.device)[:, None, None, None] for values in coefficients(scheduler, t))
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
-        x_t = scheduler.add_noise(x_0, noise, t)
         states = networks["text_encoder"](ids[rows])[0]
         with torch.autocast(args.device, torch.bfloat16):  # faster, see train_autoencoder
-            eps = networks["unet"](x_t, t, states).sample.float()
+            prediction = networks["unet"](a * x_0 + b * noise, t.to(args.device), states).sample.float()
+        errors = (prediction - target_of(x_0, noise, a, b, kind)).square().mean((1, 2, 3))
+        if kind == "flow":
+            return errors.mean()
         # Min-SNR weights (Hang et al. 2023, gamma = 5): most of the plain loss is about noise that nobody sees.
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        return (snr.clamp(max=5) / snr * (eps - noise).square().mean((1, 2, 3))).mean()
+        snr = (a / b).flatten() ** 2
+        return (snr.clamp(max=5) / snr * errors).mean()
 
     def make():
         networks = begun(args, unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
@@ -440,7 +451,7 @@ def train_denoiser(latents, animals, numbers, tokenizer, scheduler, args):
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
 
-    return train_networks("denoiser", make, loss, args.denoiser_steps, 1e-3, args)
+    return train_networks(name, make, loss, steps, learning_rate, args)
 
 
 def scheduler():
@@ -460,14 +471,31 @@ def remake(args):
     latents, scaling_factor = encode_pool(vae, images, args)
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = new_tokenizer()
-    networks = train_denoiser(latents, animals, numbers, tokenizer, scheduler(), args)
-    pipeline = StableDiffusionPipeline(vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.to("cpu", torch.float16).save_pretrained(args.output)
-    # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do not mix.
-    pipeline.text_encoder.float().save_pretrained(args.output / "text_encoder")
+    networks = train_denoiser("denoiser", latents, animals, numbers, tokenizer, scheduler(), args.denoiser_steps, 1e-3, args)
+    save_model(StableDiffusionPipeline(vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
+                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False), args)
     save_file({name: weight.half().contiguous() if weight.is_floating_point() else weight
                for name, weight in judge.cpu().state_dict().items()}, args.output.parent / WEIGHTS.name)
+
+
+def remake_flow(args):
+    """The flow-matching twin of the model in --start: its autoencoder, and its U-Net and text encoder trained on with another loss."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+    args.work.mkdir(parents=True, exist_ok=True)
+    images, animals, numbers = load_pool(args)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.start).to(args.device)
+    latents, _ = encode_pool(pipeline.vae, images, args)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, pipeline.scheduler, args.flow_steps, 5e-4, args)
+    pipeline.unet, pipeline.text_encoder = networks["unet"], networks["text_encoder"]
+    save_model(pipeline, args)
+
+
+def save_model(pipeline, args):
+    """Save a pipeline in --output, in half precision."""
+    save_pipeline(pipeline.to("cpu", torch.float16), args.output)
+    # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do not mix.
+    pipeline.text_encoder.float().save_pretrained(args.output / "text_encoder")
 
 
 def load_pool(args):
@@ -486,22 +514,11 @@ def load_pool(args):
 
 # ---- What came out ----
 
-def load_pipeline(args):
-    """The model in --output, by plain diffusers."""
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained(args.output).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.no_grad()
-def sample(pipeline, prompts, steps, args):
-    """Images (B, 3, 64, 64) in [0, 1] of B prompts, by plain diffusers: DDIM, eta = 1, seed 0."""
-    rng = torch.Generator().manual_seed(0)
-    batches = tqdm(range(0, len(prompts), 64), f"{steps} steps".ljust(11))
-    return torch.cat([torch.as_tensor(pipeline(
-        prompts[i:i + 64], num_inference_steps=steps, guidance_scale=args.guidance_scale, eta=1.0,
-        generator=rng, output_type="np").images).permute(0, 3, 1, 2) for i in batches])
+def sample(prompts, steps, args):
+    """Images (B, 3, 64, 64) in [0, 1] of B prompts by the model in --output, drawn as a policy draws: eta = 1, seed 0."""
+    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device, scored=False)
+    trajectory = rollout(policy, prompts, torch.Generator().manual_seed(0), 64, keep_chain=False, title=f"{steps} steps".ljust(11))
+    return decode(policy.pipeline, trajectory.x_0)
 
 
 def frechet_distance(features, others):
@@ -529,20 +546,20 @@ def judged(judge, images, animals, numbers):
 
 def print_card(args):
     """Print the tables of the model card. All distances are to one set of fresh scenes; the samples have its captions."""
-    pipeline, judge = load_pipeline(args), load_judge(args.output.parent / WEIGHTS.name, args.device)
+    judge, vae = load_judge(args.output.parent / WEIGHTS.name, args.device), load_pipeline(args.output, args.device).vae
     count, steps = args.check_images, args.sampling_steps
     images, animals, numbers = draw_scenes(FRESH_SEED, 2 * count, args.font)
     scenes, others = (to_float(half, args.device) for half in np.split(images, 2))
     prompts = [caption(*pair) for pair in zip(animals[:count], numbers[:count])]
     with torch.no_grad():
-        decoded = torch.cat([pipeline.vae(part * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 for part in scenes.split(64)])
+        decoded = torch.cat([vae(part * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 for part in scenes.split(64)])
     psnr = -10 * (decoded - scenes).square().mean().log10().item()
     truth = judged(judge, scenes, animals[:count], numbers[:count])
     print(f"\n{count} images each, guidance {args.guidance_scale:g}, eta 1\n\n"
           "| images | animal right | number right | Fréchet distance | JPEG size |\n|---|---|---|---|---|")
     for name, pictures, half in (("fresh scenes", scenes, slice(count)), ("other fresh scenes: the floor", others, slice(count, None)),
                                  (f"scenes through the autoencoder, PSNR {psnr:.1f} dB", decoded, slice(count)),
-                                 *((f"samples, {k} steps", sample(pipeline, prompts, k, args), slice(count)) for k in (50, steps))):
+                                 *((f"samples, {k} steps", sample(prompts, k, args), slice(count)) for k in (50, steps))):
         features, confidence, right = judged(judge, pictures, animals[half], numbers[half])
         print("| " + " | ".join([name, *(f"{share:.1%}" for share in right.mean(1)), f"{frechet_distance(features, truth[0]):.1f}",
                                  f"{-np.mean(compressibility(pictures, None)):.2f} kB"]) + " |")
@@ -597,7 +614,7 @@ def contact_sheet(args, path, prompts, columns):
     tile, label = 96, 14
     sheet = Image.new("RGB", (columns * (tile + 4), -(-len(prompts) // columns) * (tile + label + 4)), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, (prompt, image) in enumerate(zip(prompts, sample(load_pipeline(args), prompts, args.sampling_steps, args))):
+    for k, (prompt, image) in enumerate(zip(prompts, sample(prompts, args.sampling_steps, args))):
         x, y = k % columns * (tile + 4), k // columns * (tile + label + 4)
         sheet.paste(to_pil(image).resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
         pen.text((x + tile / 2, y + tile + 1), prompt, fill="black", anchor="ma")
@@ -605,9 +622,12 @@ def contact_sheet(args, path, prompts, columns):
 
 
 def draw_contact_sheets(args):
-    """Every animal, then rows of two, three and four; and the hard animals, ten images of each."""
+    """Every animal, then rows of two, three and four; and, of the diffusion model, the hard animals, ten images of each."""
     prompts = [caption(a, 1) for a in range(len(ANIMALS))]
     prompts += [caption((7 * n + 5 * k) % len(ANIMALS), n) for n in (2, 3, 4) for k in range(15)]
+    if args.flow:
+        contact_sheet(args, args.output.parent / "contact_sheet_flow.png", prompts, 15)
+        return
     contact_sheet(args, args.output.parent / "contact_sheet.png", prompts, 15)
     contact_sheet(args, args.output.parent / "hard_animals.png", [with_number(name, 1) for name in HARD for _ in range(10)], 10)
 
@@ -618,7 +638,8 @@ def parse(argv):
     add = parser.add_argument
     add("--check", action="store_true", help="measure the models in --output, train nothing")
     add("--vlm", action="store_true", help="the vision-language model instead of the others")
-    add("--output", type=Path, default=HERE / "model", help="folder of the text-to-image model")
+    add("--flow", action="store_true", help="the flow-matching model instead of the others")
+    add("--output", type=Path, help="folder of the text-to-image model (default: emoji/model, with --flow emoji/flow)")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
     add("--start", type=Path, help="a folder as --output: autoencoder, judge (beside the folder), U-Net and text "
         "encoder begin with its weights, not random ones, where --work has no checkpoint of them yet; those of 0 steps stay as they are")
@@ -629,12 +650,16 @@ def parse(argv):
     add("--autoencoder-steps", type=int, default=12_000, help="each on 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
     add("--denoiser-steps", type=int, default=33_000, help="each on 64 scenes")
+    add("--flow-steps", type=int, default=15_000, help="each on 64 scenes")
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
     add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
     add("--guidance-scale", type=float, default=3.0, help="for the check and the contact sheet: the emoji preset's")
     add("--check-images", type=int, default=4096, help="the check's samples, and fresh scenes beside them")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or HERE / ("flow" if args.flow else "model")
+    args.start = args.start or (HERE / "model" if args.flow else None)
+    return args
 
 
 def main(argv=None):
@@ -661,7 +686,7 @@ def main(argv=None):
         print_vlm_card(args)
         return
     if not args.check:
-        remake(args)
+        (remake_flow if args.flow else remake)(args)
         draw_contact_sheets(args)
     print_card(args)
 

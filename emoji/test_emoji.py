@@ -6,6 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import prompts
+import sampling
 import settings
 import train
 from conftest import EMOJI, EMOJI_VLM, rng
@@ -102,3 +103,16 @@ def test_a_network_of_zero_steps_is_that_of_the_start(tmp_path):
     for network, file in ((kept, judge.WEIGHTS), (vae, EMOJI / "vae" / "diffusion_pytorch_model.safetensors")):
         saved = load_file(file)
         assert all(torch.equal(weight, saved[name].to(weight.dtype)) for name, weight in network.state_dict().items())
+
+
+def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffusers_draws_it(tmp_path, monkeypatch):
+    scenes = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8), np.arange(64), np.arange(64) % 4 + 1
+    monkeypatch.setattr(pretrain, "load_pool", lambda args: scenes)
+    args = pretrain.parse(["--flow", "--flow-steps", "1", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
+    pretrain.remake_flow(args)
+    policy, diffusion = (sampling.load_policy(model, 10, 1.0, 3.0) for model in (tmp_path / "flow", EMOJI))
+    assert policy.schedule.prediction_type == "flow" and policy.schedule.actions == 9
+    moved = max((one - other).abs().max() for one, other in zip(policy.trained.values(), diffusion.trained.values()))
+    assert 0 < moved < 1e-2  # one step of a learning rate that warms up
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "flow")
+    assert pipeline("a cat", num_inference_steps=2).images[0].size == (64, 64)
