@@ -17,7 +17,9 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     though the image hardly changes there. The estimate becomes slightly biased, and learns faster: 13 % instead of 2 % in 512
     queries, all else equal (one seed: studies/results/README.md).
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
- 7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is (see PromptStatistics).
+ 7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is (see PromptStatistics). With a buffer of 1 and
+    several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of the group alone, as in GRPO:
+    a baseline from the first epoch on. It learned twice as fast (studies/results/README.md).
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy moves, the ratio falls,
     whatever the advantage. So the low side of the clip is in effect a bound on the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back
     in. Here that destroyed the images (a trial whose program was not kept).

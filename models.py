@@ -204,7 +204,7 @@ def encode_prompts(pipeline, prompts):
     def encoded(texts, guided):  # states of the texts, of the empty prompt, then likewise the pooled states
         return pipeline.encode_prompt(prompt=texts, **others, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided)
 
-    if sum(tensor.numel() for states in known.values() for tensor in states) > KEPT:
+    if new and sum(tensor.numel() for states in known.values() for tensor in states) > KEPT:
         known.clear()
         new = list(dict.fromkeys(prompts))
     if None not in known:  # the empty prompt: of SDXL it is no text's states but zeros
