@@ -127,13 +127,13 @@ PRESETS = {
         "model": str(EMOJI / "model"),
         "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
-        "precision": "fp32", "epochs": 10, "samples_per_epoch": 64, "updates_per_epoch": 8, "sampling_steps": 10,
+        "precision": "fp32", "epochs": 8, "samples_per_epoch": 64, "updates_per_epoch": 4, "sampling_steps": 10,
         **_GROUPS,
         "guidance_scale": 3.0,  # the largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md
         "learning_rate": 2e-4,
         "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
-        "sample_batch": 64, "micro_batch": 64, "eval_every": 2, "eval_prompts": 45},
+        "sample_batch": 64, "micro_batch": 64, "eval_every": 1, "eval_prompts": 45},
     "paper": {},
     "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4},  # appendix C, and the authors' port
     # Untested by us at full size. Steps, guidance, rank and image size of sd3 are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
