@@ -146,12 +146,11 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
 
 
-@pytest.mark.xfail(strict=True, reason="it was made with the first embedded model and guidance 5, and waits to be made again")
-def test_the_committed_comparison_is_of_todays_presets():
-    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, queries=compare.QUERIES)
-    lines = compare.finished_runs(compare.RESULTS / "compressibility" / "main.jsonl")
-    planned = compare.planned_runs(args, {"reward": "compressibility", "precision": "bf16"})
-    assert {run.key for run in planned} <= set(lines)
+@pytest.mark.parametrize("reward", ["compressibility", "incompressibility"])
+def test_the_committed_comparison_is_of_todays_presets(reward):
+    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=3, queries=compare.QUERIES)
+    lines = compare.finished_runs(compare.RESULTS / reward / "main.jsonl")
+    assert {run.key for run in compare.planned_runs(args, {"reward": reward, "precision": "bf16"})} == set(lines)
 
 
 def test_each_preset_is_among_the_settings_of_the_sweep():
