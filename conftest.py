@@ -143,8 +143,9 @@ def tiny_clips():
         max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id)) for size in (16, 24)]
 
 
-@pytest.fixture(params=["tiny_model", "tiny_flow", "tiny_sdxl", "tiny_sd3"])
-def any_model(request):
+@pytest.fixture(params=["tiny_flow", "tiny_sdxl", "tiny_sd3"])
+def other_model(request):
+    """Of another kind than Stable Diffusion 1, with which most tests are made."""
     return request.getfixturevalue(request.param)
 
 

@@ -33,8 +33,8 @@ def test_without_noise_our_pictures_are_those_of_diffusers_own_pipeline(name, gu
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_the_first_update_has_a_ratio_of_one_and_the_second_has_moved(any_model, lora_rank):
-    policy = sampling.load_policy(any_model, 4, 1.0, 5.0, lora_rank=lora_rank, keep_reference=True)
+def test_the_first_update_has_a_ratio_of_one_and_the_second_has_moved(other_model, lora_rank):
+    policy = sampling.load_policy(other_model, 4, 1.0, 5.0, lora_rank=lora_rank, keep_reference=True)
     trajectory = sampling.rollout(policy, TEXTS * 4, rng(), 8)
     extras = learner(policy, 1e-3, kl_weight=1.0, skip_last_steps=2)
     infos = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss, **extras) for _ in range(2)]
@@ -43,14 +43,14 @@ def test_the_first_update_has_a_ratio_of_one_and_the_second_has_moved(any_model,
     state = trajectory.latents[:2, 1], trajectory.timesteps[:1].expand(2), models.encode_prompts(policy.pipeline, TEXTS)
     with torch.no_grad():
         now, reference, pretrained = (sampling.predict(one, *state) for one in (
-            policy, policy.reference, sampling.load_policy(any_model, 4, 1.0, 5.0)))
+            policy, policy.reference, sampling.load_policy(other_model, 4, 1.0, 5.0)))
     assert torch.equal(reference, pretrained) and not torch.equal(now, pretrained)
 
 
-def test_micro_batches_change_nothing(any_model):
-    moved, start = [], weights(sampling.load_policy(any_model, 4, 1.0, 5.0))
+def test_micro_batches_change_nothing(other_model):
+    moved, start = [], weights(sampling.load_policy(other_model, 4, 1.0, 5.0))
     for micro_batch in (3, 100):
-        policy = sampling.load_policy(any_model, 4, 1.0, 5.0)
+        policy = sampling.load_policy(other_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, TEXTS * 2, rng(), 4)
         extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9, skip_last_steps=2)
         extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
@@ -61,18 +61,19 @@ def test_micro_batches_change_nothing(any_model):
     assert size > 0 and max((moved[0][name] - moved[1][name]).abs().max() for name in start) < 1e-3 * size
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_run_is_resumed_and_saved_for_plain_diffusers(any_model, rank):
+@pytest.mark.parametrize("model, rank", [("tiny_flow", 0), ("tiny_sdxl", 2), ("tiny_sd3", 0), ("tiny_sd3", 2)])
+def test_a_run_is_resumed_and_saved_for_plain_diffusers(model, rank, request):
+    other_model = request.getfixturevalue(model)
     flags = {"guidance-scale": 3, "lora-rank": rank, "learning-rate": 1e-3, "precision": "bf16", "noise": "cps"}
-    whole = run(*tiny_flags(any_model, name="whole", **flags))
-    run(*tiny_flags(any_model, name="parts", **{**flags, "epochs": 1}))
+    whole = run(*tiny_flags(other_model, name="whole", **flags))
+    run(*tiny_flags(other_model, name="parts", **{**flags, "epochs": 1}))
     parts = run("--resume", "runs/parts", "--epochs", "2")
     assert [row["eval_reward_mean"] for row in whole] == [row["eval_reward_mean"] for row in parts]
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(any_model if rank else "runs/whole/model", safety_checker=None)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(other_model if rank else "runs/whole/model", safety_checker=None)
     if rank:
         pipeline.load_lora_weights("runs/whole/model")
     pipeline.set_progress_bar_config(disable=True)
-    size = models.image_size(pipelines.load_pipeline(any_model))
+    size = models.image_size(pipelines.load_pipeline(other_model))
     assert pipeline("a cat", num_inference_steps=2, height=size[0], width=size[1]).images[0].size == size[::-1]
 
 

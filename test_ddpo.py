@@ -156,8 +156,7 @@ SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"), dict(be
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("change", SCHEDULES, ids=str)
-@pytest.mark.parametrize("steps", [7, 30, 50])
-@pytest.mark.parametrize("eta", [1.0, 0.3])
+@pytest.mark.parametrize("steps, eta", [(7, 1.0), (30, 0.3), (50, 1.0)])
 def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps, eta):
     scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "prediction_type": prediction_type, **change})
     schedule = schedules.chain_schedule(scheduler, steps, eta)
