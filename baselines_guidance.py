@@ -9,8 +9,8 @@ Nothing is trained. The sampler itself follows the gradient of the reward. At ea
     z      = (a / a') z_prev + sqrt(b^2 - (a b' / a')^2) noise                    self-recurrence: noised again, to the same timestep
 
 a and b are those of x_t = a x_0 + b eps, a' and b' those of x_{t-1} (sampling.py); in diffusion b = sqrt(1 - alpha_bar), as the paper
-writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D is found by m steps of gradient descent on l(z_0 + D), from D = 0: so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes
-on with z_prev.
+writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D is found by m steps of gradient descent on l(z_0 + D), from D = 0:
+so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at each step, and a reward
 that has a gradient. JPEG size and the answers of a VLM have none.

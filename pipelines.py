@@ -61,6 +61,7 @@ def load_parts(model, t5=True):
         kinds = {part: value[1] or "" for part, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2}
     name, architecture = kind_of_pipeline(model, index, kinds)
     left_out = {part for part in architecture.optional if not t5 or not kinds.get(part)}
+    left_out |= {part for part, encoder in architecture.tokenizers.items() if encoder in left_out}
     refuse_missing_parts(folder, architecture, left_out)
     parts = dict.fromkeys(left_out)
     for part, fallback in architecture.networks.items():
@@ -70,10 +71,7 @@ def load_parts(model, t5=True):
                 raise ValueError(f"model {str(model)!r} is not a text-to-image model of {architecture.title}: its {part} is "
                                  f"{kinds.get(part) or 'missing'}, not {fallback}")
             parts[part] = load_network(loader, folder, f"the {part} of model {str(model)!r} in", subfolder=part, dtype=torch.float32)
-    for part, encoder in architecture.tokenizers.items():
-        if encoder in left_out:
-            parts[part] = None
-            continue
+    for part in (part for part in architecture.tokenizers if part not in left_out):
         if not any(all((folder / part / name).is_file() for name in names) for names in VOCABULARIES):
             raise ValueError(f"the {part} of model {str(model)!r} has no vocabulary: neither {' nor '.join(map(' with '.join, VOCABULARIES))}")
         tokenizer = getattr(transformers, kinds.get(part, ""), transformers.CLIPTokenizer)
@@ -122,8 +120,7 @@ def refuse_lora_or_no_pipeline(folder):
 def refuse_missing_parts(folder, architecture, left_out):
     """Raise ValueError if a folder lacks a part of its pipeline."""
     parts = [*architecture.networks, *architecture.tokenizers, "scheduler"]
-    unused = {*left_out, *(part for part, encoder in architecture.tokenizers.items() if encoder in left_out)}
-    missing = [part for part in parts if part not in unused and not (folder / part).exists()]
+    missing = [part for part in parts if part not in left_out and not (folder / part).exists()]
     if missing:
         raise ValueError(f"model {str(folder)!r} is a folder, but not of a {architecture.title} pipeline: it has no {', '.join(missing)}")
 

@@ -35,6 +35,11 @@ def is_flow(scheduler):
     return "beta_schedule" not in scheduler.config
 
 
+def prediction_type_of(scheduler):
+    """What the network of a scheduler's model predicts: see Schedule."""
+    return "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+
+
 def coefficients(scheduler, t):
     """a and b (N,), fp64, of x_t = a x_0 + b eps at the network's timesteps t (N,)."""
     if is_flow(scheduler):
@@ -105,7 +110,7 @@ def chain_schedule(scheduler, steps, eta, device="cpu", scored=True, noise="ddim
     if scored and no_action.all():
         raise ValueError("1 sampling step goes to the clean image without noise, so there is no action to learn from: take 2 or more")
     tensors = (tensor.to(device) for tensor in (timesteps, *(values.float() for values in (a, b, a_prev, b_prev, sigma))))
-    return Schedule(*tensors, "flow" if flow else config.prediction_type)
+    return Schedule(*tensors, prediction_type_of(scheduler))
 
 
 def refuse_diffusion(scheduler):

@@ -40,7 +40,7 @@ from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
 from sampling import load_policy, rollout, target_of
-from schedules import coefficients, is_flow, training_timesteps
+from schedules import coefficients, prediction_type_of, training_timesteps
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
@@ -421,7 +421,7 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
                     return_tensors="pt").input_ids.to(args.device)
-    timesteps, kind = training_timesteps(scheduler), "flow" if is_flow(scheduler) else scheduler.config.prediction_type
+    timesteps, kind = training_timesteps(scheduler), prediction_type_of(scheduler)
     hard = np.flatnonzero(np.isin(animals, [ANIMALS.index(name) for name in HARD]))
     scenes = np.concatenate([np.arange(len(latents)), hard])
 
