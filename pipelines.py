@@ -34,6 +34,8 @@ def load_pipeline(model, device="cpu", precision="fp32", clip_skip=0, height=0, 
     silence_libraries()
     pipeline = load_single_file(model) if Path(model).is_file() else load_parts(model, t5)
     refuse_architecture(model, pipeline)
+    if not t5 and not architecture_of(pipeline).optional:
+        raise ValueError(f"--no-t5: it is for Stable Diffusion 3; model {str(model)!r} is {architecture_of(pipeline).title}")
     with one_line_errors("the scheduler of model", model):
         pipeline.scheduler = scheduler_of(pipeline.scheduler.config, type(pipeline.scheduler))
     limit_tokens(model, pipeline)

@@ -80,7 +80,8 @@ def test_a_run_is_resumed_and_saved_for_plain_diffusers(model, rank, request):
 @pytest.mark.parametrize("name, options, message", [
     ("tiny_sd3", {"height": 24}, "Stable Diffusion 3 draws square images of at most 32 pixels"),
     ("tiny_sd3", {"width": 18, "height": 18}, "--height 18: must be a multiple of 4 pixels"),
-    ("tiny_sdxl", {"clip_skip": 1}, "--clip-skip 1: it is for Stable Diffusion 1 and 2")])
+    ("tiny_sdxl", {"clip_skip": 1}, "--clip-skip 1: it is for Stable Diffusion 1 and 2"),
+    ("tiny_sdxl", {"t5": False}, "--no-t5: it is for Stable Diffusion 3; model .* is SDXL")])
 def test_what_an_architecture_cannot_do_is_refused_in_one_line(name, options, message, request):
     with pytest.raises(ValueError, match=message):
         pipelines.load_pipeline(request.getfixturevalue(name), **options)

@@ -637,8 +637,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--check", action="store_true", help="measure the models in --output, train nothing")
-    add("--vlm", action="store_true", help="the vision-language model instead of the others")
-    add("--flow", action="store_true", help="the flow-matching model instead of the others")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--vlm", action="store_true", help="the vision-language model instead of the others")
+    which.add_argument("--flow", action="store_true", help="the flow-matching model instead of the others")
     add("--output", type=Path, help="folder of the text-to-image model (default: emoji/model, with --flow emoji/flow)")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
     add("--start", type=Path, help="a folder as --output: autoencoder, judge (beside the folder), U-Net and text "
