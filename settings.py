@@ -160,8 +160,8 @@ PRESET_REWARDS = {"emoji": {
 
 # What a preset says for one algorithm: chosen from studies/compare.py --sweep (studies/results/README.md). All spend 512 queries.
 # training_guidance: at this weight rounds without a reward change the images least (there, "Rounds without a reward").
-_EMOJI_RWR = {"epochs": 2, "samples_per_epoch": 256, "updates_per_epoch": 40, "batch_size": 32, "learning_rate": 1e-4,
-              "training_guidance": 1.7, "eval_every": 1}
+_EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 128, "updates_per_epoch": 20, "batch_size": 32, "learning_rate": 1e-4,
+              "training_guidance": 1.4, "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
     "ddpo-sf": {"epochs": 32, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 2e-4, "eval_every": 4},
     "rwr": {**_EMOJI_RWR, "beta": 20.0},
