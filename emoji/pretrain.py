@@ -581,7 +581,7 @@ def print_drift(args):
     """Print what three rounds of RWR without a reward (beta 0) do to the pictures of 45 prompts."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
-                        "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3", "--precision", "bf16",
+                        "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3",
                         "--sampling-steps", str(args.sampling_steps), "--guidance-scale", str(args.guidance_scale)],
                        cwd=folder, check=True)
         before, *_, after = read_rows(Path(folder) / "runs" / "drift")
@@ -592,21 +592,24 @@ def print_drift(args):
 
 
 def print_vlm_card(args):
-    """Print the table of the VLM's card: how often its answers on fresh scenes are right, asked by rewards.VLM."""
-    images, animals, numbers = draw_scenes(FRESH_SEED, 2048, args.font)
-    vlm, images = VLM(args.device, str(args.vlm_output)), to_float(images, "cpu")
-    print("\n| asked, 2,048 fresh scenes of all animals | right | animal | number | worst animal |\n|---|---|---|---|---|")
+    """Print the table of the VLM's card: how often its answers are right, asked by rewards.VLM about fresh scenes and about samples."""
+    count = min(args.check_images, 2048)
+    scenes, animals, numbers = draw_scenes(FRESH_SEED, count, args.font)
+    samples = sample([caption(*pair) for pair in zip(animals, numbers)], args.sampling_steps, args)
+    vlm = VLM(args.device, str(args.vlm_output))
+    print(f"\n| asked, {count:,} images of all animals | about | right | animal | number | worst animal |\n|---|---|---|---|---|---|")
     meant = {caption(a, n): (a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)}
-    for k, (question, _) in enumerate(questions(0, 1)):
-        answers = vlm.answer(images, [question] * len(images))
-        right = np.array([answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)])
-        worst = min(range(len(ANIMALS)), key=lambda a: right[animals == a].mean())
-        parts = ["-", "-"]
-        if k < len(Alignment.WORDINGS):  # the answer is a caption: each part may be right by itself
-            understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
-            parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
-        cells = [question, f"{right.mean():.1%}", *parts, f"{ANIMALS[worst]}, {right[animals == worst].mean():.0%}"]
-        print("| " + " | ".join(cells) + " |")
+    for about, images in (("fresh scenes", to_float(scenes, "cpu")), (f"samples, {args.sampling_steps} steps", samples)):
+        for k, (question, _) in enumerate(questions(0, 1)):
+            answers = vlm.answer(images, [question] * len(images))
+            right = np.array([answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)])
+            worst = min(set(animals), key=lambda a: right[animals == a].mean())
+            parts = ["-", "-"]
+            if k < len(Alignment.WORDINGS):  # the answer is a caption: each part may be right by itself
+                understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
+                parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
+            print("| " + " | ".join([question, about, f"{right.mean():.1%}", *parts,
+                                     f"{ANIMALS[worst]}, {right[animals == worst].mean():.0%}"]) + " |")
 
 
 def contact_sheet(args, path, prompts, columns):
