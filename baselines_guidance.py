@@ -32,8 +32,8 @@ FP16_SCALE = 1024
 def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=1, backward_steps=0, backward_rate=1.0):
     """Draw one image for each of B prompts by universal guidance. Returns the final latents x_0 (B, C, H, W), fp32.
 
-    reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its policy has eta 0, scale is 0
-    and recurrences is 1. scale: g >= 0, per unit of the reward. recurrences: k. backward_steps: m; backward_rate: the step size of their
+    reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its policy has eta 0, scale and
+    backward_steps are 0, and recurrences is 1. scale: g >= 0, per unit of the reward. recurrences: k. backward_steps: m; backward_rate: the step size of their
     gradient descent. The prompts are prompts.Prompt or texts.
     Raises ValueError if the reward is not differentiable or the schedule starts from pure noise; FloatingPointError if a latent is not
     finite.

@@ -47,7 +47,7 @@ def sparse_weights(prompts, rewards, percentile):
     """B prompts and B rewards -> weights (B,) fp32: equal for each prompt's rewards >= C, else 0; their average is 1.
 
     C is the prompt's own percentile, in [0, 1), interpolated linearly between neighbours. So the best sample is always kept,
-    alone if a prompt has fewer than ten and the percentile is 0.9. Ties stay together: a prompt with one sample, or with equal
+    alone if a prompt has at most ten and the percentile is 0.9. Ties stay together: a prompt with one sample, or with equal
     rewards, keeps all. At 0 all weights are 1, plain fine-tuning.
     """
     def weights(r):
@@ -135,7 +135,7 @@ def regression(policy, trajectory, weights, images, noise, t):
 
 
 def noised_states(policy, trajectory, images, noise, t):
-    """What the U-Net is given for those images, noised to timesteps t: x_t (N, C, H, W), t (N,), the prompts' states. And its target."""
+    """What the denoiser is given for those images, noised to timesteps t: x_t (N, C, H, W), t (N,), the prompts' states. And its target."""
     x_0, noise = trajectory.x_0[images], noise.to(policy.device)
     a, b = (values.float().to(policy.device)[:, None, None, None] for values in coefficients(policy.pipeline.scheduler, t))
     prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[image] for image in images.tolist()])
@@ -145,7 +145,8 @@ def noised_states(policy, trajectory, images, noise, t):
 # ---- DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), a newer method in the same shape ----
 #
 # Where we depart from the paper:
-#  1. It samples and trains without guidance. Ours has the policy's guidance in both predictions; --guidance-scale 1 is the paper's.
+#  1. It samples and trains without guidance. Ours has the policy's guidance (or --training-guidance) in both predictions;
+#     --guidance-scale 1 is the paper's.
 #  2. Its v_old is a moving average of the policy. Ours is the policy that drew the epoch's images.
 #  3. Its code divides each squared error by the mean absolute error. Ours are plain.
 

@@ -104,7 +104,7 @@ def settings_of(target, args):
         config, model, output = build_config({"preset": args.preset, **given}), target, None
     steps = config.eval_steps or None if args.sampling_steps is None else args.sampling_steps
     changes = {"model": args.base, "prompts": args.prompts, "sampling_steps": steps, "eval_prompts": args.images, "device": args.device,
-               "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0}  # nothing is learned here
+               "precision": args.precision, "skip_last_steps": 0, "learn_steps": 0, "compile": False}  # nothing is learned here
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     make_paths_absolute(config)
     check(config)
@@ -168,7 +168,7 @@ def main(argv=None):
     parser.add_argument("--clip", help="folder or hub name of a CLIP whose embeddings measure variety (default: pixels)")
     parser.add_argument("--preset", choices=PRESETS, default="emoji",
                         help="for a model that is not a run: whose base model and settings")
-    parser.add_argument("--base", metavar="MODEL", help="what to compare with (default: the model that the run began with)")
+    parser.add_argument("--base", metavar="MODEL", help="of a run: where the model is now that it began with; else: what to compare with (default: the preset's model)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the image goes (default: before_after.png of a run)")
     parser.add_argument("--device", help="where to draw: auto, cpu, cuda, cuda:1, mps (default: the run's)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the run's)")

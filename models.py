@@ -30,7 +30,7 @@ class Architecture:
     tokenizers: dict      # part -> the text encoder that reads its tokens
     predict: Callable     # (pipeline, denoiser, x_t (N, C, H, W), t (N,), texts) -> (N, C, H, W); texts: a tuple of encode_prompts
     adapted: tuple        # the layers beside which LoRA puts adapters: the projections of attention
-    vae_in_fp32: bool     # its VAE overflows in half precision, if the VAE does not say otherwise
+    vae_in_fp32: bool     # its VAE overflows in half precision, so it runs in fp32 unless its settings say otherwise (force_upcast)
 
 
 def predict_sd(pipeline, unet, x_t, t, texts):
@@ -227,7 +227,7 @@ def tokens_of(pipeline, prompts, whole=False):
 
 
 def cut_prompts(pipeline, prompts):
-    """A line that says which of B texts the text encoders cut off, or None if one of them reads all to their ends."""
+    """A line that says which of B texts the text encoders cut off, or None if the one with the longest context reads each to its end."""
     tokenizers, prompts = [getattr(pipeline, name) for name in architecture_of(pipeline).tokenizers], list(prompts)
     longest = [tokenizer.model_max_length for tokenizer in tokenizers if tokenizer]
     of_longest = longest.index(max(longest))
@@ -243,7 +243,7 @@ def cut_prompts(pipeline, prompts):
 
 @torch.no_grad()
 def decode(pipeline, x_0, precision="fp32"):
-    """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W), fp32 in [0, 1].
+    """Latents (B, C, H, W) -> images (B, 3, height, width) of image_size, fp32 in [0, 1].
 
     Raises FloatingPointError if an image is not finite. As 8-bit pixels it would look like a black one.
     """

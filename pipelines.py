@@ -198,6 +198,8 @@ def leave_out_layers(pipeline, clip_skip):
     more = clip_skip - getattr(config, "clip_skip", 0)
     if clip_skip and len(architecture_of(pipeline).tokenizers) > 1:
         raise ValueError(f"--clip-skip {clip_skip}: it is for Stable Diffusion 1 and 2; {architecture_of(pipeline).title} reads a layer of its own")
+    if clip_skip and more < 0:
+        raise ValueError(f"--clip-skip {clip_skip}: the model was saved without its last {config.clip_skip} layers, which cannot come back")
     if more >= len(layers):
         raise ValueError(f"--clip-skip {clip_skip}: the text encoder has only {len(layers)} layers")
     if more > 0:
@@ -227,6 +229,7 @@ def identity_of(pipeline):
     parts = [scheduler.get(name) for name in ("prediction_type", "timestep_spacing", "steps_offset", "beta_start", "beta_end",
                                               "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "num_train_timesteps")]
     parts += [scheduler.shift] if "shift" in scheduler else []
+    parts += ["set_alpha_to_one"] if scheduler.get("set_alpha_to_one") else []
     parts.append(latent_shape(pipeline))
     for part in architecture_of(pipeline).tokenizers:
         if tokenizer := getattr(pipeline, part):

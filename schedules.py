@@ -96,6 +96,8 @@ def chain_schedule(scheduler, steps, eta, device="cpu", scored=True, noise="ddim
     if timesteps.max() > config.num_train_timesteps - (not flow):
         raise ValueError(f"{steps} sampling steps: with this schedule's offset and spacing the first would be timestep "
                          f"{timesteps.max()}, but the model knows none above {config.num_train_timesteps - 1}; take fewer")
+    if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
+        raise ValueError(f"{steps} sampling steps: with this schedule's spacing diffusers makes {len(timesteps)} of them; take one more")
     a, b = coefficients(scheduler, timesteps)
     ends = torch.ones(()).double() if flow else scheduler.final_alpha_cumprod.double().sqrt()
     a_prev, b_prev = torch.cat([a[1:], ends.reshape(1)]), torch.cat([b[1:], (1 - ends**2).sqrt().reshape(1)])
@@ -138,6 +140,7 @@ def scheduler_with_density(model, scheduler, steps):
     The betas and the prediction type belong to the model, which was trained with them. Spacing, offset and final alpha belong to
     the sampler that it was saved with (Euler a, DPM++, ...), and may be exchanged. It is said if they are. Raises ValueError.
     """
+    steps = max(steps, 2)  # a single step may have no action, whatever the settings
     try:
         chain_schedule(scheduler, steps, 1.0)
         return scheduler

@@ -414,7 +414,7 @@ def stop_limits(config):
 
 
 def learned_steps(config):
-    """How many steps of an image a DDPO update learns from."""
+    """How many steps of an image a DDPO update learns from; one less if the last is no action (sampling.py) and is not skipped."""
     return config.learn_steps or config.sampling_steps - config.skip_last_steps
 
 

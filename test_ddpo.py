@@ -194,6 +194,7 @@ def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps
     (dict(timestep_spacing="linspace"), 50, 1.0, "sigma is 0"), (dict(), 50, 0.0, "eta"), (dict(), 50, -1.0, "eta"),
     (dict(), 50, 1.5, "eta"), (dict(clip_sample=True), 50, 1.0, "clip_sample"), (dict(thresholding=True), 50, 1.0, "clip"),
     (dict(), 0, 1.0, "sampling steps"), (dict(), 1001, 1.0, "sampling steps"),
+    (dict(timestep_spacing="trailing"), 61, 1.0, "diffusers makes 62 of them"),
     (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 10, 1.0, "alpha_bar is 0")])
 def test_degenerate_schedules_are_refused(change, steps, eta, message):
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ def table(told):
     return [row.strip("| ").split(" | ") for row in told.splitlines()[2:]]
 
 
-def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_clip, own_reward, capsys):
+def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, tiny_clip, own_reward, monkeypatch, capsys):
     watch = [own_reward("is_cat"), own_reward("brightness")]
     assert train.main(tiny_flags(tiny_model, reward=own_reward("redness"), epochs=1, watch=watch, **{"learning-rate": 1e-2})) == 0
     capsys.readouterr()
@@ -42,7 +42,11 @@ def test_evaluate_compares_two_models_on_the_same_prompts_and_noise(tiny_model, 
     images = [train.draw_fixed(train.policy_of(config, model), prompts.load_prompts("objects"), config)[1]
               for model in (None, "same")]
     assert torch.equal(*images)
+    saved = Path("runs/r/config.json")  # a run that was compiled is drawn where there is no compiler
+    saved.write_text(saved.read_text().replace('"compile": false', '"compile": true'))
+    monkeypatch.setattr(settings.shutil, "which", lambda name: None)
     assert evaluate.main(["runs/r", *ask, "--eta", "0", "--sampling-steps", "3", "--clip", str(tiny_clip)]) == 0
+    assert settings.load_config(Path("runs/r")).compile
     assert 0 < float(table(capsys.readouterr().out)[-1][-2]) < 2
 
 

@@ -339,6 +339,8 @@ def test_the_same_chain_is_taken_for_training_and_for_drawing_without_noise(tiny
     edit_json(folder / "scheduler" / "scheduler_config.json", set_alpha_to_one=True)
     trained, drawn = sampling.load_policy(folder, 4, 1.0, 5.0), sampling.load_policy(folder, 4, 0.0, 5.0, scored=False)
     assert torch.equal(trained.schedule.a_prev, drawn.schedule.a_prev)
+    one = sampling.load_policy(folder, 1, 0.0, 5.0, scored=False)  # its only step is no action, which matters to training alone
+    assert one.pretrained == trained.pretrained != sampling.load_policy(tiny_model, 4, 1.0, 5.0).pretrained
 
 
 @pytest.mark.parametrize("scheduler, message", [
@@ -424,6 +426,8 @@ def test_clip_skip_is_diffusers_and_a_saved_model_is_not_shortened_again(tmp_pat
         saved = pipelines.load_pipeline(tmp_path / "saved", **options)
         assert torch.equal(models.encode_prompts(saved, ["a cat"])[0][0][0], want[0])
     assert "--clip-skip 2: the text encoder has only 2 layers" in refused(EMOJI, clip_skip=2)
+    edit_json(tmp_path / "saved" / "text_encoder" / "config.json", clip_skip=2)
+    assert "without its last 2 layers, which cannot come back" in refused(tmp_path / "saved", clip_skip=1)
 
 
 # ---- Image sizes ----

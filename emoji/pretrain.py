@@ -4,7 +4,7 @@
     python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model   # trains the shipped weights for longer
     python emoji/pretrain.py --flow     # makes the flow-matching model emoji/flow, which begins with the weights of emoji/model
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
-    python emoji/pretrain.py --vlm      # the same for the vision-language model emoji/vlm; with --check its table, as with --flow
+    python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm; --vlm --check and --flow --check measure alone
 
 It takes about three and a half hours on two cores, --flow two. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
 of scenes; train the autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
@@ -228,7 +228,7 @@ def train_networks(name, make, loss, steps, learning_rate, args):
     modules = nn.ModuleDict(make()).to(args.device).train()
     if not steps:
         return modules.eval()
-    ema = AveragedModel(modules, multi_avg_fn=partial(_average, 1 - 20 / steps), use_buffers=True)
+    ema = AveragedModel(modules, multi_avg_fn=partial(_average, max(0.0, 1 - 20 / steps)), use_buffers=True)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / 200, 1.0, max(steps - k, 0) / (0.3 * steps)))
@@ -400,7 +400,7 @@ def tokens_and_labels(processor, question, answer):
 @torch.no_grad()
 def encode_pool(vae, images, args):
     """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor. They are encoded once and kept."""
-    path = args.work / f"latents-{fingerprint(vae)[:8]}.pt"  # of another autoencoder, if it is trained for longer
+    path = args.work / f"latents-{len(images)}-{fingerprint(vae)[:8]}.pt"  # of another autoencoder, if it is trained for longer
     if not path.exists():
         batches = tqdm(torch.arange(len(images)).split(64), "encoding   ")
         latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu() for b in batches]
@@ -544,9 +544,14 @@ def judged(judge, images, animals, numbers):
     return features.double().cpu().numpy(), confidence[range(len(animals)), animals], right
 
 
+def judge_of(args):
+    """The file of the judge of the model in --output. A flow model has none of its own: its judge is that of the model in --start."""
+    return (args.start if args.flow else args.output).parent / WEIGHTS.name
+
+
 def print_card(args):
     """Print the tables of the model card. All distances are to one set of fresh scenes; the samples have its captions."""
-    judge, vae = load_judge(args.output.parent / WEIGHTS.name, args.device), load_pipeline(args.output, args.device).vae
+    judge, vae = load_judge(judge_of(args), args.device), load_pipeline(args.output, args.device).vae
     count, steps = args.check_images, args.sampling_steps
     images, animals, numbers = draw_scenes(FRESH_SEED, 2 * count, args.font)
     scenes, others = (to_float(half, args.device) for half in np.split(images, 2))
@@ -582,13 +587,14 @@ def print_drift(args):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
                         "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3",
-                        "--sampling-steps", str(args.sampling_steps), "--guidance-scale", str(args.guidance_scale)],
+                        "--sampling-steps", str(args.sampling_steps), "--guidance-scale", str(args.guidance_scale),
+                        "--device", args.device],
                        cwd=folder, check=True)
         before, *_, after = read_rows(Path(folder) / "runs" / "drift")
     sizes = [-row["eval_reward_mean"] for row in (before, after)]
     print("\n| three rounds of RWR without a reward | before | after | |\n|---|---|---|---|")
     print(f"| JPEG size | {sizes[0]:.2f} kB | {sizes[1]:.2f} kB | {sizes[1] / sizes[0] - 1:+.0%} |")
-    print("| animal right | " + " | ".join(f"{row['watched']['animal']:.0%}" for row in (before, after)) + " | |")
+    print("| animal right, says the shipped judge | " + " | ".join(f"{row['watched']['animal']:.0%}" for row in (before, after)) + " | |")
 
 
 def print_vlm_card(args):
@@ -666,18 +672,34 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
-    """The command line."""
-    args = parse(argv)
+def refuse_mistakes(args):
+    """Exit with one line if the arguments cannot be what is meant."""
     if not os.path.exists(args.font):
         sys.exit(f"pretrain.py: no emoji font at {args.font}: install Noto Color Emoji (Debian, Ubuntu: "
                  "apt install fonts-noto-color-emoji) or give its file with --font")
+    if args.vlm and args.start:
+        sys.exit("pretrain.py: --start is not for --vlm, whose networks begin with random weights")
     if args.start and not all(path.exists() for path in (args.start / "model_index.json", args.start.parent / WEIGHTS.name)):
         sys.exit(f"pretrain.py: --start {args.start}: no model is there, or no {WEIGHTS.name} beside it: give a folder as emoji/model")
-    if not args.start and 0 in (args.autoencoder_steps, args.judge_steps, args.denoiser_steps):
-        sys.exit("pretrain.py: 0 steps keep a network of --start as it is: give --start")
+    least = 0 if args.start and not args.flow else 1  # 0 steps keep a network of --start as it is
+    for name in ("tower", "vlm") if args.vlm else ("flow",) if args.flow else ("autoencoder", "judge", "denoiser"):
+        if (steps := getattr(args, f"{name}_steps")) < least:
+            sys.exit(f"pretrain.py: --{name}-steps {steps}: must be at least {least}")
+    if args.scenes < 64:
+        sys.exit(f"pretrain.py: --scenes {args.scenes}: a step takes 64")
+    needed = {args.output / "model_index.json": args.check or args.vlm, judge_of(args): args.check and not args.vlm,
+              args.vlm_output / "config.json": args.check and args.vlm}
+    for path, is_needed in needed.items():
+        if is_needed and not path.exists():
+            sys.exit(f"pretrain.py: there is no {path} to measure")
     if args.check_images <= 256:
         sys.exit(f"pretrain.py: --check-images {args.check_images}: a distance in the judge's 256 features needs more than 256 images")
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse(argv)
+    refuse_mistakes(args)
     if sys.platform == "linux" and args.device == "cpu":
         # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost much time. So:
         # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).

@@ -82,6 +82,16 @@ def test_the_frechet_distance_is_that_of_its_formula():
     assert pretrain.frechet_distance(features, others) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--vlm", "--vlm-steps", "0"], "--vlm-steps 0: must be at least 1"), (["--denoiser-steps", "0"], "--denoiser-steps 0: must be at least 1"),
+    (["--start", str(EMOJI), "--judge-steps", "-1"], "--judge-steps -1: must be at least 0"), (["--scenes", "32"], "--scenes 32"),
+    (["--flow", "--flow-steps", "0"], "--flow-steps 0: must be at least 1"), (["--vlm", "--start", str(EMOJI)], "--start is not for --vlm"),
+    (["--check", "--output", "nowhere"], "there is no nowhere/model_index.json"), (["--start", "nowhere"], "no model is there")])
+def test_pretraining_answers_a_mistake_in_one_line_before_it_trains(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        pretrain.refuse_mistakes(pretrain.parse(["--font", str(EMOJI / "model_index.json"), *flags]))
+
+
 def test_each_pass_over_the_scenes_takes_every_one_once_in_a_new_order():
     scenes = np.array([3, 5, 5, 7, 11, 13])  # 5 is drawn twice
     passes = [[pretrain.batch(scenes, step, 2)[0].tolist() for step in (first, first + 1, first + 2)] for first in (0, 3, 6)]

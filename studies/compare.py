@@ -1,4 +1,4 @@
-"""Figure 4 of the paper on the embedded model: the four algorithms at the same number of reward queries, by one command.
+"""Figure 4 of the paper on the embedded model: its four algorithms, and nft, at the same number of reward queries, by one command.
 
     python studies/compare.py --reward compressibility --seeds 5       # the comparison
     python studies/compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
@@ -59,7 +59,7 @@ SWEEP = {
                 dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2), dict(learning_rate=4e-4, updates_per_epoch=8)],
     "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
                 dict(learning_rate=2e-4, samples_per_epoch=16), dict(learning_rate=1e-4, samples_per_epoch=64)],
-    # In four rounds, whose guidance in the loss was chosen so that they change nothing without a reward.
+    # In four rounds: at the preset's training guidance these change the images least without a reward.
     "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(4, QUERIES))
             for lr, beta in ((1e-4, 5.0), (1e-4, 20.0), (1e-4, 60.0), (3e-5, 20.0))],
     "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(4, QUERIES))
@@ -67,7 +67,7 @@ SWEEP = {
     "nft": [dict(learning_rate=lr, **rwr_settings(rounds, QUERIES))
             for lr, rounds in ((1e-4, 8), (3e-4, 8), (1e-4, 4), (3e-4, 4))]}
 
-# The preset before it had groups: an image is compared with the last rewards of its prompt, which comes once or twice an epoch.
+# The preset as it was before it had groups: an image is compared with the last rewards of its prompt, which comes once or twice an epoch.
 RUNNING = {"images_per_prompt": 1, "stats_buffer": 16, "stats_min_count": 8, "updates_per_epoch": 8}
 
 # One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags behind them. A label may
@@ -320,8 +320,10 @@ def drift(args, common, command):
     """Write results/drift.md, from what the comparisons on compressibility and incompressibility have. Returns its table."""
     found = []
     for reward in ("compressibility", "incompressibility"):
-        lines = finished_runs(RESULTS / reward / "main.jsonl")
-        found.append([lines[run.key] for run in planned_runs(args, {**common, "reward": reward}) if run.key in lines])
+        lines, planned = finished_runs(RESULTS / reward / "main.jsonl"), planned_runs(args, {**common, "reward": reward})
+        if missing := [run.name for run in planned if run.key not in lines]:
+            raise ValueError(f"{len(missing)} of {len(planned)} runs are not done yet ({missing[0]}): make the comparison on {reward} first")
+        found.append([lines[run.key] for run in planned])
     text = without_drift(*found)
     runs.write_text(RESULTS / "drift.md", (
         f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean of a seed's gains "
@@ -361,8 +363,8 @@ def parse(argv):
     which.add_argument("--drift", action="store_true", help="the mean gain over both JPEG rewards, in which a common change of the images cancels")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
-    if args.queries is not None and (args.sweep or args.ablation):
-        raise ValueError("--queries is for the comparison: a sweep and each ablation have their own")
+    if args.queries is not None and (args.sweep or args.ablation or args.drift):
+        raise ValueError("--queries is for the comparison: a sweep, --drift and each ablation have their own")
     if args.algorithms and args.ablation:
         raise ValueError("--algorithms is for the comparison and the sweep: an ablation has its own")
     if args.drift and args.reward != "compressibility":
@@ -372,7 +374,7 @@ def parse(argv):
     if args.seeds is not None and args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: must be at least 1")
     for name in (args.reward, *(args.watch or ())):
-        if name not in REWARDS:
+        if name not in (*REWARDS, "none"):
             user_function(name)  # a name that does not exist is refused before anything is written
     args.seeds = args.seeds or (3 if args.ablation else 5)
     args.queries = QUERIES if args.queries is None else args.queries

@@ -72,7 +72,8 @@ def guidable(config, checkpointing):
 def compare(run, args):
     """The two tables, as lines. Raises ValueError, OSError, RewardError, FloatingPointError or torch.OutOfMemoryError."""
     config, model = finished_run(run)
-    changes = {"eval_prompts": args.images, "micro_batch": args.micro_batch, "precision": args.precision,
+    queries = runs.load_checkpoint(run, MAY_CHANGE)["epoch"] * config.samples_per_epoch
+    changes = {"eval_prompts": args.images, "micro_batch": args.micro_batch, "precision": args.precision, "compile": False,
                "device": args.device and chosen_device(args.device)}
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     check(config)
@@ -85,7 +86,8 @@ def compare(run, args):
     head = ["", *(reward.name for reward in rewards), "seconds a picture"]
     lines, means = [head, ["---"] * len(head)], {}
     for scale in dict.fromkeys([0.0, *args.scales]):
-        images = drawn(guided, prompts, SWEEP_SEED, config, {**options, "scale": scale})
+        unguided = {} if scale else {"backward_steps": 0}
+        images = drawn(guided, prompts, SWEEP_SEED, config, {**options, **unguided, "scale": scale})
         cells, means[scale] = row(f"g = {scale:g}", *images, prompts, rewards)
         lines.append(cells)
     best = chosen_scale(means)
@@ -94,7 +96,7 @@ def compare(run, args):
     for name, policy, guidance in (
             ("base model", policy_of(config, config.model, scored=False), None),
             (f"universal guidance, g = {best:g}, k = {args.recurrences}, m = {args.backward_steps}", guided, {**options, "scale": best}),
-            (f"{config.algorithm}, {runs.load_checkpoint(run, MAY_CHANGE)['epoch'] * config.samples_per_epoch} queries", policy_of(config, model, scored=False), None)):
+            (f"{config.algorithm}, {queries} queries", policy_of(config, model, scored=False), None)):
         images, seconds = drawn(policy, prompts, EVAL_SEED, config, guidance)
         lines.append(row(name, images, seconds, prompts, rewards)[0])
         pictures += [to_pil(image) for image in images[:COLUMNS]]

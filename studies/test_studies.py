@@ -16,6 +16,7 @@ import runs
 import sampling
 import settings
 import train
+from baselines_guidance import guided_rollout
 from conftest import EMOJI, LAYERS, ROOT, TINY_CLIP, learner, rng, run, tiny_flags, tiny_pipeline
 from studies import benchmark, beside_trl, compare, gpu, guidance, memory, random_networks, report, variance
 
@@ -180,7 +181,8 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
 @pytest.mark.parametrize("flags, message", [
     (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
     (["--sweep", "--queries", "64"], "--queries is for the comparison"), (["--reward", "beauty"], "no reward 'beauty'"),
-    (["--watch", "beauty"], "no reward 'beauty'")])
+    (["--watch", "beauty"], "no reward 'beauty'"), (["--drift", "--queries", "64"], "--queries is for the comparison"),
+    (["--drift"], "30 of 30 runs are not done yet")])
 def test_compare_answers_a_mistake_in_one_line_and_makes_nothing(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     assert compare.main(flags) == 2
@@ -344,14 +346,18 @@ def test_the_scale_is_that_of_the_most_reward_among_those_that_keep_the_watched_
     assert guidance.chosen_scale({0.0: [0.1, float("nan")], 9.0: [0.8, float("nan")]}) == 9.0
 
 
-def test_guidance_is_told_beside_the_base_model_and_the_trained_one(tiny_model, capsys):
+def test_guidance_is_told_beside_the_base_model_and_the_trained_one(tiny_model, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(guidance, "guided_rollout", lambda *args, **settings: asked.append(
+        (settings["scale"], settings["backward_steps"])) or guided_rollout(*args, **settings))
     red = f"{ROOT / 'studies' / 'redness.py'}:redness"
     run(*tiny_flags(tiny_model, name="red", reward=red, epochs=1))
-    assert guidance.main(["runs/red", "--scales", "3", "--recurrences", "2"]) == 0
+    assert guidance.main(["runs/red", "--scales", "3", "--recurrences", "2", "--backward-steps", "1"]) == 0
+    assert asked == [(0, 0), (3, 1), (3, 1)]  # without guidance there is none of either kind
     rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows[0] == rows[4] == ["", "redness", "animal", "number", "seconds a picture"]
     assert [row[0] for row in rows if "redness" not in row and row[0] != "---"] == [
-        "g = 0", "g = 3", "base model", "universal guidance, g = 3, k = 2, m = 0", "ddpo-is, 4 queries"]
+        "g = 0", "g = 3", "base model", "universal guidance, g = 3, k = 2, m = 1", "ddpo-is, 4 queries"]
     assert float(rows[3][1].split(" ")[0]) > float(rows[2][1].split(" ")[0])  # more redness at the larger scale
     assert Path("runs/red/guidance.png").exists()
     run(*tiny_flags(tiny_model, name="small", epochs=1))
