@@ -1,7 +1,7 @@
 """Universal guidance beside a trained policy (paper, appendix B): reward, watched reward and seconds a picture.
 
     python train.py --reward studies/redness.py:redness --name red && python studies/guidance.py runs/red
-    python studies/guidance.py runs/wolf --scales 1 3 10 --recurrences 6 --sampling-steps 50      # the README's run on Stable Diffusion
+    python studies/guidance.py runs/wolf --images 50 --recurrences 6 --micro-batch 1 --gradient-checkpointing    # the README's, on Stable Diffusion
 
 Prints two tables. The first is a sweep of the scale g on other noise than the second. The rule: of the scales that keep nine tenths of
 what the first watched reward of the run was without guidance, take the one with the highest reward; without a watched reward, the one
