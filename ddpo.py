@@ -136,9 +136,10 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
     """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
 
     advantages: (B,). rng: a CPU generator, which deals the images to the updates. loss: one of the two above. An update takes
-    B / updates images at all their T steps but the last config.skip_last_steps, or at config.learn_steps of them, drawn at random for
-    each image. Its loss is the mean over those pairs. Also read: config.micro_batch, clip_range, kl_weight, max_grad_norm. The info holds means over all pairs, except ratio_deviation (the
-    maximum over the first update's), grad_norm (a mean over updates) and skipped_updates (a count).
+    B / updates images. It learns from each at all steps but the last config.skip_last_steps, or at config.learn_steps of these, drawn
+    at random. Its loss is the mean over these (image, step) pairs. Also read: config.micro_batch, clip_range, kl_weight, max_grad_norm.
+    info: means over all pairs. Exceptions: ratio_deviation is the largest of the first update, grad_norm a mean over updates,
+    skipped_updates a count.
     Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     B, actions = trajectory.log_probs.shape
@@ -171,7 +172,7 @@ def surrogate(policy, trajectory, advantages, pairs, loss, config):
     log_probs, kl = score(policy, trajectory, images, steps)                 # where grad log p_theta comes from
     value, info = loss(log_probs, trajectory.log_probs[images, steps], advantages[images], config.clip_range)
     value = value + config.kl_weight * kl.mean()
-    return value, {"kl_pretrained": kl.detach().mean(), **info}
+    return value, {**({"kl_pretrained": kl.detach().mean()} if policy.reference else {}), **info}
 
 
 def accumulate(rows, micro_batch, loss_of, scaler, bar):
@@ -205,7 +206,8 @@ def add_info(total, info, share):
 def optimizer_step(denoiser, optimizer, scaler, max_grad_norm):
     """Add up the processes' gradients, unscale once, clip the norm, step. Returns the norm before clipping, and whether it stepped.
 
-    Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step.
+    Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step; or if the scaler
+    has skipped so many that its scale is below 1, where it began at 65,536.
     """
     parallel.add_up([weight.grad for weight in denoiser.parameters() if weight.grad is not None])
     scaler.unscale_(optimizer)  # after the sum: so if one process has an inf, all of them skip the step
@@ -215,6 +217,8 @@ def optimizer_step(denoiser, optimizer, scaler, max_grad_norm):
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise FloatingPointError("the gradient is not finite at any scale of fp16")
     optimizer.zero_grad(set_to_none=True)
     return norm, scaler.get_scale() >= scale
 

@@ -103,7 +103,7 @@ def add_up(tensors):
 
 
 def buckets(tensors):
-    """The tensors in groups that travel together: an exchange costs as much time as a megabyte. A large one goes alone."""
+    """The tensors in groups that travel together, since an exchange has a fixed cost, about that of a megabyte. A large one goes alone."""
     bucket, numbers = [], 0
     for tensor in tensors:
         if bucket and numbers + tensor.numel() > BUCKET:
@@ -193,7 +193,7 @@ def meet():
 
 
 def finish():
-    """Wait until every process has done all, and part."""
+    """Wait until every process has done its work, then leave the group."""
     meet()
     if size() > 1:
         dist.destroy_process_group()

@@ -83,7 +83,7 @@ def importable(folder):
     def is_here(module):
         return str(getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}")
 
-    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or os.path.isfile(path / "__init__.py")}  # of a folder that we may not read, False
     known = [name for name in sys.modules if name.split(".")[0] in names]
     stay = [name for name in known if is_here(sys.modules[name])]
     others = {name: sys.modules.pop(name) for name in known if not is_here(sys.modules.get(name.split(".")[0]))}

@@ -99,6 +99,12 @@ def read_lines(path):
 
 # ---- Settings, log, checkpoint, model ----
 
+def refuse_existing(folder):
+    """Raise ValueError if there is a run of that name."""
+    if folder.exists():
+        raise ValueError(f"the run {folder} exists: choose another --name, or continue it with --resume {folder}")
+
+
 def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given. Raises ValueError if NAME exists."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -108,10 +114,9 @@ def create_run(parent, name, stem):
         try:
             folder.mkdir()  # of two runs that start at the same moment, one succeeds
             return folder
-        except FileExistsError as error:
+        except FileExistsError:
             if name:
-                raise ValueError(f"the run {folder} exists: choose another --name, or continue it with "
-                                 f"--resume {folder}") from error
+                refuse_existing(folder)
             number += 1
 
 
@@ -220,7 +225,7 @@ def checkpoint_file(folder):
 
 @by_first
 def forget_after(folder, epoch):
-    """Delete the log's rows, the images and the model of epochs after `epoch`: a resumed run makes them again."""
+    """Delete the model, and the log's rows and the images of epochs after `epoch`: a resumed run makes them again."""
     rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for path in sample_files(folder):

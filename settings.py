@@ -200,6 +200,8 @@ def build_config(flags):
     config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
     if config.lora_rank and "learning_rate" not in flags:
         config.learning_rate = LORA_LEARNING_RATES.get(preset, 3e-4)
+    if "training_guidance" not in flags and config.guidance_scale != PRESETS[preset].get("guidance_scale", Config.guidance_scale):
+        config.training_guidance = Config.training_guidance  # the preset's goes with the preset's guidance
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     make_paths_absolute(config)
     if "watch" not in flags:  # the preset's choice, which may have the name of the reward that is trained
@@ -355,9 +357,9 @@ def check_numbers(config):
         raise ValueError(f"--percentile {config.percentile:g}: must be below 1, as 0.9 for the best tenth")
     if config.algorithm == "nft" and config.baseline == "none":
         raise ValueError("--baseline none: nft asks whether an image is better than others; choose prompt or batch")
-    if config.stats_min_count > config.stats_buffer:
+    if config.stats_min_count > max(config.stats_buffer, config.images_per_prompt):
         raise ValueError(f"--stats-min-count {config.stats_min_count} is more than --stats-buffer {config.stats_buffer} "
-                         "rewards can hold")
+                         f"rewards or --images-per-prompt {config.images_per_prompt} can give")
 
 
 def check_epoch(config):
@@ -503,7 +505,7 @@ def refuse(message):
 
 
 def _default_text(name, default):
-    """' (default: 196; rwr: 5; emoji: 24; emoji, rwr: 4)'."""
+    """' (default: 196; rwr: 5; emoji: 8; emoji, rwr: 4)'."""
     sources = [("default", {name: default or {"prompts": "the reward's"}.get(name, default)}), *ALGORITHMS.items()]
     for preset, choices in PRESETS.items():
         sources.append((preset, choices))

@@ -725,6 +725,12 @@ def test_the_fp16_scaler_skips_a_step_that_overflowed_and_lowers_its_scale(fused
         moved = any(not torch.equal(weight, before[name]) for name, weight in weights(tiny_policy).items())
         assert stepped == moved == steps and scaler.get_scale() == (scale if steps else scale / 2)
         assert norm == pytest.approx(sum(weight.numel() for weight in parameters) ** 0.5) or not steps
+    with pytest.raises(FloatingPointError, match="not finite at any scale"):  # it trains nothing
+        for _ in range(2):
+            for weight in parameters:
+                weight.grad = torch.full_like(weight, float("inf"))
+            scaler.scale(torch.ones(()))
+            ddpo.optimizer_step(tiny_policy.denoiser, optimizer, scaler, 1.0)
 
 
 # ---- Reward-weighted regression ----
@@ -1145,6 +1151,7 @@ def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_
         f"; watched: is_cat 100 % -> 100 %, unknown - -> -, brightness {' -> '.join(brightness)}")
     assert curves[-1][3] == {"is_cat": (100, "%"), "unknown": (1, ""), "brightness": (1, "lux")}
     plain = run(*tiny_flags(tiny_model, name="plain", **{"eval-every": 2}))
+    assert plain[-1]["kl_pretrained"] is None  # without --kl-weight nobody knows it
     assert [{**row, "watched": None} for row in without_seconds(plain)] == [
         {**row, "watched": None} for row in without_seconds(rows)]  # watching changes nothing
 

@@ -104,6 +104,8 @@ def test_a_run_is_not_begun_or_continued_with_a_limit_that_has_been_passed_or_ca
     run(*interrupted, "--reward", "own.py:f", code=130)
     run("--resume", "runs/i", "--stop-below", "low=0.1", code=2)
     assert "of epoch 2, which was not evaluated" in capsys.readouterr().err
+    assert len(run("--resume", "runs/i", "--epochs", 2)) == 3 and Path("runs/i/model").exists()  # a run may also be ended early
+    assert "after 0 reward queries" in capsys.readouterr().out.splitlines()[-1]  # the last that was evaluated
 
 
 # ---- Bad input: one clear line, exit code 2, nothing lost ----
@@ -167,7 +169,7 @@ def test_help_explains_every_flag(capsys):
     (["--eta", "2"], "eta is 2, but must be in (0, 1]"),
     (["--sampling-steps", "2000"], "2000 sampling steps: must be from 1 to 1000"),
     (["--name", "a/b"], "must be a plain name"),
-    (["--name", "taken"], "exists: choose another --name, or continue it with --resume"),
+    (["--name", "taken", "--model", "nowhere"], "exists: choose another --name, or continue it with --resume"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
     (["--device", "cuda"], "torch sees no GPU"),
     (["--resume", "runs/nothing"], "is not the folder of a run"),
@@ -228,7 +230,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_model, capsys):
     run("--resume", "runs/r", code=2)
     assert "has done all its 2 epochs: give a larger --epochs" in capsys.readouterr().err
     run("--resume", "runs/r", "--epochs", 1, code=2)
-    assert "can only be made longer" in capsys.readouterr().err
+    assert "has done 2 epochs already" in capsys.readouterr().err
     run("--resume", "runs/r", "--seed", 1, "--epochs", 3, code=2)
     assert "may be given with it (see --help), not --seed" in capsys.readouterr().err
     config.write_text(settings.replace('"watch"', '"judge"'))

@@ -170,8 +170,8 @@ def evaluate_fixed(experiment):
     watched                            name -> mean of a watched reward over the images that it can judge. If it falls while the
                                        reward rises, the reward is being gamed.
 
-    The images are not counted as reward queries: nothing is learned from them. The random numbers of the trained reward are put
-    back, so that how often one evaluates changes nothing.
+    The images are not counted as reward queries: nothing is learned from them. The global random generators that the trained reward
+    drew from are put back, so that how often one evaluates changes nothing.
     """
     config, reward = experiment.config, experiment.reward
     if not is_due(experiment.epoch, config.eval_every, config.epochs):
@@ -306,12 +306,13 @@ class Experiment:
     def load_state_dict(self, state):
         """Go back to a state_dict."""
         self.epoch = self.saved_epoch = state["epoch"]
+        # The run may go on on another device, and torch puts the count of steps where the saved `fused` says.
+        groups = [{**group, "fused": adamw_is_fused(self.policy)} for group in state["optimizer"]["param_groups"]]
+        state = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
         if self.policy.device.type == "cpu":  # the optimizer would go on in the checkpoint's own memory, which is the file's
-            state = {**state, "optimizer": copy.deepcopy(state["optimizer"])}
+            state["optimizer"] = copy.deepcopy(state["optimizer"])
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer.param_groups:
-            group["fused"] = adamw_is_fused(self.policy)  # the run may go on on another device
         if state["unet"].keys() != self.policy.trained.keys():
             raise ValueError("the checkpoint holds other weights")
         self.policy.denoiser.load_state_dict(state["unet"], strict=False)
@@ -382,6 +383,8 @@ def build_experiment(config):
 def new_run(flags):
     """A new run in a new folder: its Experiment. Raises ValueError."""
     config = build_config(flags)
+    if config.name and parallel.is_first():
+        runs.refuse_existing(RUNS / config.name)  # before anything is loaded
     experiment = build_experiment(config)
 
     def create():
@@ -414,8 +417,8 @@ def resume(folder, flags):
     config = load_config(folder)
     lock, state = runs.lock_run(folder), runs.load_checkpoint(folder, MAY_CHANGE)
     epochs = flags.get("epochs", config.epochs)
-    if epochs < config.epochs:
-        raise ValueError(f"--epochs {epochs}: {folder} is a run of {config.epochs} epochs, and can only be made longer")
+    if epochs < state["epoch"]:
+        raise ValueError(f"--epochs {epochs}: {folder} has done {state['epoch']} epochs already")
     if epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done all its {epochs} epochs: give a larger --epochs to go on")
     rows = runs.read_rows(folder)[:state["epoch"] + 1]
@@ -489,7 +492,7 @@ def main(argv=None):
         flags = parse(argv, __doc__)
         folder = flags.pop("resume", None)
         experiment = resume(folder, flags) if folder else new_run(flags)
-    except (ValueError, OSError, parallel.OtherProcessFailed) as error:
+    except (ValueError, OSError, RewardError, parallel.OtherProcessFailed) as error:
         return fail(error)
     except torch.OutOfMemoryError:
         return fail("the model does not fit into the GPU's memory")
@@ -554,8 +557,6 @@ def surprises(experiment):
         yield f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next to nothing with it; try 3e-4"
     if config.compile and config.precision == "bf16" and config.algorithm == "ddpo-is":
         yield "--compile rounds sampling and learning differently, and in bf16 that may be more than --clip-range: see ratio_deviation"
-    if config.stats_buffer == config.images_per_prompt == 1 and 2 * len(experiment.alike) > config.samples_per_epoch:
-        yield "--stats-buffer 1 compares an image with those of its own prompt in the epoch, and few have another: see --images-per-prompt"
     if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
         yield cut
     same = [(text, other) for text, other in experiment.alike.items() if text != other]
@@ -566,8 +567,9 @@ def surprises(experiment):
 
 def outcome(experiment):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
-    config, rows = experiment.config, experiment.rows
-    seconds = sum(value or 0 for row in rows for name, value in row.items() if name.startswith("seconds_"))
+    config = experiment.config
+    rows = [row for row in experiment.rows if row["eval_reward_mean"] is not None]  # all end with one, but if --epochs was made smaller
+    seconds = sum(value or 0 for row in experiment.rows for name, value in row.items() if name.startswith("seconds_"))
     before, after = (row["eval_reward_mean"] for row in (rows[0], rows[-1]))
     factor, unit = experiment.reward.unit
     change = f" ({factor * (after - before) / abs(before):+.0%})".replace("%", " %") if before and unit != "%" else ""

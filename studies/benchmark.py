@@ -25,7 +25,7 @@ from networks import silence_libraries
 from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score
-from settings import ALGORITHMS, PRESETS, build_config
+from settings import ALGORITHMS, PRESETS, build_config, check
 from studies.random_networks import RANDOM_REWARDS, write_stable_diffusion
 from train import RUNS, UPDATES, Experiment, policy_of
 
@@ -71,8 +71,8 @@ def benchmark(config, images, passes, micro_batches, peak_tflops):
 @torch.no_grad()
 def ratio_deviation(policy, trajectory, micro_batch):
     """Largest |p_theta / p_old - 1| over all recorded pairs, under the weights that drew them, scored micro_batch at a time."""
-    B, T = trajectory.log_probs.shape
-    pairs = torch.cartesian_prod(torch.arange(B), torch.arange(T))
+    B, A = trajectory.log_probs.shape
+    pairs = torch.cartesian_prod(torch.arange(B), torch.arange(A))
     scored = torch.cat([score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
     return ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max().item()
 
@@ -127,7 +127,7 @@ def parse(argv):
     for name in ("images", "sample_batch", "micro_batch", "ratio_batches"):
         if getattr(args, name) is not None and np.min(getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
-    if args.peak_tflops and args.preset == "emoji":
+    if args.peak_tflops and args.preset not in ("paper", "lora"):
         raise ValueError("--peak-tflops goes with --preset paper or lora: its arithmetic is that of 512 x 512 images")
     if "fp16" in (args.precision or ()) and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a GPU")
@@ -143,7 +143,11 @@ def print_rows(args, device):
     if args.reward:
         print("| reward | s/image | peak GB |\n|---|---|---|")
         for name in args.reward:
-            print("| " + " | ".join(benchmark_reward(name, args.images, 512, device)) + " |", flush=True)
+            try:
+                cells = benchmark_reward(name, args.images, 512, device)
+            except torch.OutOfMemoryError as error:  # the others are measured all the same
+                cells = [name, "out of memory", str(error).splitlines()[0]]
+            print("| " + " | ".join(cells) + " |", flush=True)
         return
     flags = {name: getattr(args, name) for name in ("preset", "model", "algorithm", "sample_batch", "micro_batch", "lora_rank",
                                                     "gradient_checkpointing", "compile") if getattr(args, name) is not None}
@@ -165,7 +169,9 @@ def print_rows(args, device):
                      f"learned from {config.micro_batch} at a time", *options]) + "\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
         try:
-            cells = benchmark(replace(config, precision=precision), args.images, passes, args.ratio_batches, args.peak_tflops)
+            own = replace(config, precision=precision)
+            check(own)
+            cells = benchmark(own, args.images, passes, args.ratio_batches, args.peak_tflops)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # the other precisions are measured all the same
             cells = [precision, str(error).splitlines()[0]]
         print("| " + " | ".join(cells) + " |", flush=True)

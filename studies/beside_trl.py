@@ -73,7 +73,7 @@ def epoch_of_trl(config):
 def main(argv=None):
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="whose settings (default: emoji)")
+    parser.add_argument("--preset", choices=("emoji", "paper"), default="emoji", help="whose settings (default: emoji)")
     parser.add_argument("--model", help="folder or hub name (default: the preset's)")
     parser.add_argument("--images", type=int, default=64, help="of an epoch (default: 64)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")

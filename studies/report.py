@@ -49,7 +49,7 @@ def queries_to(line, gain):
 
 
 def gain_percent(line, queries=np.inf):
-    """Reward gained by the end of a run, or after so many queries, in percent of the start; NaN from a start of 0."""
+    """Reward gained by the end of a run, or after so many queries (interpolated), in percent of the start; NaN from a start of 0."""
     at, reward = rewards_by_epoch(line)
     end = np.interp(queries, at, reward)
     return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
@@ -66,7 +66,8 @@ def passes_per_query(line):
         learned, rows = learned_steps(config), guided
         each = 4 if config.kl_weight else 3  # the reference policy's pass, too
     else:
-        learned, rows = config.updates_per_epoch * config.batch_size / config.samples_per_epoch, 1 if config.training_guidance == 1 else guided
+        learned = config.updates_per_epoch * config.batch_size / config.samples_per_epoch
+        rows = 1 if (config.training_guidance or config.guidance_scale) == 1 else 2
         each = 4 if config.algorithm == "nft" else 3  # the old policy's
     return guided * config.sampling_steps + rows * each * learned
 
@@ -204,7 +205,7 @@ def sample_rows(lines, parent, path):
     parent: the folder of the runs. Nothing is drawn if one of their folders is gone.
     """
     first = [line for line in lines if line["seed"] == lines[0]["seed"]]
-    grids = [sorted((parent / line["folder"] / "samples").glob("epoch_*.png")) for line in first]
+    grids = [runs.sample_files(parent / line["folder"]) for line in first]
     if all(grids):
         rows = {"before": grids[0][0], **{line["label"]: grid[-1] for line, grid in zip(first, grids)}}
         runs.write_atomically(path, runs.stack_rows([runs.first_row(grid) for grid in rows.values()], list(rows)).save)

@@ -164,6 +164,12 @@ def test_each_preset_is_among_the_settings_of_the_sweep():
         assert preset in tried
 
 
+def test_the_presets_guidance_in_rwrs_loss_goes_with_the_guidance_of_its_images():
+    weight = [settings.build_config({"algorithm": "rwr", **flags}).training_guidance for flags in (
+        {}, {"guidance_scale": 3.0}, {"guidance_scale": 5.0}, {"reward": "alignment"}, {"reward": "alignment", "training_guidance": 0.5})]
+    assert weight == [1.4, 1.4, 0, 0, 0.5]
+
+
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     of_ten_steps = ("learn-steps", "sampling-steps") if reward == "alignment" else ()  # that reward's preset has four
@@ -241,6 +247,7 @@ def test_the_benchmark_measures_what_train_does(tiny_model, capsys):
         assert benchmark.main(["--model", str(tiny_model), "--images", "3", "--algorithm", algorithm]) == 0
     told = capsys.readouterr().out.splitlines()
     assert float(told[4].split("|")[6]) < 5e-6 and [row for row in told if row.startswith("| fp32 |")]
+    assert benchmark.main(["--peak-tflops", "100", "--preset", "sdxl"]) == 2 and "--preset paper or lora" in capsys.readouterr().err
     assert benchmark.main(["--images", "0"]) == 2 and "--images: must be at least 1" in capsys.readouterr().err
 
 

@@ -5,8 +5,8 @@ weights. The gradient of one image i is A_i G_i: its advantage, a number, times 
 
     G_i = 1/T sum_t grad log p_theta(x_{t-1} | x_t, c)                (all weights of the U-Net; log p per latent dimension)
 
-The gradient has 4.14 million dimensions, and over all of them at once 192 images could not tell its signal from 0. So it is
-projected on one direction in which the reward is known to improve: u, the unit vector from the pretrained weights to those that
+The gradient has 4.14 million dimensions. A first trial, with 192 images and over all dimensions at once, could not tell its signal
+from 0. So it is projected on one direction in which the reward is known to improve: u, the unit vector from the pretrained weights to those that
 a run of the comparison ended with. With g_i = A_i <G_i, u> of N independent images, the figure is
 
     SNR = E[g] / (std[g] / sqrt(B)),     of a batch of B = 64 images, an epoch of the emoji preset
