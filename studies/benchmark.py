@@ -25,7 +25,7 @@ from networks import silence_libraries
 from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score
-from settings import ALGORITHMS, PRESETS, build_config, check
+from settings import ALGORITHMS, PRESETS, build_config, check_compiler
 from studies.random_networks import RANDOM_REWARDS, write_stable_diffusion
 from train import RUNS, UPDATES, Experiment, policy_of
 
@@ -167,11 +167,12 @@ def print_rows(args, device):
     options += ["gradient checkpointing"] * config.gradient_checkpointing + ["compiled"] * config.compile
     print(", ".join([f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
                      f"learned from {config.micro_batch} at a time", *options]) + "\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    for precision in args.precision or (PRECISIONS if device == "cuda" else ["fp32"]):
+    precisions = args.precision or (PRECISIONS if device == "cuda" else ["fp32"])
+    for precision in precisions if config.compile else ():
+        check_compiler(config.device, precision)
+    for precision in precisions:
         try:
-            own = replace(config, precision=precision)
-            check(own)
-            cells = benchmark(own, args.images, passes, args.ratio_batches, args.peak_tflops)
+            cells = benchmark(replace(config, precision=precision), args.images, passes, args.ratio_batches, args.peak_tflops)
         except (FloatingPointError, torch.OutOfMemoryError) as error:  # the other precisions are measured all the same
             cells = [precision, str(error).splitlines()[0]]
         print("| " + " | ".join(cells) + " |", flush=True)

@@ -179,9 +179,8 @@ def planned_runs(args, common):
     """The runs of the study that is asked for, seed by seed: so a study that is cut short has fewer seeds."""
     # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
     shared = {**common, "samples_per_epoch": 64}
-    some = "".join(f"-{algorithm}" for algorithm in args.algorithms or ())  # a part has a table of its own
     if args.sweep:
-        return [planned_run("sweep" + some, f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, QUERIES)
+        return [planned_run("sweep" + of_some(args.algorithms), f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, QUERIES)
                 for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
@@ -190,9 +189,14 @@ def planned_runs(args, common):
     methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not args.algorithms:  # the control: what RWR does to the images without any reward
         methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
-    name = ("main" if args.queries == QUERIES else f"main-{args.queries}") + some
+    name = ("main" if args.queries == QUERIES else f"main-{args.queries}") + of_some(args.algorithms)
     return [planned_run(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
+
+
+def of_some(algorithms):
+    """What a study's name has more if it is of some algorithms alone: so its table does not replace the whole one's."""
+    return "".join(f"-{algorithm}" for algorithm in algorithms or ())
 
 
 # ---- Running what is missing ----
