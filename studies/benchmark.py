@@ -156,6 +156,9 @@ def print_rows(args, device):
         if not Path(flags["model"]).exists():
             write_stable_diffusion(Path(flags["model"]))
     config = build_config({**flags, "precision": "fp32"})
+    precisions = args.precision or (PRECISIONS if device == "cuda" else ["fp32"])
+    for precision in precisions if config.compile else ():
+        check_compiler(config.device, precision)
     _, keep_chain = UPDATES[config.algorithm]
     passes = config.updates_per_epoch * config.batch_size / config.samples_per_epoch
     updates = 1 if keep_chain else max(1, round(passes * args.images) // config.batch_size)
@@ -167,9 +170,6 @@ def print_rows(args, device):
     options += ["gradient checkpointing"] * config.gradient_checkpointing + ["compiled"] * config.compile
     print(", ".join([f"{config.algorithm}, {args.images} images of {config.sampling_steps} steps, drawn {config.sample_batch} and "
                      f"learned from {config.micro_batch} at a time", *options]) + "\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    precisions = args.precision or (PRECISIONS if device == "cuda" else ["fp32"])
-    for precision in precisions if config.compile else ():
-        check_compiler(config.device, precision)
     for precision in precisions:
         try:
             cells = benchmark(replace(config, precision=precision), args.images, passes, args.ratio_batches, args.peak_tflops)
