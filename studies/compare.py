@@ -378,8 +378,8 @@ def parse(argv):
         raise ValueError("--seeds is for the comparison and the other ablations: a sweep and the variance have their own")
     if args.seeds is not None and args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: must be at least 1")
-    for name in (args.reward, *(args.watch or ())):
-        if name not in (*REWARDS, "none"):
+    for name in (args.reward, *(() if args.watch == ["none"] else args.watch or ())):
+        if name not in REWARDS:
             user_function(name)  # a name that does not exist is refused before anything is written
     args.seeds = args.seeds or (3 if args.ablation else 5)
     args.queries = QUERIES if args.queries is None else args.queries

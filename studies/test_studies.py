@@ -187,7 +187,7 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
 @pytest.mark.parametrize("flags, message", [
     (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
     (["--sweep", "--queries", "64"], "--queries is for the comparison"), (["--reward", "beauty"], "no reward 'beauty'"),
-    (["--watch", "beauty"], "no reward 'beauty'"), (["--drift", "--queries", "64"], "--queries is for the comparison"),
+    (["--watch", "beauty"], "no reward 'beauty'"), (["--reward", "none"], "no reward 'none'"), (["--drift", "--queries", "64"], "--queries is for the comparison"),
     (["--drift"], "30 of 30 runs are not done yet")])
 def test_compare_answers_a_mistake_in_one_line_and_makes_nothing(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
