@@ -1,4 +1,4 @@
-"""Universal guidance (Bansal et al. 2023, algorithm 1; the paper's appendix B): what DDPO is compared with if the reward has a gradient.
+"""Universal guidance (Bansal et al. 2023, arXiv 2302.07121, algorithm 1; the paper's appendix B): DDPO's rival if a reward has a gradient.
 
 Nothing is trained. The sampler itself follows the gradient of the reward. At each timestep, k times:
 
@@ -13,7 +13,7 @@ writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D is found
 so backward guidance moves z_0 by D, through the VAE alone. The k-th pass goes on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at each step, and a reward
-that has a gradient. JPEG size and the answers of a VLM have none.
+that has a gradient. JPEG size and the answers of a VLM have none. (The paper: two minutes a picture, where DDPO's policy takes four seconds.)
 
 Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0, w = 3.
 """

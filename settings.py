@@ -39,7 +39,7 @@ class Config:
     settings of memory and speed, and how often to evaluate and to save.
     """
     preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: "
-                                   "likewise, v1.5 and LoRA of rank 4; sdxl, sd3: LoRA of SDXL and of Stable Diffusion 3.5 medium")
+                                   "likewise, v1.5 and LoRA of rank 4; sdxl, sd3: LoRA of SDXL and of Stable Diffusion 3.5 medium (untested by us at full size)")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. Options such as --reward-model go to the trained reward if it "

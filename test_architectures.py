@@ -54,7 +54,8 @@ def test_micro_batches_change_nothing(other_model):
         trajectory = sampling.rollout(policy, TEXTS * 2, rng(), 4)
         extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9, skip_last_steps=2)
         extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
-        ddpo.ddpo_update(policy, trajectory, torch.randn(4, generator=rng()), loss=ddpo.clipped_loss, **extras)
+        for loss in (ddpo.clipped_loss, ddpo.score_function_loss):
+            ddpo.ddpo_update(policy, trajectory, torch.randn(4, generator=rng()), loss=loss, **extras)
         baselines_rwr.rwr_update(policy, trajectory, torch.ones(4), **extras)
         moved.append(weights(policy))
     size = max((moved[0][name] - start[name]).abs().max() for name in start)
@@ -72,6 +73,9 @@ def test_a_run_is_resumed_and_saved_for_plain_diffusers(model, rank, request):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(other_model if rank else "runs/whole/model", safety_checker=None)
     if rank:
         pipeline.load_lora_weights("runs/whole/model")
+    trained = torch.load("runs/whole/checkpoint/state.pt", weights_only=True)["unet"]
+    loaded = {name.replace("default_0", "default"): weight for name, weight in models.denoiser_of(pipeline).state_dict().items()}
+    assert trained and all(torch.equal(loaded[name], weight) for name, weight in trained.items())
     pipeline.set_progress_bar_config(disable=True)
     size = models.image_size(pipelines.load_pipeline(other_model))
     assert pipeline("a cat", num_inference_steps=2, height=size[0], width=size[1]).images[0].size == size[::-1]

@@ -252,6 +252,18 @@ def test_at_eta_one_the_step_of_flow_matching_is_the_posterior_of_the_forward_pr
     torch.testing.assert_close(sigma.flatten()[:-1].double(), precision[:-1] ** -0.5, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(**STABLE_DIFFUSION), FlowMatchEulerDiscreteScheduler()], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_coefficients_preserving_sampling_turns_the_noise_by_an_angle(scheduler, eta):
+    """Wang and Yu 2025: x_prev = a' x_0 + b' (cos(eta pi / 2) eps + sin(eta pi / 2) new noise). At eta = 1 nothing of eps is left."""
+    schedule, (x_0, eps) = schedules.chain_schedule(scheduler, 8, eta, noise="cps"), torch.randn((2, 8, 4, 8, 8), generator=rng())
+    a, b, a_prev, b_prev = (values.view(8, 1, 1, 1) for values in (schedule.a, schedule.b, schedule.a_prev, schedule.b_prev))
+    prediction = sampling.target_of(x_0, eps, a, b, schedule.prediction_type)
+    mean, sigma = sampling.mean_sigma(a * x_0 + b * eps, prediction, schedule.timesteps, schedule)
+    torch.testing.assert_close(mean, a_prev * x_0 + b_prev * np.cos(eta * np.pi / 2) * eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sigma, b_prev * np.sin(eta * np.pi / 2), rtol=1e-5, atol=1e-7)
+
+
 def test_what_the_network_should_predict_is_what_says_the_image_and_the_noise():
     x_0, eps = torch.randn((2, 3, 4, 8, 8), generator=rng())
     for kind, a, b in (("epsilon", 0.6, 0.8), ("v_prediction", 0.6, 0.8), ("sample", 0.6, 0.8), ("flow", 0.3, 0.7)):
@@ -1052,6 +1064,14 @@ def test_the_paper_preset_is_the_papers_tables():
     for reward, prompt_set in (("aesthetic", "common_animals"), ("alignment", "animal_activities"), ("imagereward", "dpok"),
                                ("counting", "two_to_eight_animals"), ("incompressibility", "imagenet_animals")):
         assert settings.build_config({"preset": "paper", "precision": "fp32", "reward": reward}).prompts == prompt_set
+
+
+def test_the_presets_of_sdxl_and_stable_diffusion_3_train_adapters_with_groups_and_flow_grpos_steps():
+    sdxl, sd3 = (settings.build_config({"preset": name, "precision": "fp32", "reward": "pickscore"}) for name in ("sdxl", "sd3"))
+    assert (sdxl.model, sd3.model) == ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-3.5-medium")
+    assert (sd3.sampling_steps, sd3.eval_steps, sd3.guidance_scale, sd3.height, sd3.width) == (10, 40, 4.5, 512, 512)
+    for preset in (sdxl, sd3):
+        assert (preset.lora_rank, preset.images_per_prompt, preset.stats_buffer, preset.eval_steps) == (32, 8, 1, 40)
 
 
 def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):

@@ -33,6 +33,7 @@ MUTATIONS = [
     ("sampling.py", "return uncond + w * (cond - uncond)", "return cond + w * (cond - uncond)", METHOD),
     ("sampling.py", "torch.Generator().manual_seed(seed) for seed in", "torch.Generator().manual_seed(0) for seed in", METHOD),
     ("schedules.py", "(1 - rho**2).clamp(min=0)", "(1 - rho).clamp(min=0)", METHOD),
+    ("schedules.py", "b_prev * math.sin(eta * math.pi / 2)", "b_prev * math.sin(eta)", METHOD),  # a test was added
     ("sampling.py", "return x_t - b * prediction, x_t + a * prediction", "return x_t - b * prediction, x_t + b * prediction", METHOD),
     ("schedules.py", "no_action = (b_prev == 0) &", "no_action = (b_prev >= 0) &", METHOD),
     # ddpo.py

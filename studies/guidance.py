@@ -8,7 +8,8 @@ what the first watched reward of the run was without guidance, take the one with
 with the highest reward. The second table has the base model, guidance at that scale, and the run's own policy, on the evaluation's
 prompts and noise. Its picture, in this order from above, goes to guidance.png in the run's folder.
 
-Guidance draws by DDIM with eta 0. The base model and the trained one draw as in training, with the run's eta.
+Guidance draws by DDIM with eta 0. The base model and the trained one draw as in training, with the run's eta. So the first table's g = 0,
+on its own noise, is the base model without eta's noise.
 """
 import argparse
 import sys

@@ -1,5 +1,7 @@
 """A reward with a gradient that a person can see: how red an image is. (The README's example.)
 
+Why this one: every pixel has a gradient, no other network can be wrong about it, and an image can turn red while its animal stays.
+
     python train.py --reward studies/redness.py:redness
 """
 
