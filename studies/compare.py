@@ -333,7 +333,7 @@ def drift(args, common, command):
     runs.write_text(RESULTS / "drift.md", (
         f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean of a seed's gains "
         "on the two, in percent of the start. If a size falls under both rewards alike, that cancels. What is left is what the "
-        f"reward itself did. Intervals are 95 % over the seeds.\n\n{text}\n"))
+        f"reward itself did. The last column is what `--stop-below animal=90%` would have left. Intervals are 95 % over the seeds.\n\n{text}\n"))
     return text
 
 

@@ -55,6 +55,17 @@ def gain_percent(line, queries=np.inf):
     return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
 
 
+def gain_in_time(line):
+    """The gain that `--stop-below NAME=90%` would have left, NAME being the first watched reward; the whole gain without one.
+
+    It is that of the last evaluation before the watched reward is below nine tenths of its start.
+    """
+    queries, _ = evaluations(line)
+    values = watched_values(line, next(iter(watched_units([line])), ""))
+    fallen = np.nonzero(values < values[0] - 0.1 * abs(values[0]))[0]
+    return gain_percent(line, queries[fallen[0] - 1] if len(fallen) else np.inf)
+
+
 def passes_per_query(line):
     """U-Net passes that a reward query costs, learning included, for an image and a step each. Back and forth counts three.
 
@@ -117,7 +128,8 @@ def watched_units(lines):
 def table(lines, unit):
     """The study in Markdown, one row a label. unit: the reward's, see rewards.unit_of."""
     factor, watched = unit[0], watched_units(lines)
-    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)", "gain over control (%)",
+    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)", *(
+                f"gained before {name} fell below 90 % of its start (%)" for name in list(watched)[:1]), "gain over control (%)",
              runs.titled("mean during training", unit), *(runs.titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
              "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
     groups, costs = by_label(lines), costs_that_differ(lines)
@@ -132,7 +144,7 @@ def table(lines, unit):
         rows.append([
             label, str(len(group)), cell([reward[0] for _, reward in ends], scale=factor),
             cell([reward[-1] for _, reward in ends], scale=factor), cell([gain_percent(line) for line in group], 1),
-            cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
+            *(cell([gain_in_time(line) for line in group], 1) for _ in list(watched)[:1]), cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
             *(cell([watched_values(line, name)[-1] for line in group], 1 if name_unit == "%" else 2, scale)
               for name, (scale, name_unit) in watched.items()),
             *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1),
@@ -161,12 +173,13 @@ def markdown(rows):
 
 def without_drift(lines, opposite):
     """Table of the mean gain over a reward and its opposite, seed by seed. What happens to the images under both cancels."""
-    ends = {(line["label"], line["seed"]): gain_percent(line) for line in opposite}
-    rows = [["", "seeds", "mean gain over both rewards (%)"]]
+    others = {(line["label"], line["seed"]): line for line in opposite}
+    rows = [["", "seeds", "mean gain over both rewards (%)", "mean of the gains before the first watched reward fell below 90 % of its start (%)"]]
     for label, group in by_label(lines).items():
-        values = [(gain_percent(line) + ends[label, line["seed"]]) / 2 for line in group if (label, line["seed"]) in ends]
-        if values:
-            rows.append([label, str(len(values)), cell(values, 1)])
+        pairs = [(line, others[label, line["seed"]]) for line in group if (label, line["seed"]) in others]
+        if pairs:
+            rows.append([label, str(len(pairs)), *(cell([(gain(one) + gain(other)) / 2 for one, other in pairs], 1)
+                                                   for gain in (gain_percent, gain_in_time))])
     return markdown(rows)
 
 

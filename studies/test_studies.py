@@ -49,6 +49,15 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     assert report.queries_to(between, 0.25) == 50
 
 
+def test_the_gain_in_time_is_that_of_the_evaluation_before_the_watched_reward_fell():
+    def gain(*animal):
+        return report.gain_in_time(line("a", 0, [0, 4, 8, 12], [-2.0, -1.5, -1.0, -0.5], animal))
+
+    assert gain(1.0, 0.9, 0.9, 0.9) == 75 and gain(1.0, 1.0, 0.8, 1.0) == 25 and gain(0.5, 0.4, 0.4, 0.4) == 0
+    unknown = float("nan")  # a watched reward that can judge no image ends no run
+    assert gain(*[unknown] * 4) == 75 and report.gain_in_time({**line("a", 0, [0, 4], [-2.0, -1.0]), "units": {}}) == 50
+
+
 def test_runs_of_other_costs_are_compared_at_equal_queries_and_at_equal_unet_passes():
     chain = {"algorithm": "ddpo-is", "eval_prompts": 9, "guidance_scale": 5.0, "sampling_steps": 10, "skip_last_steps": 2, "kl_weight": 0.0}
     whole, one = ({**line(label, 0, [0, 100, queries], values), "settings": {**chain, "learn_steps": steps}}
@@ -90,7 +99,7 @@ def test_a_drift_that_both_rewards_share_cancels():
     """The size falls by 40 % under both. What the reward adds is 10 % each way."""
     small, large = ([line("rwr", seed, [0, 9], [start, end]) for seed in (0, 1)] for start, end in ((-2.0, -1.0), (2.0, 1.4)))
     rows = report.without_drift([*small, line("no reward", 0, [0, 9], [-2.0, -1.2])], large).splitlines()
-    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 |"]  # the control was run on one of them only
+    assert rows[2:] == ["| rwr | 2 | 10.0 ± 0.0 | 10.0 ± 0.0 |"]  # the control was run on one of them only
 
 
 def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_path, monkeypatch, capsys):
@@ -109,7 +118,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
         file.write('{"label": "cut sho')  # by a kill
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     told = capsys.readouterr().out
-    assert "| two | 1 | 2.00 | 0.50 | 75.0 | - | 1.50 | 50.0 |" in told and "| one | 1 |" in told
+    assert "| two | 1 | 2.00 | 0.50 | 75.0 | 50.0 | - | 1.50 | 50.0 |" in told and "| one | 1 |" in told
     assert [path.name[:-7] for path in Path("runs").iterdir()] == ["tiny-compressibility-one-seed0"]
     assert {"tiny.jsonl", "tiny.md", "tiny.png"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(compare, "train_run", lambda *args: pytest.fail("nothing is missing"))
@@ -149,7 +158,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
 
 @pytest.mark.parametrize("reward", ["compressibility", "incompressibility"])
 def test_the_committed_comparison_is_of_todays_presets(reward):
-    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=3, queries=compare.QUERIES)
+    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, queries=compare.QUERIES)
     lines = compare.finished_runs(compare.RESULTS / reward / "main.jsonl")
     assert {run.key for run in compare.planned_runs(args, {"reward": reward})} == set(lines)
 
