@@ -147,10 +147,10 @@ LORA_LEARNING_RATES = {"emoji": 3e-3}  # studies/results/README.md; else 3e-4
 
 # What a preset says for one reward; "" stands for any other reward. The prompts are those that the preset's model can draw.
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
-# steps a fifth of the images are wrong (with the first embedded model, for which the rest was chosen, two fifths). A single image tells
-# little then, so the batches are larger.
+# steps a sixth of the images show another animal (with the first embedded model, for which the batches and steps were chosen, two fifths). A
+# single image tells little then, so the batches are larger. The learning rate is from a sweep with the third model, on alignment.
 _EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
-              "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 1e-4,
+              "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 5e-5,
               "eval_every": 2, "eval_prompts": 135}
 PRESET_REWARDS = {"emoji": {
     # The encoder is the model's own and has read captions alone. So the bare prompt is compared, as in the paper's wording.
