@@ -415,6 +415,11 @@ def stop_limits(config):
     return limits
 
 
+def lowest(start, share):
+    """What a watched reward that began at start must not fall below if it may lose all but that share of its size, whatever its sign."""
+    return start - (1 - share) * abs(start)
+
+
 def learned_steps(config):
     """How many steps of an image a DDPO update learns from; one less if the last is no action (sampling.py) and is not skipped."""
     return config.learn_steps or config.sampling_steps - config.skip_last_steps

@@ -27,7 +27,7 @@ from prompts import load_prompts
 from rewards import RewardError, display, load_reward
 from sampling import load_policy, rollout, with_steps
 from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, learned_steps, load_config,
-                      make_paths_absolute, parse, reward_options, saved_settings, stop_limits)
+                      lowest, make_paths_absolute, parse, reward_options, saved_settings, stop_limits)
 from trackers import load_tracker
 
 RUNS = Path("runs")
@@ -148,7 +148,7 @@ def fallen_rewards(experiment):
         unit = next(reward.unit for reward in experiment.watched if reward.name == name)
         if None in (first[name], last[name]):
             raise RewardError(f"--stop-below {name}: it can judge none of the fixed prompts")
-        limit = first[name] - (1 - number) * abs(first[name]) if is_share else number
+        limit = lowest(first[name], number) if is_share else number
         if last[name] < limit:
             fallen.append(f"{name} {display(last[name], unit)} is below {display(limit, unit)}")
     return " and ".join(fallen)

@@ -53,7 +53,7 @@ MUTATIONS = [
     ("baselines_guidance.py", "e - a / b * shift", "e - shift", GUIDANCE),
     ("baselines_guidance.py", "scale * b * gradient", "scale * gradient", GUIDANCE),
     ("networks.py", "smooth + (exact - smooth).detach()", "smooth", REWARDS),
-    ("train.py", "limit = first[name] - (1 - number) * abs(first[name])", "limit = first[name]", RUNS),
+    ("settings.py", "return start - (1 - share) * abs(start)", "return start", RUNS),
     # models.py, networks.py, rewards.py, preference_rewards.py
     ("networks.py", "* 255).round()", "* 255)", METHOD),
     ("models.py", "return (decoded / 2 + 0.5)", "return (decoded + 0.5)", METHOD),

@@ -28,7 +28,7 @@ from networks import to_pil
 from prompts import load_prompts
 from rewards import RewardError
 from sampling import rollout
-from settings import check, chosen_device, refuse
+from settings import check, chosen_device, lowest, refuse
 from train import EVAL_SEED, MAY_CHANGE, fixed_prompts, load_rewards, policy_of
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen
@@ -56,7 +56,7 @@ def row(name, images, seconds, prompts, rewards):
 def chosen_scale(means):
     """The scale that the rule takes. means: scale -> means of the reward and of the watched ones; scale 0 is without guidance."""
     kept = {scale: mean for scale, mean in means.items()
-            if len(mean) < 2 or mean[1] != mean[1] or mean[1] >= means[0.0][1] - 0.1 * abs(means[0.0][1])}  # NaN: it can judge none
+            if len(mean) < 2 or mean[1] != mean[1] or mean[1] >= lowest(means[0.0][1], 0.9)}  # NaN: it can judge none
     return max(kept, key=lambda scale: kept[scale][0])
 
 

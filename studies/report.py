@@ -7,7 +7,7 @@ import numpy as np
 
 import runs
 from rewards import short_name, unit_of
-from settings import DDPO, RWR, Config, learned_steps
+from settings import DDPO, RWR, Config, learned_steps, lowest
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
@@ -62,7 +62,7 @@ def gain_in_time(line):
     """
     queries, _ = evaluations(line)
     values = watched_values(line, next(iter(watched_units([line])), ""))
-    fallen = np.nonzero(values < values[0] - 0.1 * abs(values[0]))[0]
+    fallen = np.nonzero(values < lowest(values[0], 0.9))[0]
     return gain_percent(line, queries[fallen[0] - 1] if len(fallen) else np.inf)
 
 
@@ -128,8 +128,9 @@ def watched_units(lines):
 def table(lines, unit):
     """The study in Markdown, one row a label. unit: the reward's, see rewards.unit_of."""
     factor, watched = unit[0], watched_units(lines)
-    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)", *(
-                f"gained before {name} fell below 90 % of its start (%)" for name in list(watched)[:1]), "gain over control (%)",
+    first = list(watched)[:1]  # a column of its own, if anything is watched
+    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)",
+             *(f"gained before {name} fell below 90 % of its start (%)" for name in first), "gain over control (%)",
              runs.titled("mean during training", unit), *(runs.titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
              "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
     groups, costs = by_label(lines), costs_that_differ(lines)
@@ -144,7 +145,8 @@ def table(lines, unit):
         rows.append([
             label, str(len(group)), cell([reward[0] for _, reward in ends], scale=factor),
             cell([reward[-1] for _, reward in ends], scale=factor), cell([gain_percent(line) for line in group], 1),
-            *(cell([gain_in_time(line) for line in group], 1) for _ in list(watched)[:1]), cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
+            *(cell([gain_in_time(line) for line in group], 1) for _ in first),
+            cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
             *(cell([watched_values(line, name)[-1] for line in group], 1 if name_unit == "%" else 2, scale)
               for name, (scale, name_unit) in watched.items()),
             *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1),
