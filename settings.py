@@ -1,6 +1,6 @@
 """Every setting of a run: its default, the presets, the flags, and what is refused.
 
-Later sources override earlier ones: the defaults of Config, ALGORITHMS, PRESETS, PRESET_REWARDS, PRESET_ALGORITHMS, the flags.
+Later sources override earlier ones: the defaults of Config, ALGORITHMS, PRESETS, PRESET_REWARDS, PRESET_ALGORITHMS, PRESET_BOTH, the flags.
 """
 import argparse
 import importlib.util
@@ -168,6 +168,14 @@ PRESET_ALGORITHMS = {"emoji": {
     "rwr-sparse": _EMOJI_RWR,
     "nft": {"updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}}}
 
+# What a preset says for one algorithm on a VLM's reward, on top of these two: chosen in the same way. All spend 3,072 queries.
+_EMOJI_VLM_ALGORITHMS = {
+    "ddpo-sf": {"samples_per_epoch": 256, "updates_per_epoch": 1, "epochs": 12, "learning_rate": 5e-5},
+    "rwr": {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.0, "beta": 60.0},
+    "rwr-sparse": {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.0},
+    "nft": {"updates_per_epoch": 40, "learning_rate": 1e-4}}
+PRESET_BOTH = {"emoji": {(algorithm, reward): choice for algorithm, choice in _EMOJI_VLM_ALGORITHMS.items() for reward in ("alignment", "counting")}}
+
 # Settings that only some algorithms read. With another algorithm they are refused. (RWR has no chain, and so no KL and no ratio.
 # A DDPO update without guidance would score another policy than the one that sampled.)
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
@@ -197,10 +205,12 @@ def build_config(flags):
         if algorithm not in ALGORITHM_SETTINGS.get(name, ALGORITHMS):
             raise ValueError(f"--{name.replace('_', '-')} is read by {', '.join(ALGORITHM_SETTINGS[name])}, not by {algorithm}")
     of_reward, of_algorithm = preset_reward(preset, reward), PRESET_ALGORITHMS.get(preset, {}).get(algorithm, {})
-    config = Config(**{**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **flags})
+    of_both = PRESET_BOTH.get(preset, {}).get((algorithm, reward), {})
+    chosen = {**ALGORITHMS[algorithm], **PRESETS[preset], **of_reward, **of_algorithm, **of_both}
+    config = Config(**{**chosen, **flags})
     if config.lora_rank and "learning_rate" not in flags:
         config.learning_rate = LORA_LEARNING_RATES.get(preset, 3e-4)
-    if "training_guidance" not in flags and config.guidance_scale != PRESETS[preset].get("guidance_scale", Config.guidance_scale):
+    if "training_guidance" not in flags and config.guidance_scale != chosen.get("guidance_scale", Config.guidance_scale):
         config.training_guidance = Config.training_guidance  # the preset's goes with the preset's guidance
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     make_paths_absolute(config)

@@ -6,7 +6,7 @@
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
     python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm; --vlm --check and --flow --check measure alone
 
-It takes about three and a half hours on two cores, --flow two. There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
+It takes about three and a half hours on two cores, --flow two (on a GPU minutes). There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
 of scenes; train the autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
 vision-language model has two stages on the same pool: its vision tower, then the whole. Only tests import this file.
 """
@@ -411,7 +411,7 @@ def encode_pool(vae, images, args):
     return latents * factor, factor
 
 
-def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps, learning_rate, args):
+def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps, args):
     """U-Net and text encoder jointly, on the loss of the scheduler's kind: diffusion's, on epsilon, or flow matching's, on eps - x_0.
 
     10 % of the captions are dropped, for guidance.
@@ -421,18 +421,18 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
                     return_tensors="pt").input_ids.to(args.device)
-    timesteps, kind = training_timesteps(scheduler), prediction_type_of(scheduler)
+    timesteps, kind, size = training_timesteps(scheduler), prediction_type_of(scheduler), args.denoiser_batch
     hard = np.flatnonzero(np.isin(animals, [ANIMALS.index(name) for name in HARD]))
     scenes = np.concatenate([np.arange(len(latents)), hard])
 
     def loss(networks, step):
-        chosen, rng = batch(scenes, step, 64)
-        bare, dropped = rng.random((2, 64)) < [[0.3], [0.1]]
+        chosen, rng = batch(scenes, step, size)
+        bare, dropped = rng.random((2, size)) < [[0.3], [0.1]]
         rows = [-1 if d else row[a, n, bool(b)]
                 for a, n, b, d in zip(animals[chosen], numbers[chosen], bare, dropped)]
         x_0 = latents[torch.as_tensor(chosen)].to(args.device)                                   # (B, 8, 16, 16)
-        # One timestep from each 64th of the range: the loss varies less than with independent ones (Kingma et al. 2021, app. I.1).
-        t = timesteps[torch.as_tensor(((rng.random() + rng.permutation(64) / 64) % 1 * len(timesteps)).astype(int))]  # (B,)
+        # One timestep from each part of the range: the loss varies less than with independent ones (Kingma et al. 2021, app. I.1).
+        t = timesteps[torch.as_tensor(((rng.random() + rng.permutation(size) / size) % 1 * len(timesteps)).astype(int))]  # (B,)
         a, b = (values.float().to(args.device)[:, None, None, None] for values in coefficients(scheduler, t))
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
         states = networks["text_encoder"](ids[rows])[0]
@@ -451,7 +451,7 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
 
-    return train_networks(name, make, loss, steps, learning_rate, args)
+    return train_networks(name, make, loss, steps, 1e-3, args)
 
 
 def scheduler():
@@ -471,7 +471,7 @@ def remake(args):
     latents, scaling_factor = encode_pool(vae, images, args)
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = new_tokenizer()
-    networks = train_denoiser("denoiser", latents, animals, numbers, tokenizer, scheduler(), args.denoiser_steps, 1e-3, args)
+    networks = train_denoiser("denoiser", latents, animals, numbers, tokenizer, scheduler(), args.denoiser_steps, args)
     save_model(StableDiffusionPipeline(vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False), args)
     save_file({name: weight.half().contiguous() if weight.is_floating_point() else weight
@@ -486,7 +486,7 @@ def remake_flow(args):
     pipeline = StableDiffusionPipeline.from_pretrained(args.start).to(args.device)
     latents, _ = encode_pool(pipeline.vae, images, args)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, pipeline.scheduler, args.flow_steps, 5e-4, args)
+    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, pipeline.scheduler, args.flow_steps, args)
     pipeline.unet, pipeline.text_encoder = networks["unet"], networks["text_encoder"]
     save_model(pipeline, args)
 
@@ -660,7 +660,8 @@ def parse(argv):
     add("--autoencoder-steps", type=int, default=12_000, help="each on 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
     add("--denoiser-steps", type=int, default=33_000, help="each on 64 scenes")
-    add("--flow-steps", type=int, default=15_000, help="each on 64 scenes")
+    add("--flow-steps", type=int, default=2_000, help="each on 512 scenes, since few large steps suit a GPU")
+    add("--denoiser-batch", type=int, help="scenes in a step of U-Net and text encoder (default: 64, with --flow 512)")
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
     add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
@@ -668,6 +669,7 @@ def parse(argv):
     add("--check-images", type=int, default=4096, help="the check's samples, and fresh scenes beside them")
     args = parser.parse_args(argv)
     args.output = args.output or HERE / ("flow" if args.flow else "model")
+    args.denoiser_batch = args.denoiser_batch or (512 if args.flow else 64)
     args.start = args.start or (HERE / "model" if args.flow else None)
     return args
 
@@ -685,8 +687,8 @@ def refuse_mistakes(args):
     for name in ("tower", "vlm") if args.vlm else ("flow",) if args.flow else ("autoencoder", "judge", "denoiser"):
         if (steps := getattr(args, f"{name}_steps")) < least:
             sys.exit(f"pretrain.py: --{name}-steps {steps}: must be at least {least}")
-    if args.scenes < 64:
-        sys.exit(f"pretrain.py: --scenes {args.scenes}: a step takes 64")
+    if args.scenes < (most := max(64, args.denoiser_batch)):
+        sys.exit(f"pretrain.py: --scenes {args.scenes}: a step takes {most}")
     needed = {args.output / "model_index.json": args.check or args.vlm, judge_of(args): args.check and not args.vlm,
               args.vlm_output / "config.json": args.check and args.vlm}
     for path, is_needed in needed.items():

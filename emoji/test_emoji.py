@@ -118,7 +118,7 @@ def test_a_network_of_zero_steps_is_that_of_the_start(tmp_path):
 def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffusers_draws_it(tmp_path, monkeypatch):
     scenes = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8), np.arange(64), np.arange(64) % 4 + 1
     monkeypatch.setattr(pretrain, "load_pool", lambda args: scenes)
-    args = pretrain.parse(["--flow", "--flow-steps", "1", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
+    args = pretrain.parse(["--flow", "--flow-steps", "1", "--denoiser-batch", "64", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
     pretrain.remake_flow(args)
     policy, diffusion = (sampling.load_policy(model, 10, 1.0, 3.0) for model in (tmp_path / "flow", EMOJI))
     assert policy.schedule.prediction_type == "flow" and policy.schedule.actions == 9

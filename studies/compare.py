@@ -3,11 +3,12 @@
     python studies/compare.py --reward compressibility --seeds 5       # the comparison
     python studies/compare.py --reward compressibility --sweep         # what each algorithm's settings were chosen from
     python studies/compare.py --drift                                  # the mean gain over both JPEG rewards
+    python studies/compare.py --twins                                  # DDPO-IS on a diffusion and on a flow-matching model
     python studies/compare.py --ablation clip-range                    # one question; --help names them all
 
 Every run is `python train.py` with the flags that are written down with its numbers: nothing here trains. A finished run has one
 line in studies/results/REWARD/STUDY.jsonl. It is not run again, for this or another study of the reward, unless a setting that
-it reads, or the model, has changed. A run that was stopped is resumed. From the lines come STUDY.md, the table, and STUDY.png, the
+it reads, or the model, has changed. A run that was stopped is resumed. --jobs trains several at a time. From the lines come STUDY.md, the table, and STUDY.png, the
 figure. As long as the first seed's folders under runs/ are there, they also give STUDY_images.png.
 """
 import argparse
@@ -21,9 +22,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,7 +37,7 @@ import runs
 from models import PRECISIONS
 from pipelines import identity_of, load_pipeline
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
-from settings import ALGORITHMS, ROOT, Config, build_config, shared_settings
+from settings import ALGORITHMS, EMOJI, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
 from studies.variance import measure_variance
 from train import RUNS
@@ -67,6 +70,18 @@ SWEEP = {
     "nft": [dict(learning_rate=lr, **rwr_settings(rounds, QUERIES))
             for lr, rounds in ((1e-4, 8), (3e-4, 8), (1e-4, 4), (3e-4, 4))]}
 
+# The same for a VLM's reward, whose preset has larger epochs and so more queries.
+VLM_QUERIES = 3072
+VLM_SWEEP = {
+    "ddpo-is": [dict(learning_rate=lr, updates_per_epoch=updates) for lr in (5e-5, 1e-4) for updates in (4, 2)],
+    "ddpo-sf": [dict(learning_rate=lr, samples_per_epoch=samples) for lr in (5e-5, 1e-4) for samples in (256, 64)],
+    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(4, VLM_QUERIES))
+            for lr, beta in ((1e-4, 5.0), (1e-4, 20.0), (1e-4, 60.0), (3e-5, 20.0))],
+    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(4, VLM_QUERIES))
+                   for lr, percentile in ((1e-4, 0.9), (1e-4, 0.75), (2e-4, 0.9), (3e-5, 0.9))],
+    "nft": [dict(learning_rate=lr, **rwr_settings(rounds, VLM_QUERIES))
+            for lr, rounds in ((1e-4, 12), (3e-4, 12), (1e-4, 4), (3e-4, 4))]}
+
 # The preset as it was before it had groups: an image is compared with the last rewards of its prompt, which comes once or twice an epoch.
 RUNNING = {"images_per_prompt": 1, "stats_buffer": 16, "stats_min_count": 8, "updates_per_epoch": 8}
 
@@ -88,24 +103,27 @@ ABLATIONS = {
         f"DDPO-SF, an update of {images} images": {"algorithm": "ddpo-sf", "learning_rate": 2e-4, "samples_per_epoch": images}
         for images in (64, 8)}}),
     "clip-range": (640, {f"clip range {clip:g}": {"clip_range": clip} for clip in (5e-4, 2e-3, 1e-2, 1.0)}),
-    # Runs of about as many U-Net passes as 1,536 queries of the default cost, which learn from 8 steps of 10: report.passes_per_query.
-    "learn-steps": (1536, {
-        "the first 8 steps": RUNNING,
-        **{f"{count} step{'s' * (count > 1)} at random": {**RUNNING, "learn_steps": count, "queries": queries}
-           for count, queries in ((1, 4032), (2, 3264), (4, 2368))},
-        "8 of all 10 steps at random": {**RUNNING, "skip_last_steps": 0, "learn_steps": 8},
-        **{f"the first {count} step{'s' * (count > 1)}": {**RUNNING, "skip_last_steps": 10 - count, "queries": queries}
-           for count, queries in ((1, 4032), (2, 3264), (4, 2368))}}),
-    "sampling-steps": (1536, {
-        f"T = {steps}": {**RUNNING, "sampling_steps": steps, "skip_last_steps": steps // 5, "eval_steps": 20, "queries": queries}
-        for steps, queries in ((5, 3072), (10, 1536), (20, 768))}),
+    # Runs of about as many U-Net passes as the default's 512 queries cost, which learn from 8 steps of 10: report.passes_per_query.
+    "learn-steps": (QUERIES, {
+        "the first 8 steps": {},
+        **{f"{count} step{'s' * (count > 1)} at random": {"learn_steps": count, "queries": queries}
+           for count, queries in ((1, 1344), (2, 1088), (4, 768))},
+        "8 of all 10 steps at random": {"skip_last_steps": 0, "learn_steps": 8},
+        **{f"the first {count} step{'s' * (count > 1)}": {"skip_last_steps": 10 - count, "queries": queries}
+           for count, queries in ((1, 1344), (2, 1088), (4, 768))}}),
+    "sampling-steps": (QUERIES, {
+        f"T = {steps}": {"sampling_steps": steps, "skip_last_steps": steps // 5, "eval_steps": 20, "queries": queries}
+        for steps, queries in ((5, 1024), (10, 512), (20, 256))}),
     "groups": (1536, {"running statistics": RUNNING, **{
         f"groups of {count}": {**RUNNING, "images_per_prompt": count, "stats_buffer": 1, "stats_min_count": 1} for count in (4, 8)}}),
     "baseline": (640, {"per prompt": {}, "batch": {"baseline": "batch"}, "none": {"baseline": "none"}}),
 }
 
+# The same training on the embedded model and on its twin, with the two sigmas of --noise.
+TWINS = {"diffusion": {}, "flow": {"model": str(EMOJI / "flow")}, "flow, cps": {"model": str(EMOJI / "flow"), "noise": "cps"}}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """A planned training run, which becomes one line of results/REWARD/STUDY.jsonl.
 
@@ -180,16 +198,17 @@ def planned_runs(args, common):
     # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
     shared = {**common, "samples_per_epoch": 64}
     if args.sweep:
-        return [planned_run("sweep" + of_some(args.algorithms), f"{algorithm} {k + 1}", SWEEP_SEED, {**shared, "algorithm": algorithm, **choice}, QUERIES)
-                for algorithm in args.algorithms or SWEEP for k, choice in enumerate(SWEEP[algorithm])]
+        sweep, flags, queries = (VLM_SWEEP, common, VLM_QUERIES) if common["reward"] in ("alignment", "counting") else (SWEEP, shared, QUERIES)
+        return [planned_run("sweep" + of_some(args.algorithms), f"{algorithm} {k + 1}", SWEEP_SEED, {**flags, "algorithm": algorithm, **choice}, queries)
+                for algorithm in args.algorithms or sweep for k, choice in enumerate(sweep[algorithm])]
     if args.ablation:
         queries, choices = ABLATIONS[args.ablation]
         return [planned_run(args.ablation, label, seed, {**shared, **choice}, queries)
                 for seed in range(args.seeds) for label, choice in choices.items()]
-    methods = {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
-    if not args.algorithms:  # the control: what RWR does to the images without any reward
+    methods = TWINS if args.twins else {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
+    if not (args.algorithms or args.twins):  # the control: what RWR does to the images without any reward
         methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
-    name = ("main" if args.queries == QUERIES else f"main-{args.queries}") + of_some(args.algorithms)
+    name = "-".join(["twins" if args.twins else "main", *([f"{args.queries}"] if args.queries != QUERIES else [])]) + of_some(args.algorithms)
     return [planned_run(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
@@ -201,10 +220,10 @@ def of_some(algorithms):
 
 # ---- Running what is missing ----
 
-def train_missing(planned, log):
+def train_missing(planned, log, jobs=1):
     """Train what no study of the reward has yet, and give each run a line in the log. Returns run.key -> line.
 
-    A run that fails is reported and left out. Raises ValueError at the end if there were such runs.
+    jobs: runs at a time. A run that fails is reported and left out. Raises ValueError at the end if there were such runs.
     """
     own, others, failed = finished_runs(log), {}, []
     for other in sorted(log.parent.glob("*.jsonl")):
@@ -214,27 +233,34 @@ def train_missing(planned, log):
             own[run.key] = {**others[run.key], "label": run.label}
             runs.append_line(log, own[run.key])
     missing = [run for run in planned if run.key not in own]
-    total = sum(run.queries for run in planned)
-    with tqdm(total=total, initial=total - sum(run.queries for run in missing), unit="query", smoothing=0) as bar:
-        for run in missing:
-            done = bar.n
-            bar.set_description(run.name)
-            try:
-                own[run.key] = train_run(run, lambda queries: show_queries(bar, done + queries))
-                runs.append_line(log, own[run.key])
-            except ValueError as error:
-                tqdm.write(f"compare.py: {error}", file=sys.stderr)
-                failed.append(run.name)
-            show_queries(bar, done + run.queries)
+    total, left = (sum(run.queries for run in some) for some in (planned, missing))
+    done, stopped = dict.fromkeys(missing, 0), threading.Event()
+    with tqdm(total=total, initial=total - left, unit="query", smoothing=0) as bar, ThreadPoolExecutor(jobs) as pool:
+        def show(run, queries):
+            if stopped.is_set():
+                raise KeyboardInterrupt  # in the thread of a run, which ends its process
+            done[run] = queries
+            bar.n = total - left + sum(done.values())
+            bar.refresh()
+
+        training = {pool.submit(train_run, run, partial(show, run)): run for run in missing}
+        try:
+            for future in as_completed(training):
+                run = training[future]
+                try:
+                    own[run.key] = future.result()
+                    runs.append_line(log, own[run.key])
+                except ValueError as error:
+                    tqdm.write(f"compare.py: {error}", file=sys.stderr)
+                    failed.append(run.name)
+                show(run, run.queries)
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")
     return own
-
-
-def show_queries(bar, queries):
-    """Set a progress bar to a number of queries."""
-    bar.n = queries
-    bar.refresh()
 
 
 def finished_runs(log):
@@ -264,7 +290,7 @@ def train_run(run, show):
     seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
     kept = ("epoch", "reward_queries", "eval_reward_mean", "watched", "reward_mean", "approx_kl", "grad_norm", "loss")
     return {"label": run.label, "seed": run.seed, "folder": run.name, "model": hash_of_model(run.config.model),
-            "command": shlex.join(["python", "train.py", *run.arguments]), "commit": made_at, "machine": machine(),
+            "command": shlex.join(["python", "train.py", *run.arguments]).replace(f"{ROOT}/", ""), "commit": made_at, "machine": machine(),
             "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
             "rows": [{name: row[name] for name in kept} for row in rows], "settings": shared_settings(run.config),
             "units": {short_name(name): unit_of(name) for name in run.config.watch}}
@@ -317,7 +343,7 @@ def study(args, common, command):
     """Run what is missing of a study, and report. Returns the table."""
     planned = planned_runs(args, common)
     path = RESULTS / short_name(args.reward) / planned[0].study
-    lines = train_missing(planned, path.with_name(path.name + ".jsonl"))
+    lines = train_missing(planned, path.with_name(path.name + ".jsonl"), args.jobs)
     return report([lines[run.key] for run in planned], args.reward, RUNS, path, command)
 
 
@@ -355,33 +381,36 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--watch", action="append", metavar="NAME", help="as in train.py (default: the preset's)")
-    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 up (default: 5; an ablation: 3)")
+    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 up (default: 5; --twins and an ablation: 3)")
     parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison; they must divide into the epochs "
                         f"of all algorithms (default: {QUERIES})")
     parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
                         help=f"of the comparison or the sweep: some of {', '.join(ALGORITHMS)} (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs to train at a time, which share the cores (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the networks (default: the preset's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
     which.add_argument("--drift", action="store_true", help="the mean gain over both JPEG rewards, in which a common change of the images cancels")
+    which.add_argument("--twins", action="store_true", help="DDPO-IS on the embedded model and on its flow-matching twin, with both --noise")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
     if args.queries is not None and (args.sweep or args.ablation or args.drift):
         raise ValueError("--queries is for the comparison: a sweep, --drift and each ablation have their own")
-    if args.algorithms and args.ablation:
-        raise ValueError("--algorithms is for the comparison and the sweep: an ablation has its own")
+    if args.algorithms and (args.ablation or args.twins):
+        raise ValueError("--algorithms is for the comparison and the sweep: --twins and each ablation have their own")
     if args.drift and args.reward != "compressibility":
         raise ValueError("--drift takes compressibility and incompressibility together: leave --reward out")
     if args.seeds is not None and (args.sweep or args.ablation == "variance"):
         raise ValueError("--seeds is for the comparison and the other ablations: a sweep and the variance have their own")
-    if args.seeds is not None and args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds}: must be at least 1")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in (args.reward, *(() if args.watch == ["none"] else args.watch or ())):
         if name not in REWARDS:
             user_function(name)  # a name that does not exist is refused before anything is written
-    args.seeds = args.seeds or (3 if args.ablation else 5)
+    args.seeds = args.seeds or (3 if args.ablation or args.twins else 5)
     args.queries = QUERIES if args.queries is None else args.queries
     return args
 
@@ -394,6 +423,8 @@ def main(argv=None):
         args = parse(argv)
         common = {name: getattr(args, name) for name in ("reward", "watch", "prompts", "device", "precision")
                   if getattr(args, name)}
+        if args.jobs > 1:  # also what machine() tells
+            torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, os.cpu_count() // args.jobs)}")))
         work = drift if args.drift else variance if args.ablation == "variance" else study
         print(work(args, common, shlex.join(["python", "studies/compare.py", *argv])))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:

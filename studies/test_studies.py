@@ -2,6 +2,7 @@
 import importlib
 import shutil
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     train_run = compare.train_run
-    _, done = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    _, done = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1, twins=False), {"reward": "compressibility"})
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared,
            "model": compare.hash_of_model(str(tiny_model))}
@@ -134,7 +135,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
         **tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
-    _, half, begun = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1), {"reward": "compressibility"})
+    _, half, begun = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1, twins=False), {"reward": "compressibility"})
     assert train.main([*half.arguments, "--name", half.name]) == 0
     whole = runs.read_rows(train.RUNS / half.name)
     shutil.rmtree(train.RUNS / half.name)
@@ -148,6 +149,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
         if train.main(arguments):
             raise ValueError(f"{folder} stopped")
 
+    monkeypatch.setattr(train, "stop_on_signals", lambda: None)  # only a main thread may ask for signals
     monkeypatch.setattr(compare, "train_in_a_process", in_this_process)
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 2
     told = capsys.readouterr().err
@@ -157,9 +159,39 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     assert lines[0]["rows"][-1]["eval_reward_mean"] == whole[-1]["eval_reward_mean"] and "begun earlier" in lines[0]["commit"]
 
 
+def test_several_runs_are_trained_at_a_time_and_all_end_if_the_study_is_interrupted(tmp_path, monkeypatch):
+    args = SimpleNamespace(sweep=False, ablation="baseline", seeds=1, twins=False)
+    planned, meet, ended = compare.planned_runs(args, {"reward": "compressibility"}), threading.Barrier(2, timeout=60), []
+
+    def train_run(run, show):
+        meet.wait()  # two are under way
+        return {"label": run.label}
+
+    monkeypatch.setattr(compare, "train_run", train_run)
+    lines = compare.train_missing(planned[:2], tmp_path / "a.jsonl", jobs=2)
+    assert {line["label"] for line in lines.values()} == {run.label for run in planned[:2]} and len(runs.read_lines(tmp_path / "a.jsonl")) == 2
+
+    def interrupted(run, show):
+        assert run is not planned[2]
+        meet.wait()
+        if run is planned[0]:
+            raise KeyboardInterrupt
+        try:
+            while True:
+                show(1)
+        except KeyboardInterrupt:
+            ended.append(run.label)
+            raise
+
+    monkeypatch.setattr(compare, "train_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.train_missing(planned, tmp_path / "b.jsonl", jobs=2)
+    assert ended == [planned[1].label] and not (tmp_path / "b.jsonl").exists()
+
+
 @pytest.mark.parametrize("reward", ["compressibility", "incompressibility"])
 def test_the_committed_comparison_is_of_todays_presets(reward):
-    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, queries=compare.QUERIES)
+    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, twins=False, queries=compare.QUERIES)
     lines = compare.finished_runs(compare.RESULTS / reward / "main.jsonl")
     assert {run.key for run in compare.planned_runs(args, {"reward": reward})} == set(lines)
 
@@ -184,8 +216,8 @@ def test_the_presets_guidance_in_rwrs_loss_goes_with_the_guidance_of_its_images(
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     of_ten_steps = ("learn-steps", "sampling-steps") if reward == "alignment" else ()  # that reward's preset has four
     for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS if name not in of_ten_steps), {},
-                    {"algorithms": ["ddpo-is"]}):
-        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "seeds": 2, "queries": compare.QUERIES,
+                    {"algorithms": ["ddpo-is"]}, {"twins": True}):
+        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "twins": False, "seeds": 2, "queries": compare.QUERIES,
                                   **options})
         planned = compare.planned_runs(args, {"reward": reward})
         assert len({one.name for one in planned}) == len({one.key for one in planned}) == len(planned)
@@ -195,7 +227,7 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--seeds", "0"], "--seeds 0"), (["--queries", "100"], "--queries 100 does not divide"),
+    (["--seeds", "0"], "--seeds 0"), (["--jobs", "0"], "--jobs 0"), (["--twins", "--algorithms", "rwr"], "--twins and each ablation have their own"), (["--queries", "100"], "--queries 100 does not divide"),
     (["--sweep", "--queries", "64"], "--queries is for the comparison"), (["--reward", "beauty"], "no reward 'beauty'"),
     (["--watch", "beauty"], "no reward 'beauty'"), (["--reward", "none"], "no reward 'none'"), (["--drift", "--queries", "64"], "--queries is for the comparison"),
     (["--drift"], "30 of 30 runs are not done yet")])
