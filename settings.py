@@ -163,7 +163,7 @@ PRESET_REWARDS = {"emoji": {
 _EMOJI_RWR = {"epochs": 4, "samples_per_epoch": 128, "updates_per_epoch": 20, "batch_size": 32, "learning_rate": 1e-4,
               "training_guidance": 1.4, "eval_every": 1}
 PRESET_ALGORITHMS = {"emoji": {
-    "ddpo-sf": {"epochs": 32, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 2e-4, "eval_every": 4},
+    "ddpo-sf": {"epochs": 32, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 1e-4, "eval_every": 4},
     "rwr": {**_EMOJI_RWR, "beta": 60.0},
     "rwr-sparse": _EMOJI_RWR,
     "nft": {"updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}}}
