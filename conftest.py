@@ -26,7 +26,7 @@ import train
 from studies import random_networks
 
 ROOT = Path(__file__).resolve().parent
-EMOJI, EMOJI_VLM = ROOT / "emoji" / "model", ROOT / "emoji" / "vlm"
+EMOJI, EMOJI_FLOW, EMOJI_VLM = (ROOT / "emoji" / name for name in ("model", "flow", "vlm"))
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                         set_alpha_to_one=False, clip_sample=False)
 

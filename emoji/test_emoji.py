@@ -9,7 +9,7 @@ import prompts
 import sampling
 import settings
 import train
-from conftest import EMOJI, EMOJI_VLM, rng
+from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, rng
 from emoji import judge, pretrain
 from rewards import load_reward
 
@@ -18,13 +18,18 @@ def size(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def test_the_embedded_model_draws_with_plain_diffusers():
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
+@pytest.mark.parametrize("model", [EMOJI, EMOJI_FLOW], ids=["diffusion", "flow"])
+def test_the_embedded_models_draw_what_they_are_asked_with_plain_diffusers(model):
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(["a frog", "two pandas"], num_inference_steps=10, eta=1.0, guidance_scale=5.0, generator=rng(),
-                      output_type="np").images
-    assert images.shape == (2, 64, 64, 3) and images.std() > 0.05
-    assert size(EMOJI) < 12e6
+    asked = [(animal, 1) for animal in judge.ANIMALS[::2]] + [(animal, 2 + k % 3) for k, animal in enumerate(judge.ANIMALS[1::4])]
+    images = pipeline([prompts.with_number(*pair) for pair in asked], num_inference_steps=10, eta=1.0, guidance_scale=3.0,
+                      generator=rng(), output_type="pt").images
+    with torch.no_grad():
+        seen = judge.name_animals(judge.load_judge(judge.WEIGHTS), images)
+    right = np.array([[one == other for one, other in zip(pair, said)] for pair, said in zip(asked, seen)])
+    assert images.shape == (57, 3, 64, 64) and (right.mean(0) >= 0.95).all(), right.mean(0)
+    assert size(model) < 12e6
 
 
 def test_the_embedded_vlm_and_the_judge_see_what_the_embedded_model_drew():
