@@ -6,9 +6,10 @@
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
     python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm; --vlm --check and --flow --check measure alone
 
-It takes about three and a half hours on two cores, --flow two (on a GPU minutes). There are four stages, each with its own checkpoint under runs/pretrain: draw a pool
-of scenes; train the autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
-vision-language model has two stages on the same pool: its vision tower, then the whole. Only tests import this file.
+It takes about three and a half hours on two cores, --flow one and a half; --flow took five minutes on an H200. There are four stages,
+each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the autoencoder; train the judge; train the U-Net together
+with the text encoder on the pool's latents. The vision-language model has two stages on the same pool: its vision tower, then the whole.
+Only tests import this file.
 """
 import argparse
 import ctypes

@@ -1,6 +1,7 @@
 """Universal guidance beside a trained policy (paper, appendix B): reward, watched reward and seconds a picture.
 
-    python train.py --reward studies/redness.py:redness --name red && python studies/guidance.py runs/red
+    python train.py --reward studies/redness.py:redness --stop-below animal=90% --name red && python studies/guidance.py runs/red
+    echo "a wolf" > wolf.txt    # the same on one prompt: add --prompts wolf.txt, and another --name
     python studies/guidance.py runs/wolf --images 50 --recurrences 6 --micro-batch 1 --gradient-checkpointing    # the README's, on Stable Diffusion
 
 Prints two tables. The first is a sweep of the scale g on other noise than the second. The rule: of the scales that keep nine tenths of
@@ -110,7 +111,7 @@ def main(argv=None):
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run under runs/, whose reward is differentiable")
-    parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 10.0, 30.0, 100.0], help="g, of the sweep (default: %(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[10.0, 30.0, 100.0, 300.0, 1000.0], help="g, of the sweep (default: %(default)s)")
     parser.add_argument("--recurrences", type=int, default=1, help="k, passes at a timestep (default: %(default)s)")
     parser.add_argument("--backward-steps", type=int, default=0, help="m (default: %(default)s)")
     parser.add_argument("--backward-rate", type=float, default=1.0, help="step size of these (default: %(default)s)")

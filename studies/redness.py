@@ -2,7 +2,7 @@
 
 Why this one: every pixel has a gradient, no other network can be wrong about it, and an image can turn red while its animal stays.
 
-    python train.py --reward studies/redness.py:redness
+    python train.py --reward studies/redness.py:redness --stop-below animal=90%
 """
 
 

@@ -199,17 +199,19 @@ def test_the_committed_comparison_is_of_todays_presets(reward):
 def test_each_preset_is_among_the_settings_of_the_sweep():
     own = {"ddpo-is": ("clip_range", "updates_per_epoch"), "ddpo-sf": ("samples_per_epoch",), "rwr": ("beta",),
            "rwr-sparse": ("percentile",), "nft": ("samples_per_epoch", "updates_per_epoch", "batch_size")}
-    for algorithm, names in own.items():
-        names = ("learning_rate", *names)
-        preset, *tried = [tuple(getattr(settings.build_config({"algorithm": algorithm, **flags}), name) for name in names)
-                          for flags in ({}, *compare.SWEEP[algorithm])]
-        assert preset in tried
+    for sweep, reward in ((compare.SWEEP, "compressibility"), (compare.VLM_SWEEP, "alignment")):
+        for algorithm, names in own.items():
+            names = ("learning_rate", *names)
+            preset, *tried = [tuple(getattr(settings.build_config({"algorithm": algorithm, "reward": reward, **flags}), name) for name in names)
+                              for flags in ({}, *sweep[algorithm])]
+            assert preset in tried
 
 
 def test_the_presets_guidance_in_rwrs_loss_goes_with_the_guidance_of_its_images():
     weight = [settings.build_config({"algorithm": "rwr", **flags}).training_guidance for flags in (
-        {}, {"guidance_scale": 3.0}, {"guidance_scale": 5.0}, {"reward": "alignment"}, {"reward": "alignment", "training_guidance": 0.5})]
-    assert weight == [1.4, 1.4, 0, 0, 0.5]
+        {}, {"guidance_scale": 3.0}, {"guidance_scale": 5.0}, {"reward": "alignment"}, {"reward": "alignment", "guidance_scale": 2.0},
+        {"reward": "alignment", "training_guidance": 0.5})]
+    assert weight == [1.4, 1.4, 0, 0.6, 0, 0.5]
 
 
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
