@@ -484,7 +484,7 @@ def remake_flow(args):
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
     args.work.mkdir(parents=True, exist_ok=True)
     images, animals, numbers = load_pool(args)
-    pipeline = StableDiffusionPipeline.from_pretrained(args.start).to(args.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(os.path.relpath(args.start)).to(args.device)  # the path is saved with the model
     latents, _ = encode_pool(pipeline.vae, images, args)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, pipeline.scheduler, args.flow_steps, args)
