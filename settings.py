@@ -176,7 +176,8 @@ _EMOJI_VLM_ALGORITHMS = {
     "rwr": _EMOJI_VLM_RWR,
     "rwr-sparse": {**_EMOJI_VLM_RWR, "learning_rate": 2e-4},
     "nft": {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "learning_rate": 3e-4, "eval_every": 1}}
-PRESET_BOTH = {"emoji": {(algorithm, reward): choice for algorithm, choice in _EMOJI_VLM_ALGORITHMS.items() for reward in ("alignment", "counting")}}
+PRESET_BOTH = {"emoji": {(algorithm, reward): choice for reward in ("alignment", "counting")
+                         for algorithm, choice in _EMOJI_VLM_ALGORITHMS.items()}}
 
 # Settings that only some algorithms read. With another algorithm they are refused. (RWR has no chain, and so no KL and no ratio.
 # A DDPO update without guidance would score another policy than the one that sampled.)

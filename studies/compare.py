@@ -37,7 +37,7 @@ import runs
 from models import PRECISIONS
 from pipelines import identity_of, load_pipeline
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
-from settings import ALGORITHMS, EMOJI, ROOT, Config, build_config, shared_settings
+from settings import ALGORITHMS, EMOJI, PRESET_REWARDS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
 from studies.variance import measure_variance
 from train import RUNS
@@ -198,7 +198,8 @@ def planned_runs(args, common):
     # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
     shared = {**common, "samples_per_epoch": 64}
     if args.sweep:
-        sweep, flags, queries = (VLM_SWEEP, common, VLM_QUERIES) if common["reward"] in ("alignment", "counting") else (SWEEP, shared, QUERIES)
+        of_vlm = common["reward"] in PRESET_REWARDS["emoji"]
+        sweep, flags, queries = (VLM_SWEEP, common, VLM_QUERIES) if of_vlm else (SWEEP, shared, QUERIES)
         return [planned_run("sweep" + of_some(args.algorithms), f"{algorithm} {k + 1}", SWEEP_SEED, {**flags, "algorithm": algorithm, **choice}, queries)
                 for algorithm in args.algorithms or sweep for k, choice in enumerate(sweep[algorithm])]
     if args.ablation:
