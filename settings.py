@@ -168,8 +168,9 @@ PRESET_ALGORITHMS = {"emoji": {
     "rwr-sparse": _EMOJI_RWR,
     "nft": {"updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}}}
 
-# What a preset says for one algorithm on a VLM's reward, on top of these two: chosen on alignment in the same way. All spend 3,072
-# queries. No weight of training guidance was found at which rounds of RWR leave these images as they are; at 0.6 their size changes least.
+# What a preset says for one algorithm on a VLM's reward, on top of PRESET_REWARDS and PRESET_ALGORITHMS: chosen on alignment in the same
+# way. All spend 3,072 queries. No training_guidance was found at which rounds without a reward leave these images as they are. At 0.6 the
+# size changes least after four.
 _EMOJI_VLM_RWR = {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.6, "eval_every": 1}
 _EMOJI_VLM_ALGORITHMS = {
     "ddpo-sf": {"epochs": 12, "samples_per_epoch": 256, "updates_per_epoch": 1, "learning_rate": 1e-4, "eval_every": 2},
@@ -529,6 +530,7 @@ def _default_text(name, default):
         sources.append((preset, choices))
         for table in (PRESET_REWARDS, PRESET_ALGORITHMS):
             sources += [(f"{preset}, {one}" if one else preset, own) for one, own in table.get(preset, {}).items()]
+        sources += [(f"{preset}, {algorithm}, {reward}", own) for (algorithm, reward), own in PRESET_BOTH.get(preset, {}).items()]
     texts = [f"{source}: {_default_value(choices[name])}" for source, choices in sources if choices.get(name, "") not in ("", ())]
     return f" ({'; '.join(texts)})" if texts else ""
 

@@ -569,7 +569,7 @@ def outcome(experiment):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
     config = experiment.config
     rows = [row for row in experiment.rows if row["eval_reward_mean"] is not None]  # all end with one, but if --epochs was made smaller
-    seconds = sum(value or 0 for row in experiment.rows for name, value in row.items() if name.startswith("seconds_"))
+    minutes, seconds = divmod(round(sum(value or 0 for row in experiment.rows for name, value in row.items() if name.startswith("seconds_"))), 60)
     before, after = (row["eval_reward_mean"] for row in (rows[0], rows[-1]))
     factor, unit = experiment.reward.unit
     change = f" ({factor * (after - before) / abs(before):+.0%})".replace("%", " %") if before and unit != "%" else ""
@@ -577,7 +577,7 @@ def outcome(experiment):
         display(row["watched"][reward.name], reward.unit) for row in (rows[0], rows[-1])) for reward in experiment.watched)
     return (f"{experiment.reward.name}: {display(before, experiment.reward.unit)} -> {display(after, experiment.reward.unit)}"
             f"{change} on {config.eval_prompts} fixed prompts after {rows[-1]['reward_queries']} reward queries, "
-            f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" + (f"; watched: {watched}" if watched else ""))
+            f"{minutes} min {seconds:02} s" + (f"; watched: {watched}" if watched else ""))
 
 
 if __name__ == "__main__":

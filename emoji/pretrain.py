@@ -1,4 +1,4 @@
-"""How the embedded models were made, from an emoji font alone: the text-to-image model emoji/model, its judge, its VLM.
+"""How the embedded models were made, from an emoji font alone: the text-to-image model emoji/model, its flow-matching twin, judge and VLM.
 
     python emoji/pretrain.py            # remakes model and judge from nothing; if it is stopped, the same command goes on
     python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model   # trains the shipped weights for longer
@@ -6,10 +6,10 @@
     python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
     python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm; --vlm --check and --flow --check measure alone
 
-It takes about three and a half hours on two cores, --flow one and a half; --flow took five minutes on an H200. There are four stages,
-each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the autoencoder; train the judge; train the U-Net together
-with the text encoder on the pool's latents. The vision-language model has two stages on the same pool: its vision tower, then the whole.
-Only tests import this file.
+It takes about three and a half hours on two cores. --flow would take about one and a half; it took five minutes on an H200. There are
+four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the autoencoder; train the judge; train the
+U-Net together with the text encoder on the pool's latents. The vision-language model has two stages on the same pool: its vision tower,
+then the whole. Only tests import this file.
 """
 import argparse
 import ctypes

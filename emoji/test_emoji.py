@@ -22,13 +22,13 @@ def size(folder):
 def test_the_embedded_models_draw_what_they_are_asked_with_plain_diffusers(model):
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    asked = [(animal, 1) for animal in judge.ANIMALS[::2]] + [(animal, 2 + k % 3) for k, animal in enumerate(judge.ANIMALS[1::4])]
+    asked = [(animal, 1) for animal in judge.ANIMALS[::3]] + [(animal, 2 + k % 3) for k, animal in enumerate(judge.ANIMALS[1::8])]
     images = pipeline([prompts.with_number(*pair) for pair in asked], num_inference_steps=10, eta=1.0, guidance_scale=3.0,
                       generator=rng(), output_type="pt").images
     with torch.no_grad():
         seen = judge.name_animals(judge.load_judge(judge.WEIGHTS), images)
     right = np.array([[one == other for one, other in zip(pair, said)] for pair, said in zip(asked, seen)])
-    assert images.shape == (57, 3, 64, 64) and (right.mean(0) >= 0.95).all(), right.mean(0)
+    assert images.shape == (35, 3, 64, 64) and (right.mean(0) >= 0.95).all(), right.mean(0)
     assert size(model) < 12e6
 
 
@@ -121,9 +121,9 @@ def test_a_network_of_zero_steps_is_that_of_the_start(tmp_path):
 
 
 def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffusers_draws_it(tmp_path, monkeypatch):
-    scenes = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8), np.arange(64), np.arange(64) % 4 + 1
+    scenes = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8), np.arange(8) % 4 + 1
     monkeypatch.setattr(pretrain, "load_pool", lambda args: scenes)
-    args = pretrain.parse(["--flow", "--flow-steps", "1", "--denoiser-batch", "64", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
+    args = pretrain.parse(["--flow", "--flow-steps", "1", "--denoiser-batch", "8", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
     pretrain.remake_flow(args)
     policy, diffusion = (sampling.load_policy(model, 10, 1.0, 3.0) for model in (tmp_path / "flow", EMOJI))
     assert policy.schedule.prediction_type == "flow" and policy.schedule.actions == 9

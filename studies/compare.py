@@ -56,31 +56,31 @@ def rwr_settings(rounds, queries, batch_size=32):
             "updates_per_epoch": round(5 * samples / batch_size)}
 
 
+def fine_tuning_choices(queries, many):
+    """Four settings for RWR, sparse RWR and nft each, in four rounds; for nft also in `many`."""
+    # In four rounds: at the preset's training guidance these change the images least without a reward.
+    return {
+        "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(4, queries))
+                for lr, beta in ((1e-4, 5.0), (1e-4, 20.0), (1e-4, 60.0), (3e-5, 20.0))],
+        "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(4, queries))
+                       for lr, percentile in ((1e-4, 0.9), (1e-4, 0.75), (2e-4, 0.9), (3e-5, 0.9))],
+        "nft": [dict(learning_rate=lr, **rwr_settings(rounds, queries)) for rounds in (many, 4) for lr in (1e-4, 3e-4)]}
+
+
 # Four settings for each algorithm. They vary the learning rate and the algorithm's own settings.
 SWEEP = {
     "ddpo-is": [dict(learning_rate=2e-4, updates_per_epoch=8), dict(learning_rate=2e-4, updates_per_epoch=4),
                 dict(learning_rate=4e-4, updates_per_epoch=8, clip_range=1e-2), dict(learning_rate=4e-4, updates_per_epoch=8)],
     "ddpo-sf": [dict(learning_rate=2e-4, samples_per_epoch=64), dict(learning_rate=1e-4, samples_per_epoch=16),
                 dict(learning_rate=2e-4, samples_per_epoch=16), dict(learning_rate=1e-4, samples_per_epoch=64)],
-    # In four rounds: at the preset's training guidance these change the images least without a reward.
-    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(4, QUERIES))
-            for lr, beta in ((1e-4, 5.0), (1e-4, 20.0), (1e-4, 60.0), (3e-5, 20.0))],
-    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(4, QUERIES))
-                   for lr, percentile in ((1e-4, 0.9), (1e-4, 0.75), (2e-4, 0.9), (3e-5, 0.9))],
-    "nft": [dict(learning_rate=lr, **rwr_settings(rounds, QUERIES))
-            for lr, rounds in ((1e-4, 8), (3e-4, 8), (1e-4, 4), (3e-4, 4))]}
+    **fine_tuning_choices(QUERIES, 8)}
 
-# The same for a VLM's reward, whose preset has larger epochs and so more queries.
+# Settings for a VLM's reward, whose preset has larger epochs and so more queries.
 VLM_QUERIES = 3072
 VLM_SWEEP = {
     "ddpo-is": [dict(learning_rate=lr, updates_per_epoch=updates) for lr in (5e-5, 1e-4) for updates in (4, 2)],
     "ddpo-sf": [dict(learning_rate=lr, samples_per_epoch=samples) for lr in (5e-5, 1e-4) for samples in (256, 64)],
-    "rwr": [dict(learning_rate=lr, beta=beta, **rwr_settings(4, VLM_QUERIES))
-            for lr, beta in ((1e-4, 5.0), (1e-4, 20.0), (1e-4, 60.0), (3e-5, 20.0))],
-    "rwr-sparse": [dict(learning_rate=lr, percentile=percentile, **rwr_settings(4, VLM_QUERIES))
-                   for lr, percentile in ((1e-4, 0.9), (1e-4, 0.75), (2e-4, 0.9), (3e-5, 0.9))],
-    "nft": [dict(learning_rate=lr, **rwr_settings(rounds, VLM_QUERIES))
-            for lr, rounds in ((1e-4, 12), (3e-4, 12), (1e-4, 4), (3e-4, 4))]}
+    **fine_tuning_choices(VLM_QUERIES, 12)}
 
 # The preset as it was before it had groups: an image is compared with the last rewards of its prompt, which comes once or twice an epoch.
 RUNNING = {"images_per_prompt": 1, "stats_buffer": 16, "stats_min_count": 8, "updates_per_epoch": 8}
@@ -224,7 +224,7 @@ def of_some(algorithms):
 def train_missing(planned, log, jobs=1):
     """Train what no study of the reward has yet, and give each run a line in the log. Returns run.key -> line.
 
-    jobs: runs at a time. A run that fails is reported and left out. Raises ValueError at the end if there were such runs.
+    jobs: runs at a time. A run whose command fails is reported and left out. Raises ValueError at the end if there were such runs.
     """
     own, others, failed = finished_runs(log), {}, []
     for other in sorted(log.parent.glob("*.jsonl")):
@@ -383,7 +383,7 @@ def parse(argv):
     parser.add_argument("--reward", default="compressibility", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--watch", action="append", metavar="NAME", help="as in train.py (default: the preset's)")
     parser.add_argument("--seeds", type=int, help="number of seeds, from 0 up (default: 5; --twins and an ablation: 3)")
-    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison; they must divide into the epochs "
+    parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison or of --twins; they must divide into the epochs "
                         f"of all algorithms (default: {QUERIES})")
     parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
@@ -394,7 +394,7 @@ def parse(argv):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", action="store_true", help="the settings that the preset's were chosen from")
     which.add_argument("--drift", action="store_true", help="the mean gain over both JPEG rewards, in which a common change of the images cancels")
-    which.add_argument("--twins", action="store_true", help="DDPO-IS on the embedded model and on its flow-matching twin, with both --noise")
+    which.add_argument("--twins", action="store_true", help="DDPO-IS on the embedded model and on its flow-matching twin, with both values of --noise")
     which.add_argument("--ablation", choices=[*ABLATIONS, "variance"], help="one question")
     args = parser.parse_args(argv)
     if args.queries is not None and (args.sweep or args.ablation or args.drift):
@@ -425,7 +425,8 @@ def main(argv=None):
         common = {name: getattr(args, name) for name in ("reward", "watch", "prompts", "device", "precision")
                   if getattr(args, name)}
         if args.jobs > 1:  # also what machine() tells
-            torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, os.cpu_count() // args.jobs)}")))
+            torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+            os.environ["OMP_NUM_THREADS"] = f"{torch.get_num_threads()}"
         work = drift if args.drift else variance if args.ablation == "variance" else study
         print(work(args, common, shlex.join(["python", "studies/compare.py", *argv])))
     except (ValueError, OSError, RewardError, FloatingPointError, torch.OutOfMemoryError) as error:

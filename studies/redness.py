@@ -1,6 +1,6 @@
-"""A reward with a gradient that a person can see: how red an image is. (The README's example.)
+"""A reward with a gradient that a person can see: how red an image is. (The README's example, with a gradient.)
 
-Why this one: every pixel has a gradient, no other network can be wrong about it, and an image can turn red while its animal stays.
+Why this one: every pixel has a gradient, no network computes it that could be fooled, and an image can turn red while its animal stays.
 
     python train.py --reward studies/redness.py:redness --stop-below animal=90%
 """
