@@ -198,8 +198,8 @@ def planned_runs(args, common):
     # The queries of sweep and ablations divide into epochs of 64, the emoji preset's. For some rewards it has larger ones.
     shared = {**common, "samples_per_epoch": 64}
     if args.sweep:
-        of_vlm = common["reward"] in PRESET_REWARDS["emoji"]
-        sweep, flags, queries = (VLM_SWEEP, common, VLM_QUERIES) if of_vlm else (SWEEP, shared, QUERIES)
+        queries = queries_of(common["reward"])
+        sweep, flags = (SWEEP, shared) if queries == QUERIES else (VLM_SWEEP, common)
         return [planned_run("sweep" + of_some(args.algorithms), f"{algorithm} {k + 1}", SWEEP_SEED, {**flags, "algorithm": algorithm, **choice}, queries)
                 for algorithm in args.algorithms or sweep for k, choice in enumerate(sweep[algorithm])]
     if args.ablation:
@@ -212,6 +212,11 @@ def planned_runs(args, common):
     name = "-".join(["twins" if args.twins else "main", *([f"{args.queries}"] if args.queries != QUERIES else [])]) + of_some(args.algorithms)
     return [planned_run(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
+
+
+def queries_of(reward):
+    """The reward queries of a run of the comparison or the sweep."""
+    return VLM_QUERIES if reward in PRESET_REWARDS["emoji"] else QUERIES
 
 
 def of_some(algorithms):
@@ -384,7 +389,7 @@ def parse(argv):
     parser.add_argument("--watch", action="append", metavar="NAME", help="as in train.py (default: the preset's)")
     parser.add_argument("--seeds", type=int, help="number of seeds, from 0 up (default: 5; --twins and an ablation: 3)")
     parser.add_argument("--queries", type=int, help=f"reward queries of a run of the comparison or of --twins; they must divide into the epochs "
-                        f"of all algorithms (default: {QUERIES})")
+                        f"of all algorithms (default: {QUERIES}; on a VLM's reward {VLM_QUERIES})")
     parser.add_argument("--prompts", help="a set's name or a text file (default: the preset's)")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME",
                         help=f"of the comparison or the sweep: some of {', '.join(ALGORITHMS)} (default: all)")
@@ -412,7 +417,7 @@ def parse(argv):
         if name not in REWARDS:
             user_function(name)  # a name that does not exist is refused before anything is written
     args.seeds = args.seeds or (3 if args.ablation or args.twins else 5)
-    args.queries = QUERIES if args.queries is None else args.queries
+    args.queries = queries_of(args.reward) if args.queries is None else args.queries
     return args
 
 

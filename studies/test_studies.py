@@ -219,8 +219,8 @@ def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queri
     of_ten_steps = ("learn-steps", "sampling-steps") if reward == "alignment" else ()  # that reward's preset has four
     for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS if name not in of_ten_steps), {},
                     {"algorithms": ["ddpo-is"]}, {"twins": True}):
-        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "twins": False, "seeds": 2, "queries": compare.QUERIES,
-                                  **options})
+        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "twins": False, "seeds": 2,
+                                  "queries": compare.queries_of(reward), **options})
         planned = compare.planned_runs(args, {"reward": reward})
         assert len({one.name for one in planned}) == len({one.key for one in planned}) == len(planned)
         assert len({one.queries for one in planned}) == 1 or options.get("ablation") in ("learn-steps", "sampling-steps")
