@@ -119,6 +119,7 @@ MUTATIONS = [
     ("models.py", "lora_alpha=rank", "lora_alpha=2 * rank", LORA),
     ("sampling.py", "network is pipeline.vae else precision])", "network is pipeline.vae else 'fp32'])", LORA),
     ("studies/memory.py", "self.now -= self.alive.pop(key)", "self.alive.pop(key)", STUDIES),
+    ("settings.py", 'config.guidance_scale != chosen.get("guidance_scale"', 'config.guidance_scale != PRESETS[preset].get("guidance_scale"', STUDIES),
     ("trackers.py", "purge_step=epoch + 1", "purge_step=epoch", "test_trackers.py"),
 ]
 
