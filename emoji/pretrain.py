@@ -670,7 +670,8 @@ def parse(argv):
     add("--check-images", type=int, default=4096, help="the check's samples, and fresh scenes beside them")
     args = parser.parse_args(argv)
     args.output = args.output or HERE / ("flow" if args.flow else "model")
-    args.denoiser_batch = args.denoiser_batch or (512 if args.flow else 64)
+    if args.denoiser_batch is None:
+        args.denoiser_batch = 512 if args.flow else 64
     args.start = args.start or (HERE / "model" if args.flow else None)
     return args
 
@@ -688,6 +689,8 @@ def refuse_mistakes(args):
     for name in ("tower", "vlm") if args.vlm else ("flow",) if args.flow else ("autoencoder", "judge", "denoiser"):
         if (steps := getattr(args, f"{name}_steps")) < least:
             sys.exit(f"pretrain.py: --{name}-steps {steps}: must be at least {least}")
+    if args.denoiser_batch < 1:
+        sys.exit(f"pretrain.py: --denoiser-batch {args.denoiser_batch}: must be at least 1")
     if args.scenes < (most := max(64, args.denoiser_batch)):
         sys.exit(f"pretrain.py: --scenes {args.scenes}: a step takes {most}")
     needed = {args.output / "model_index.json": args.check or args.vlm, judge_of(args): args.check and not args.vlm,

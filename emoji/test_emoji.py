@@ -90,6 +90,7 @@ def test_the_frechet_distance_is_that_of_its_formula():
 @pytest.mark.parametrize("flags, message", [
     (["--vlm", "--vlm-steps", "0"], "--vlm-steps 0: must be at least 1"), (["--denoiser-steps", "0"], "--denoiser-steps 0: must be at least 1"),
     (["--start", str(EMOJI), "--judge-steps", "-1"], "--judge-steps -1: must be at least 0"), (["--scenes", "32"], "--scenes 32"),
+    (["--denoiser-batch", "0"], "--denoiser-batch 0: must be at least 1"), (["--flow", "--scenes", "100"], "--scenes 100: a step takes 512"),
     (["--flow", "--flow-steps", "0"], "--flow-steps 0: must be at least 1"), (["--vlm", "--start", str(EMOJI)], "--start is not for --vlm"),
     (["--check", "--output", "nowhere"], "there is no nowhere/model_index.json"), (["--start", "nowhere"], "no model is there")])
 def test_pretraining_answers_a_mistake_in_one_line_before_it_trains(flags, message):
