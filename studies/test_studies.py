@@ -1,8 +1,9 @@
-"""compare.py, report.py, variance.py, benchmark.py, memory.py, gpu.py, beside_trl.py, guidance.py."""
+"""compare.py, report.py, variance.py, centred_ratio.py, benchmark.py, memory.py, gpu.py, beside_trl.py, guidance.py."""
 import importlib
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import settings
 import train
 from baselines_guidance import guided_rollout
 from conftest import EMOJI, LAYERS, ROOT, TINY_CLIP, learner, rng, run, tiny_flags, tiny_pipeline
-from studies import benchmark, beside_trl, compare, gpu, guidance, memory, random_networks, report, variance
+from studies import benchmark, beside_trl, centred_ratio, compare, gpu, guidance, memory, random_networks, report, variance
 
 
 # ---- The comparison ----
@@ -281,6 +282,32 @@ def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny
     assert measure(3, 4).splitlines()[-2] == three and len(runs.read_lines(tmp_path / "variance.jsonl")) == 2
     monkeypatch.setattr(variance, "measure_snr", lambda *args: pytest.fail("nothing is missing"))
     assert measure(3, 4).splitlines()[-2] == three and (tmp_path / "variance.png").exists()
+
+
+# ---- The centred ratio ----
+
+
+def test_a_centred_ratio_is_without_the_term_that_makes_it_fall(tiny_policy):
+    trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog"], rng(), 2)
+    images, steps = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
+    old = sampling.frozen_copy(tiny_policy)
+    with torch.no_grad():
+        for weight in tiny_policy.denoiser.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=rng())
+        plain, centred = (log_probs - trajectory.log_probs[images, steps] for log_probs, _ in (
+            sampling.score(tiny_policy, trajectory, images, steps),
+            centred_ratio.centred_score(replace(tiny_policy, reference=old), trajectory, images, steps)))
+        x_t, x_prev, t = trajectory.latents[images, steps], trajectory.latents[images, steps + 1], trajectory.timesteps[steps]
+        states = sampling.encode_prompts(tiny_policy.pipeline, [trajectory.prompts[i] for i in images])
+        (mean, sigma), (old_mean, _) = (sampling.p_mean_sigma(policy, x_t, t, states) for policy in (tiny_policy, old))
+    torch.testing.assert_close(centred, ((x_prev - old_mean) * (mean - old_mean) / sigma**2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+    assert (plain < centred).all() and plain.mean() < -2 * centred.mean().abs()
+
+
+def test_a_centred_update_begins_at_a_ratio_of_one_and_leaves_the_method_as_it_was(tiny_policy):
+    trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog"], rng(), 2)
+    info = centred_ratio.centred_update(tiny_policy, trajectory, torch.tensor([1.0, -1.0]), loss=ddpo.clipped_loss, **learner(tiny_policy))
+    assert info["ratio_deviation"] < 1e-5 and info["kl_pretrained"] == 0 and ddpo.score is sampling.score
 
 
 # ---- The benchmark ----

@@ -1,0 +1,37 @@
+"""What a centred ratio does: DDPO-IS with the mean of log p_theta / p_old added back in, as in GRPO-Guard (arXiv 2510.22319).
+
+    python studies/centred_ratio.py --reward compressibility --seed 100    # train.py's flags
+
+x_{t-1} was drawn with mean mu_old. So log p_theta / p_old = (x_{t-1} - mu_old) (mu - mu_old) / sigma^2 - (mu - mu_old)^2 / (2 sigma^2), averaged
+over the dimensions. The second part is minus the KL of the two policies. It makes most ratios smaller than 1, whatever the advantage, and the
+low side of the clip then holds the policy back (ddpo.py, 8). Here it is added back in. It costs a pass of the old policy.
+"""
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
+import ddpo
+import train
+from sampling import frozen_copy, score
+
+
+def centred_score(policy, trajectory, images, steps):
+    """As sampling.score, with the KL to policy.reference, the old policy, added to log p_theta. There is no other KL."""
+    log_probs, kl = score(policy, trajectory, images, steps)
+    return log_probs + kl, kl.detach() * 0
+
+
+def centred_update(policy, *arguments, **options):
+    """As ddpo.ddpo_update."""
+    ddpo.score, old = centred_score, ddpo.score
+    try:
+        return ddpo.ddpo_update(replace(policy, reference=frozen_copy(policy)), *arguments, **options)
+    finally:
+        ddpo.score = old
+
+
+if __name__ == "__main__":
+    train.UPDATES["ddpo-is"] = partial(centred_update, loss=ddpo.clipped_loss), True
+    sys.exit(train.main())
