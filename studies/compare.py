@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -246,23 +246,24 @@ def train_missing(planned, log, jobs=1):
             if stopped.is_set():
                 raise KeyboardInterrupt  # in the thread of a run, which ends its process
             done[run] = queries
-            bar.n = total - left + sum(done.values())
-            bar.refresh()
 
         training = {pool.submit(train_run, run, partial(show, run)): run for run in missing}
         try:
-            for future in as_completed(training):
-                run = training[future]
-                try:
-                    own[run.key] = future.result()
-                    runs.append_line(log, own[run.key])
-                except ValueError as error:
-                    tqdm.write(f"compare.py: {error}", file=sys.stderr)
-                    failed.append(run.name)
-                show(run, run.queries)
+            while training:
+                for future in wait(training, timeout=1, return_when=FIRST_COMPLETED).done:
+                    run = training.pop(future)
+                    try:
+                        own[run.key] = future.result()
+                        runs.append_line(log, own[run.key])
+                    except ValueError as error:
+                        tqdm.write(f"compare.py: {error}", file=sys.stderr)
+                        failed.append(run.name)
+                    done[run] = run.queries
+                bar.n = total - left + sum(done.values())
+                bar.refresh()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # none begins any more
             stopped.set()
-            pool.shutdown(cancel_futures=True)
             raise
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} runs failed ({', '.join(failed)}): no report was written")

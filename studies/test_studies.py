@@ -172,22 +172,27 @@ def test_several_runs_are_trained_at_a_time_and_all_end_if_the_study_is_interrup
     lines = compare.train_missing(planned[:2], tmp_path / "a.jsonl", jobs=2)
     assert {line["label"] for line in lines.values()} == {run.label for run in planned[:2]} and len(runs.read_lines(tmp_path / "a.jsonl")) == 2
 
-    def interrupted(run, show):
-        assert run is not planned[2]
+    begun, meet = [], threading.Barrier(3, timeout=60)
+
+    def endless(run, show):
+        begun.append(run)
         meet.wait()
-        if run is planned[0]:
-            raise KeyboardInterrupt
         try:
             while True:
                 show(1)
         except KeyboardInterrupt:
-            ended.append(run.label)
+            ended.append(run)
             raise
 
-    monkeypatch.setattr(compare, "train_run", interrupted)
+    def interrupted(*futures, **options):  # by Ctrl-C, once two are under way
+        meet.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "wait", interrupted)
+    monkeypatch.setattr(compare, "train_run", endless)
     with pytest.raises(KeyboardInterrupt):
         compare.train_missing(planned, tmp_path / "b.jsonl", jobs=2)
-    assert ended == [planned[1].label] and not (tmp_path / "b.jsonl").exists()
+    assert set(begun) == set(ended) == set(planned[:2]) and not (tmp_path / "b.jsonl").exists()
 
 
 @pytest.mark.parametrize("reward", ["compressibility", "incompressibility"])
