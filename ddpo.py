@@ -22,8 +22,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     a baseline from the first epoch on. It learned twice as fast (studies/results/README.md).
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy moves, the ratio falls,
     whatever the advantage. So the low side of the clip is in effect a bound on the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back
-    in. Here that destroyed the images: 0 to 2 % of the animals were named, with two seeds, at clip ranges of 2e-3 and 5e-4 (a trial whose
-    program was not kept).
+    in. Here that was no gain, and an earlier policy was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
  9. An update may learn from some of an image's steps, drawn at random (learn_steps). That does not bias the gradient.
 """
 from collections import Counter
