@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
+from tqdm import tqdm
 from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
 
@@ -34,6 +36,12 @@ STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scale
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def with_a_lock_of_its_own():
+    """For tqdm: a test that interrupts a run amid the drawing of a bar leaves the lock locked, and a later test's threads would wait."""
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture
