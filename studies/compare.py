@@ -209,7 +209,8 @@ def planned_runs(args, common):
     methods = TWINS if args.twins else {algorithm: {"algorithm": algorithm} for algorithm in args.algorithms or ALGORITHMS}
     if not (args.algorithms or args.twins):  # the control: what RWR does to the images without any reward
         methods["no reward"] = {"algorithm": "rwr", "beta": 0.0}
-    name = "-".join(["twins" if args.twins else "main", *([f"{args.queries}"] if args.queries != QUERIES else [])]) + of_some(args.algorithms)
+    size = "" if args.queries == QUERIES else f"-{args.queries}"
+    name = ("twins" if args.twins else "main") + size + of_some(args.algorithms)
     return [planned_run(name, label, seed, {**common, **flags}, args.queries)
             for seed in range(args.seeds) for label, flags in methods.items()]
 
@@ -239,9 +240,9 @@ def train_missing(planned, log, jobs=1):
             own[run.key] = {**others[run.key], "label": run.label}
             runs.append_line(log, own[run.key])
     missing = [run for run in planned if run.key not in own]
-    total, left = (sum(run.queries for run in some) for some in (planned, missing))
-    done, stopped = dict.fromkeys(missing, 0), threading.Event()
-    with tqdm(total=total, initial=total - left, unit="query", smoothing=0) as bar, ThreadPoolExecutor(jobs) as pool:
+    done, stopped = {run: 0 if run in missing else run.queries for run in planned}, threading.Event()
+    total = sum(run.queries for run in planned)
+    with tqdm(total=total, initial=sum(done.values()), unit="query", smoothing=0) as bar, ThreadPoolExecutor(jobs) as pool:
         def show(run, queries):
             if stopped.is_set():
                 raise KeyboardInterrupt  # in the thread of a run, which ends its process
@@ -259,7 +260,7 @@ def train_missing(planned, log, jobs=1):
                         tqdm.write(f"compare.py: {error}", file=sys.stderr)
                         failed.append(run.name)
                     done[run] = run.queries
-                bar.n = total - left + sum(done.values())
+                bar.n = sum(done.values())
                 bar.refresh()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # none begins any more

@@ -110,7 +110,7 @@ def test_a_comparison_trains_what_no_study_has_and_reports_all(tiny_model, tmp_p
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"one": tiny, "two": {**tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     train_run = compare.train_run
-    _, done = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1, twins=False), {"reward": "compressibility"})
+    _, done = compare.planned_runs(compare.parse(["--ablation", "tiny", "--seeds", "1"]), {"reward": "compressibility"})
     folder, shared = tmp_path / "results" / "compressibility", settings.shared_settings(done.config)
     two = {**line("two", 0, [0, 4, 8], [-2.0, -1.0, -0.5], [1.0, 1.0, 0.5]), "settings": shared,
            "model": compare.hash_of_model(str(tiny_model))}
@@ -136,7 +136,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
     monkeypatch.setitem(compare.ABLATIONS, "tiny", (8, {"bad": {**tiny, "learning_rate": 1e30}, "half": tiny, "begun": {
         **tiny, "baseline": "none"}}))
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
-    _, half, begun = compare.planned_runs(SimpleNamespace(sweep=False, ablation="tiny", seeds=1, twins=False), {"reward": "compressibility"})
+    _, half, begun = compare.planned_runs(compare.parse(["--ablation", "tiny", "--seeds", "1"]), {"reward": "compressibility"})
     assert train.main([*half.arguments, "--name", half.name]) == 0
     whole = runs.read_rows(train.RUNS / half.name)
     shutil.rmtree(train.RUNS / half.name)
@@ -161,7 +161,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_without_a_run_that_fails(t
 
 
 def test_several_runs_are_trained_at_a_time_and_all_end_if_the_study_is_interrupted(tmp_path, monkeypatch):
-    args = SimpleNamespace(sweep=False, ablation="baseline", seeds=1, twins=False)
+    args = compare.parse(["--ablation", "baseline", "--seeds", "1"])
     planned, meet, ended = compare.planned_runs(args, {"reward": "compressibility"}), threading.Barrier(2, timeout=60), []
 
     def train_run(run, show):
@@ -197,7 +197,7 @@ def test_several_runs_are_trained_at_a_time_and_all_end_if_the_study_is_interrup
 
 @pytest.mark.parametrize("reward", ["compressibility", "incompressibility"])
 def test_the_committed_comparison_is_of_todays_presets(reward):
-    args = SimpleNamespace(sweep=False, ablation=None, algorithms=None, seeds=5, twins=False, queries=compare.QUERIES)
+    args = compare.parse(["--reward", reward])
     lines = compare.finished_runs(compare.RESULTS / reward / "main.jsonl")
     assert {run.key for run in compare.planned_runs(args, {"reward": reward})} == set(lines)
 
@@ -223,13 +223,12 @@ def test_the_presets_guidance_in_rwrs_loss_goes_with_the_guidance_of_its_images(
 @pytest.mark.parametrize("reward", ["compressibility", "alignment"])
 def test_every_planned_run_is_one_that_train_accepts_at_the_same_number_of_queries(reward):
     of_ten_steps = ("learn-steps", "sampling-steps") if reward == "alignment" else ()  # that reward's preset has four
-    for options in ({"sweep": True}, *({"ablation": name} for name in compare.ABLATIONS if name not in of_ten_steps), {},
-                    {"algorithms": ["ddpo-is"]}, {"twins": True}):
-        args = SimpleNamespace(**{"sweep": False, "ablation": None, "algorithms": None, "twins": False, "seeds": 2,
-                                  "queries": compare.queries_of(reward), **options})
+    for flags in (["--sweep"], *(["--seeds", "2", "--ablation", name] for name in compare.ABLATIONS if name not in of_ten_steps),
+                  ["--seeds", "2"], ["--seeds", "2", "--algorithms", "ddpo-is"], ["--seeds", "2", "--twins"]):
+        args = compare.parse(["--reward", reward, *flags])
         planned = compare.planned_runs(args, {"reward": reward})
         assert len({one.name for one in planned}) == len({one.key for one in planned}) == len(planned)
-        assert len({one.queries for one in planned}) == 1 or options.get("ablation") in ("learn-steps", "sampling-steps")
+        assert len({one.queries for one in planned}) == 1 or args.ablation in ("learn-steps", "sampling-steps")
         for one in planned:  # raises ValueError where train.py would
             settings.build_config(settings.parse(one.arguments, ""))
 
