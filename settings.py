@@ -171,9 +171,9 @@ PRESET_ALGORITHMS = {"emoji": {
 # What a preset says for one algorithm on a VLM's reward, on top of PRESET_REWARDS and PRESET_ALGORITHMS: chosen on alignment in the same
 # way. All spend 3,072 queries. No training_guidance was found at which rounds without a reward leave these images as they are. At 0.6 the
 # size changes least after four.
-_EMOJI_VLM_RWR = {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.6, "eval_every": 1}
+_EMOJI_VLM_RWR = {"samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.6}
 _EMOJI_VLM_ALGORITHMS = {
-    "ddpo-sf": {"epochs": 12, "samples_per_epoch": 256, "updates_per_epoch": 1, "learning_rate": 1e-4, "eval_every": 2},
+    "ddpo-sf": {"epochs": 12, "samples_per_epoch": 256, "learning_rate": 1e-4, "eval_every": 2},
     "rwr": _EMOJI_VLM_RWR,
     "rwr-sparse": {**_EMOJI_VLM_RWR, "learning_rate": 2e-4},
     "nft": {"epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "learning_rate": 3e-4, "eval_every": 1}}
