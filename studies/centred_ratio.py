@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import ddpo
 import train
@@ -20,7 +22,7 @@ from sampling import frozen_copy, score
 def centred_score(policy, trajectory, images, steps):
     """As sampling.score, with the KL to policy.reference, the old policy, added to log p_theta. There is no other KL."""
     log_probs, kl = score(policy, trajectory, images, steps)
-    return log_probs + kl, kl.detach() * 0
+    return log_probs + kl, torch.zeros_like(kl)
 
 
 def centred_update(policy, *arguments, **options):
@@ -33,5 +35,7 @@ def centred_update(policy, *arguments, **options):
 
 
 if __name__ == "__main__":
+    if given := {flag.split("=")[0] for flag in sys.argv} & {"--algorithm", "--kl-weight"}:
+        sys.exit(f"centred_ratio.py: leave out {' and '.join(given)}: the algorithm is DDPO-IS, and its one KL is that to the old policy")
     train.UPDATES["ddpo-is"] = partial(centred_update, loss=ddpo.clipped_loss), True
     sys.exit(train.main())
