@@ -20,9 +20,8 @@ Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0,
 import torch
 from tqdm import tqdm
 
-from models import decode_with_gradient, encode_prompts
 from rewards import HAS_GRADIENT, as_prompts
-from sampling import generators, noise, predict, x_0_and_eps
+from sampling import generators, noise, x_0_and_eps
 
 # The gradient to a pixel is too small for fp16: it is multiplied by this on its way back. That is meant for a reward of order 1 that is an
 # average over the pixels.
@@ -30,19 +29,17 @@ FP16_SCALE = 1024
 
 
 def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=1, backward_steps=0, backward_rate=1.0):
-    """Draw one image for each of B prompts by universal guidance. Returns the final latents x_0 (B, C, H, W), fp32.
+    """Draw one image for each of B prompts by universal guidance. Returns the final latents x_0 (B, D...), fp32.
 
     reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its policy has eta 0, scale and
     backward_steps are 0, and recurrences is 1. scale: g >= 0, per unit of the reward. recurrences: k. backward_steps: m; backward_rate: the step size of their
     gradient descent. The prompts are prompts.Prompt or texts.
-    Raises ValueError if the reward is not differentiable or the schedule starts from pure noise; FloatingPointError if a latent is not
-    finite.
+    A chain that begins at pure noise, as those of flow matching, is guided from its second step on. ValueError if the reward is not
+    differentiable; FloatingPointError if a latent is not finite.
     """
     if not reward.differentiable:
         raise ValueError(f"universal guidance needs the gradient of the reward, and {reward.name} has none: {HAS_GRADIENT}")
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
-    if not policy.schedule.a.all():
-        raise ValueError("universal guidance needs a schedule that does not begin at pure noise (alpha_bar = 0), which says nothing of the image")
     rngs, latents = generators(rng, len(prompts)), []
     with tqdm(desc="guided sampling", total=len(prompts), leave=False, disable=None) as bar:
         for first in range(0, len(prompts), batch_size):
@@ -55,34 +52,39 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
 def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_steps, backward_rate):
     """The final latents of N images, one for each prompt and generator."""
     def loss(z_0):
-        return -reward.with_gradient(decode_with_gradient(policy.pipeline, z_0, policy.precision), prompts).sum()
+        return -reward.with_gradient(policy.decode_with_gradient(z_0), prompts).sum()
 
-    prompt_states = encode_prompts(policy.pipeline, [prompt.text for prompt in as_prompts(prompts)])
-    schedule, z = policy.schedule, noise(policy, rngs)
-    for t, a, b, a_prev, b_prev in zip(schedule.timesteps, schedule.a, schedule.b, schedule.a_prev, schedule.b_prev):
-        for passes_left in reversed(range(recurrences)):
-            z_0, e = guided_prediction(policy, z, t.expand(len(z)), a, b, prompt_states, loss, scale, backward_steps, backward_rate)
+    texts, schedule, z = [prompt.text for prompt in as_prompts(prompts)], policy.schedule, noise(policy, rngs)
+    for k in range(len(schedule.timesteps)):
+        a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
+        guides = bool(a > 0)  # a flow begins at pure noise, which says nothing of the image: its first step is unguided
+        for passes_left in reversed(range(recurrences if guides else 1)):
+            z_0, e = guided_prediction(policy, z, k, texts, loss, scale * guides, backward_steps * guides, backward_rate)
             z_prev = a_prev * z_0 + b_prev * e
-            again = (b**2 - (a * b_prev / a_prev) ** 2).clamp(min=0).sqrt()
-            z = a / a_prev * z_prev + again * noise(policy, rngs) if passes_left else z_prev
+            if passes_left:
+                again = (b**2 - (a * b_prev / a_prev) ** 2).clamp(min=0).sqrt()
+                z = a / a_prev * z_prev + again * noise(policy, rngs)
+            else:
+                z = z_prev
     if not z.isfinite().all():
         raise FloatingPointError("a latent is not finite: try a smaller scale")
     return z
 
 
-def guided_prediction(policy, z, t, a, b, prompt_states, loss, scale, backward_steps, backward_rate):
-    """The image and the noise (N, C, H, W) in z = a x_0 + b eps (N, C, H, W) at timesteps t (N,), moved towards a smaller loss(z_0)."""
+def guided_prediction(policy, z, k, texts, loss, scale, backward_steps, backward_rate):
+    """The image and the noise (N, D...) in z = a x_0 + b eps (N, D...) of step k, moved towards a smaller loss(z_0)."""
+    schedule, a, b = policy.schedule, policy.schedule.a[k], policy.schedule.b[k]
     z.requires_grad_(scale > 0)
     with torch.set_grad_enabled(scale > 0):
-        z_0, e = x_0_and_eps(z, predict(policy, z, t, prompt_states), a, b, policy.schedule.prediction_type)
+        z_0, e = x_0_and_eps(z, policy.predict(z, schedule.timesteps[k], texts), a, b, schedule.prediction_type)
         if scale:
             e = e + scale * b * gradient(loss(z_0), z, policy.precision)
-    z_0, e = x_0_and_eps(z.detach(), e.detach(), a, b, "epsilon")
-    shift = torch.zeros_like(z_0)
+            z_0 = (z - b * e) / a
+    z_0, e, shift = z_0.detach(), e.detach(), torch.zeros_like(z_0)
     for _ in range(backward_steps):
         step = gradient(loss(z_0 + shift.requires_grad_()), shift, policy.precision)
         shift = shift.detach() - backward_rate * step
-    return z_0 + shift, e - a / b * shift
+    return (z_0 + shift, e - a / b * shift) if backward_steps else (z_0, e)
 
 
 def gradient(loss, z, precision):

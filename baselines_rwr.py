@@ -20,15 +20,15 @@ Where we depart from these lines:
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
 """
 import math
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
-from ddpo import accumulate, optimizer_step, summary
-from models import encode_prompts
-from sampling import frozen_copy, predict, target_of
-from schedules import coefficients, training_timesteps
+import parallel
+from ddpo import all_shares, backward, optimizer_step, summary
+from sampling import target_of
+
+LEVELS = 8  # noise levels of an update, where the network takes one timestep a call (Z-Image): each costs a call
 
 
 # ---- Rewards into weights ----
@@ -73,11 +73,11 @@ def weights_per_prompt(prompts, rewards, weights_of):
 # ---- The loss ----
 
 def weighted_denoising_loss(prediction, target, weights):
-    """Two (N, C, H, W) and weights (N,) -> scalar loss, info. With weights of 1 and no guidance it is the loss of pretraining.
+    """Two (N, D...) and weights (N,) -> scalar loss, info. With weights of 1 and no guidance it is the loss of pretraining.
 
     denoising_error  the mean error before weighting. Healthy: about constant.
     """
-    errors = ((prediction - target) ** 2).mean((1, 2, 3))                    # (N,)
+    errors = ((prediction - target) ** 2).flatten(1).mean(1)                 # (N,)
     return (weights * errors).mean(), {"denoising_error": errors.detach().mean()}  # section 4.2
 
 
@@ -88,34 +88,45 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
 
     weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
     reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
-    timesteps. The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding,
+    timesteps, with the shift that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an update.) The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding,
     training_guidance, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
-    Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
+    FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
     kept = weights.nonzero().flatten()
     # Images of weight 0 are never drawn, so the weights of the others must average 1.
     weights = (weights / weights[kept].mean()).to(policy.device)
-    return fine_tune(policy, trajectory, kept, optimizer, scaler, rng, config, lambda policy, *drawn: regression(
-        policy, trajectory, weights, *drawn))
+    def loss_of(policy, images, noised, target):
+        return weighted_denoising_loss(policy.predict(*noised), target, weights[images])
+
+    return fine_tune(policy, trajectory, kept, optimizer, scaler, rng, config, loss_of)
 
 
 def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of):
     """The optimizer steps of an epoch on the images `rows` of a trajectory, as rwr_update says. Returns info.
 
-    loss_of(policy, images (N,), noise (N, C, H, W), t (N,)) -> loss, info: of those images, noised to timesteps t.
+    loss_of(policy, images (N,), noised, target (N, D...)) -> loss, info: of those images, noised: x_t (N, D...), t (N,), N texts.
     """
-    policy = replace(policy, guidance_scale=config.training_guidance or policy.guidance_scale)
-    timesteps = training_timesteps(policy.pipeline.scheduler)
-    infos, steps = [], []
-    with tqdm(desc="learning", total=config.updates_per_epoch * config.batch_size, leave=False, disable=None) as bar:
-        for images in reshuffled_passes(rows, config.updates_per_epoch, config.batch_size, rng):
-            noise = torch.randn((len(images), *trajectory.x_0.shape[1:]), generator=rng)
-            t = timesteps[torch.randint(len(timesteps), (len(images),), generator=rng)]
-            infos.append(accumulate(torch.arange(len(images)), config.micro_batch, lambda part: loss_of(
-                policy, images[part], noise[part], t[part]), scaler, bar))
-            steps.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
-    return summary(infos, steps)
+    if config.training_guidance:
+        policy = policy.with_guidance(config.training_guidance)
+    timesteps, a_of, b_of = policy.training_levels
+    infos, stepped, size = [], [], config.batch_size
+    levels = size if policy.copies_of_timesteps else min(size, LEVELS)
+    with tqdm(desc="learning", total=config.updates_per_epoch * size, leave=False, disable=None) as bar:
+        for images in reshuffled_passes(rows, config.updates_per_epoch, size, rng):
+            noise = torch.randn((size, *policy.latent_shape), generator=rng)
+            level = torch.randint(len(timesteps), (levels,), generator=rng)[torch.arange(size) * levels // size]
+            info = {}
+            for part in parallel.my_parts(size, config.micro_batch):
+                x_0, eps, chosen = trajectory.x_0[images[part]], noise[part].to(policy.device), level[part].to(policy.device)
+                a, b = (values[chosen].view(-1, *[1] * (x_0.dim() - 1)) for values in (a_of, b_of))
+                noised = a * x_0 + b * eps, timesteps[chosen], [trajectory.prompts[image] for image in images[part].tolist()]
+                target = target_of(x_0, eps, a, b, policy.schedule.prediction_type)
+                backward(*loss_of(policy, images[part], noised, target), len(x_0) / size, scaler, info)
+                bar.update(len(x_0) * parallel.size())
+            infos.append(all_shares(info))
+            stepped.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
+    return summary(infos, stepped)
 
 
 def reshuffled_passes(rows, batches, batch_size, rng):
@@ -123,23 +134,6 @@ def reshuffled_passes(rows, batches, batch_size, rng):
     passes = math.ceil(batches * batch_size / len(rows))
     order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
     return order[:batches * batch_size].view(batches, batch_size)
-
-
-def regression(policy, trajectory, weights, images, noise, t):
-    """The weighted loss of N images. Returns loss, info.
-
-    weights (B,) of all images; images (N,) their indices; noise (N, C, H, W), which noises them to timesteps t (N,).
-    """
-    *noised, target = noised_states(policy, trajectory, images, noise, t)
-    return weighted_denoising_loss(predict(policy, *noised), target, weights[images])
-
-
-def noised_states(policy, trajectory, images, noise, t):
-    """What the denoiser is given for those images, noised to timesteps t: x_t (N, C, H, W), t (N,), the prompts' states. And its target."""
-    x_0, noise = trajectory.x_0[images], noise.to(policy.device)
-    a, b = (values.float().to(policy.device)[:, None, None, None] for values in coefficients(policy.pipeline.scheduler, t))
-    prompt_states = encode_prompts(policy.pipeline, [trajectory.prompts[image] for image in images.tolist()])
-    return a * x_0 + b * noise, t.to(policy.device), prompt_states, target_of(x_0, noise, a, b, policy.schedule.prediction_type)
 
 
 # ---- DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), a newer method in the same shape ----
@@ -156,14 +150,14 @@ def nft_preferences(advantages):
 
 
 def nft_loss(prediction, old_prediction, target, preferences, strength):
-    """Three (N, C, H, W) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
+    """Three (N, D...) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
 
     A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b is the strength. At v =
     v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r = 1/2, changes nothing. RWR, which has positive
     weights alone, re-trains the policy on it.
     """
     change = strength * (prediction - old_prediction)
-    positive, negative = (((old_prediction + sign * change - target) ** 2).mean((1, 2, 3)) for sign in (1, -1))
+    positive, negative = (((old_prediction + sign * change - target) ** 2).flatten(1).mean(1) for sign in (1, -1))
     return (preferences * positive + (1 - preferences) * negative).mean(), {
         "denoising_error": ((prediction.detach() - target) ** 2).mean()}
 
@@ -171,14 +165,13 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
 def nft_update(policy, trajectory, preferences, optimizer, scaler, rng, config):
     """One epoch of DiffusionNFT, as rwr_update. v_old is the policy that drew the images. preferences: r (B,), of nft_preferences.
 
-    Also read: config.nft_strength. v_old costs a copy of the weights that train: sampling.frozen_copy.
+    Also read: config.nft_strength. v_old costs a copy of the weights that train.
     """
-    old, preferences = frozen_copy(policy), preferences.to(policy.device)
+    old, preferences = policy.weights(), preferences.to(policy.device)
 
-    def loss_of(policy, images, noise, t):
-        *noised, target = noised_states(policy, trajectory, images, noise, t)
-        with torch.no_grad():
-            old_prediction = predict(replace(policy, frozen=old.frozen), *noised)
-        return nft_loss(predict(policy, *noised), old_prediction, target, preferences[images], config.nft_strength)
+    def loss_of(policy, images, noised, target):
+        with torch.no_grad(), policy.with_weights(old):
+            old_prediction = policy.predict(*noised)
+        return nft_loss(policy.predict(*noised), old_prediction, target, preferences[images], config.nft_strength)
 
     return fine_tune(policy, trajectory, torch.arange(len(preferences)), optimizer, scaler, rng, config, loss_of)

@@ -23,7 +23,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy moves, the ratio falls,
     whatever the advantage. So the low side of the clip is in effect a bound on the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back
     in. Here that was no gain, and an earlier policy was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
- 9. An update may learn from some of an image's steps, drawn at random (learn_steps). That does not bias the gradient.
+ 9. An update may learn from some of the steps, drawn at random (learn_steps). That does not bias the gradient.
 """
 from collections import Counter
 
@@ -58,14 +58,14 @@ def clipped_loss(log_probs, old_log_probs, advantages, clip_range):
 
 @torch.no_grad()
 def ratio_info(log_probs, old_log_probs, clip_range):
-    """How far the policy has moved from the one that sampled: figures over N pairs, per latent dimension.
+    """How far the policy has moved from the one that sampled: figures over N images at a step, per latent dimension.
 
     approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If it grows, lower
                         the learning rate.
     ratio_mean          mean of p_theta / p_old. Healthy: a little below 1.
-    clip_fraction_low   share of pairs with a ratio below 1 - clip_range. Usually much larger than the other, since the mean is
+    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually much larger than the other, since the mean is
                         below 1: 0.25 in the first epoch of a default run, 0.03 in the last.
-    clip_fraction_high  share of pairs with a ratio above 1 + clip_range.
+    clip_fraction_high  share of images with a ratio above 1 + clip_range.
     ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update, where theta = theta_old: below 2e-6 in
                         fp32 on a CPU, else learning scores another policy than the one that sampled.
     """
@@ -137,60 +137,55 @@ def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, 
 
     advantages: (B,). rng: a CPU generator, which deals the images to the updates. loss: one of the two above. An update takes
     B / updates images. It learns from each at all steps but the last config.skip_last_steps, or at config.learn_steps of these, drawn
-    at random. Its loss is the mean over these (image, step) pairs. Also read: config.micro_batch, clip_range, kl_weight, max_grad_norm.
-    info: means over all pairs. Exceptions: ratio_deviation is the largest of the first update, grad_norm a mean over updates,
+    at random, the same for all its images. Its loss is the mean over these images and steps. config.micro_batch is the largest number
+    of images at a time: a knob of memory and speed. Also read: config.clip_range, kl_weight, max_grad_norm.
+    info: means over all images and steps. Exceptions: ratio_deviation is the largest of the first update, grad_norm a mean over updates,
     skipped_updates a count.
-    Raises FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
+    FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
-    advantages = advantages.to(policy.device)
-    learned_steps = min(actions, len(trajectory.timesteps) - config.skip_last_steps)
-    infos, steps = [], []
-    with tqdm(desc="learning", total=B * (config.learn_steps or learned_steps), leave=False, disable=None) as bar:
-        for group in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
-            pairs = torch.cartesian_prod(group, torch.arange(learned_steps))  # (N, 2): every image at every step
-            if config.learn_steps:
-                drawn = torch.rand((len(group), learned_steps), generator=rng).argsort(1) < config.learn_steps
-                pairs = pairs[drawn.flatten()]                               # (N, 2): every image at some steps of its own
-            pairs = pairs[torch.randperm(len(pairs), generator=rng)]
-            infos.append(accumulate(pairs, config.micro_batch, lambda part: surrogate(
-                policy, trajectory, advantages, part, loss, config), scaler, bar))
-            steps.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
-    return {**summary(infos, steps), "ratio_deviation": infos[0]["ratio_deviation"]}
+    advantages, infos, stepped = advantages.to(policy.device), [], []
+    learned = min(actions, len(policy.schedule.timesteps) - config.skip_last_steps)
+    with tqdm(desc="learning", total=B * (config.learn_steps or learned), leave=False, disable=None) as bar:
+        for images in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
+            steps = torch.randperm(learned, generator=rng)[:config.learn_steps or learned].tolist()
+            info = {}
+            for part in parallel.my_parts(len(images), config.micro_batch):
+                for k in steps:
+                    value, of_part = surrogate(policy, trajectory, advantages, images[part], k, loss, config)
+                    backward(value, of_part, len(images[part]) / len(images) / len(steps), scaler, info)
+                    bar.update(len(images[part]) * parallel.size())
+            infos.append(all_shares(info))
+            stepped.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
+    return {**summary(infos, stepped), "ratio_deviation": infos[0]["ratio_deviation"]}
 
 
-def surrogate(policy, trajectory, advantages, pairs, loss, config):
-    """The loss of N (image, step) pairs (N, 2) under the current weights. Returns loss, info.
+def surrogate(policy, trajectory, advantages, images, k, loss, config):
+    """The loss of N images (N,) at step k under the current weights. Returns loss, info.
 
-    With config.kl_weight the KL to the pretrained policy is added, in closed form, as the mean over pairs and dimensions (DPOK,
+    With config.kl_weight the KL to the pretrained policy is added, in closed form, as the mean over images and dimensions (DPOK,
     equation 9). DPOK's own code adds the squared difference of the guided predictions instead. At T = 50 the KL is 0.09 of that
     at the median step, and 5.4 times that at the last step but one (`pytest test_ddpo.py -k dpok`). So a weight
     from DPOK's code means something else here.
     """
-    images, steps = pairs.T
-    log_probs, kl = score(policy, trajectory, images, steps)                 # where grad log p_theta comes from
-    value, info = loss(log_probs, trajectory.log_probs[images, steps], advantages[images], config.clip_range)
+    log_probs, kl = score(policy, trajectory, images, k)                     # where grad log p_theta comes from
+    value, info = loss(log_probs, trajectory.log_probs[images, k], advantages[images], config.clip_range)
     value = value + config.kl_weight * kl.mean()
     return value, {**({"kl_pretrained": kl.detach().mean()} if policy.reference else {}), **info}
 
 
-def accumulate(rows, micro_batch, loss_of, scaler, bar):
-    """The gradient of the mean loss over all rows: this process adds its share to the weights' gradients. Returns info.
+def backward(loss, info, share, scaler, total):
+    """Add a part's gradient to the weights', and its figures to those of its update. share: of the part in the update's mean."""
+    scaler.scale(loss * share).backward()
+    add_info(total, {"loss": loss.detach(), **info}, share)
 
-    optimizer_step adds up the shares. loss_of(part) returns the mean loss of those rows, and info. micro_batch is the largest number of
-    rows at a time: a knob of memory and speed, which changes the result in rounding only.
-    """
-    total, whole = {}, {}
-    for part in parallel.my_parts(len(rows), micro_batch):
-        part = rows[part]
-        loss, info = loss_of(part)
-        share = len(part) / len(rows)
-        scaler.scale(loss * share).backward()
-        add_info(total, {"loss": loss.detach(), **info}, share)
-        bar.update(len(part) * parallel.size())
-    for info in parallel.gathered([{name: value.item() for name, value in total.items()}]):
-        add_info(whole, info, 1)
+
+def all_shares(info):
+    """The figures of an update, of which each process has its share."""
+    whole = {}
+    for one in parallel.gathered([{name: value.item() for name, value in info.items()}]):
+        add_info(whole, one, 1)
     return whole
 
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import runs
-from models import PRECISIONS, cut_prompts, image_size
 from networks import clip_pixels, image_embeddings, load_clip, to_pil
+from policy import PRECISIONS
 from process import notify, say
 from prompts import load_prompts
 from rewards import Alignment, RewardError, display, load_reward
@@ -50,12 +50,7 @@ def evaluate(target, args, loaded):
     rewards = [reward_for(config, name, given if name in asked else {}, loaded)
                for name in dict.fromkeys([*asked, *config.watch])]
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
-    trained = policy_of(config, model, scored=False)
-    height, width = image_size(trained.pipeline)  # also if a model alone is given, which knows its size
-    policies = [policy_of(replace(config, height=height, width=width), config.model, scored=False), trained]
-    refuse_another_base(target, policies[0], config)
-    if cut := cut_prompts(policies[0].pipeline, [prompt.text for prompt in prompts]):
-        notify(cut)
+    policies = [policy_of(config, source, scored=False) for source in (config.model, model)]
     try:
         drawn = [draw_fixed(policy, prompts, config) for policy in policies]
     except FloatingPointError as error:
@@ -78,13 +73,6 @@ def evaluate(target, args, loaded):
         except OSError as error:
             return rows, error
     return rows, None
-
-
-def refuse_another_base(target, policy, config):
-    """Raise ValueError if the base model of a run is another than when it was trained."""
-    before = runs.saved_identity(Path(target)).get("model")
-    if before and before != policy.pretrained:
-        raise ValueError(f"{target} was trained from another model than {config.model} is now: say with --base where it is")
 
 
 def finished_run(folder):

@@ -5,9 +5,6 @@ Then what several rewards use: images for Pillow, CLIP, and a scoring head.
 B images, patches of E features.
 """
 import contextlib
-import hashlib
-import inspect
-import json
 import logging
 import pickle
 import re
@@ -27,7 +24,10 @@ REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the ne
 # ---- Files and errors ----
 
 def silence_libraries():
-    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the first loading."""
+    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the first loading.
+
+    One warning is let through, once: that a text encoder cuts a prompt off.
+    """
     import diffusers
     import huggingface_hub
     import transformers
@@ -35,6 +35,21 @@ def silence_libraries():
         library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too, and told in our one line
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
+    said = logging.getLogger("diffusers.pipelines")
+    if not said.handlers:
+        said.setLevel(logging.WARNING)
+        said.propagate = False
+        said.addHandler(CutPrompts())
+
+
+class CutPrompts(logging.Handler):
+    """Tells of the first prompt that is cut off, in the library's words."""
+    told = False
+
+    def emit(self, record):
+        if "truncated" in record.getMessage() and not self.told:
+            self.told = True
+            notify(record.getMessage())
 
 
 def announce(network, name):
@@ -43,133 +58,72 @@ def announce(network, name):
     notify(f"loading {network}: {name}")
 
 
-class Refused(ValueError):
-    """A model is refused; the message says all."""
-
-
 @contextlib.contextmanager
 def one_line_errors(described_as, name):
-    """Any error becomes a Refused of one line: how the network is called (with its flag), its name, and the reason."""
+    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and the library's own words."""
     try:
         yield
-    except Refused:
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
-        reason = "its files cannot be loaded"
-        if isinstance(error, OSError) and not Path(name).exists():
-            reason = "it is neither a folder here nor reachable on the hub (no such name, or no network)"
-        raise Refused(f"{described_as} {str(name)!r}: {reason}: {short_message(error)}") from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        if message.startswith(f"{described_as} {str(name)!r}: "):
+            raise
+        raise ValueError(f"{described_as} {str(name)!r}: {message}") from error
 
 
 def from_pretrained(loader, name, described_as, **options):
-    """loader.from_pretrained(name, **options), for a hub name or a folder, of what has no weights: a tokenizer, a processor.
-
-    described_as: see one_line_errors, which it raises.
-    """
+    """loader.from_pretrained(name, **options), for a hub name or a folder. described_as: see one_line_errors, which it raises."""
     with one_line_errors(described_as, name):
         return loader.from_pretrained(str(name), **options)
 
 
 def load_network(loader, name, described_as, unused="", **options):
-    """A network of diffusers or transformers, by hub name or folder, with all of its weights. It is in eval mode.
+    """A network of transformers, by hub name or folder, with all of its weights. It is in eval mode.
 
-    The libraries leave a weight random if the file lacks it. Here a missing or misshapen weight is refused, and so is one without a
-    place in the network. One exception: a file of transformers may hold a larger network that contains this one, as a whole CLIP
-    holds a text encoder. unused: pattern of weights that nothing reads, so that they may be missing or left over. options: of
-    from_pretrained. Raises ValueError, in one line.
+    The library leaves a weight random if the file lacks it; here that is a ValueError. unused: pattern of weights that nothing reads, so
+    that they may be missing. options: of from_pretrained.
     """
-    import diffusers
-    of_diffusers, folder = issubclass(loader, diffusers.ModelMixin), Path(name) / options.get("subfolder", "")
-    if of_diffusers:
-        options |= {"low_cpu_mem_usage": False}  # else wrong shapes could not be told
-    if folder.is_dir():
-        options |= variant_of(folder)
     with one_line_errors(described_as, name):
-        network, info = loader.from_pretrained(str(name), output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    parts = {part for part, _ in network.named_children()}
-    prefixes = ("", "text_model.", f"{getattr(network, 'base_model_prefix', '')}.")  # of a larger network's names
-    harmless = f"position_ids$|{unused}" if unused else "position_ids$"  # a buffer that older versions saved
-    unread = [key for key in info["unexpected_keys"] if not re.search(harmless, key)
-              and (of_diffusers or any(key.removeprefix(prefix).split(".")[0] in parts for prefix in prefixes)
-                   or wrong_names_hint([key]))]
-    missing = [key for key in info["missing_keys"] if not re.search(harmless, key)]
-    refuse_weights(described_as, name, missing, unread, [key for key, *_ in info["mismatched_keys"]])
+        network, info = loader.from_pretrained(str(name), output_loading_info=True, **options)
+        refuse_weights([key for key in info["missing_keys"] if not (unused and re.search(unused, key))])
     return network.eval()
 
 
-def variant_of(folder):
-    """Which of a folder's files to load, as from_pretrained's options: the full weights if they are there, else another variant."""
-    found = {}  # (variant, whether safetensors) of the files that the libraries write
-    for path in folder.iterdir():
-        match = re.fullmatch(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)", path.name)
-        if match:
-            found[(match[2] or "").strip("."), match[4] == "safetensors"] = True
-    order = [("", True), ("", False), ("fp16", True), ("fp16", False), *found]
-    variant, safe = next((key for key in order if key in found), ("", True))
-    return {"variant": variant or None, "use_safetensors": safe}
+@contextlib.contextmanager
+def all_weights_loaded():
+    """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random, which it only logs."""
+    class Listener(logging.Handler):
+        def emit(self, record):
+            missing.extend(re.findall(r"^(\S+) *\| *MISSING", record.getMessage(), re.MULTILINE))
+
+    missing, listener, logger = [], Listener(), logging.getLogger("transformers.modeling_utils")
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)  # at ERROR, which a user's environment may set, there is no record
+    logger.propagate = False
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = propagates
+    refuse_weights(missing)
 
 
-def refuse_weights(described_as, name, missing=(), unread=(), misshapen=()):
-    """Raise ValueError, in one line, if any of these lists of weights' names is not empty."""
-    for problem, keys in (("are missing", missing), ("have another shape", misshapen), ("have no place in the network", unread)):
-        if keys:
-            raise Refused(f"{described_as} {str(name)!r}: {len(keys)} of its weights {problem}, the first is {min(keys)}"
-                          + wrong_names_hint([*missing, *unread]))
-
-
-def wrong_names_hint(keys):
-    """What probably happened to a file whose weights have such names, or an empty text."""
-    hints = {r"\bbase_layer\b|lora_|\.lora\.": "it was saved with a LoRA attached: fuse_lora() and unload_lora_weights(), and "
-                                               "save again",
-             r"^module\.": "it was saved from DataParallel: save the network in its .module",
-             r"^_orig_mod\.": "it was saved from torch.compile: save the network in its ._orig_mod",
-             r"^model\.diffusion_model\.": "it has the layout of a single file: give that file itself"}
-    return next((f" ({hint})" for pattern, hint in hints.items() if any(re.search(pattern, key) for key in keys)), "")
-
-
-def hash_of(value):
-    """A hash of what JSON can hold; other values count as their text."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
-
-
-def fingerprint(network):
-    """A text that differs if the network's settings or its weights' names, shapes or values differ.
-
-    Of each weight up to 4,096 values are looked at. They are rounded to half precision, in which a GPU holds some networks and a
-    CPU does not. Settings that have the libraries' defaults do not count, since a later version may have more of them.
-    """
-    digest = hashlib.sha256(json.dumps(own_settings(network), sort_keys=True, default=str).encode())
-    for name, weight in sorted(network.state_dict().items()):
-        values = weight.detach().flatten()[::max(1, weight.numel() // 4096)][:4096].half().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def own_settings(network):
-    """The settings of a network of diffusers or transformers that are not the library's defaults, and that change what it computes."""
-    def kept(settings):
-        return {key: kept(value) if isinstance(value, dict) else value for key, value in settings.items()
-                if not key.startswith("_") and key not in ("dtype", "torch_dtype", "transformers_version", "architectures")}
-
-    config = getattr(network, "config", {})
-    if hasattr(config, "to_diff_dict"):
-        return kept(config.to_diff_dict())
-    defaults = {name: one.default for name, one in inspect.signature(type(network).__init__).parameters.items()}
-    return kept({key: value for key, value in dict(config).items()
-                 if key not in defaults or json.dumps(defaults[key], default=str) != json.dumps(value, default=str)})
+def refuse_weights(missing):
+    """Raise ValueError if this list of weights' names is not empty."""
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")
 
 
 def hub_file(name, filename, described_as):
-    """The path of one file of a folder, or of a hub repository. Raises ValueError, in one line."""
+    """The path of one file of a folder, or of a hub repository. ValueError, in one line."""
     from huggingface_hub import hf_hub_download
-    try:
-        path = Path(name) / filename
-        if Path(name).is_dir() and not path.is_file():
-            raise FileNotFoundError(f"there is no {filename} in it")
-        return path if path.is_file() else hf_hub_download(str(name), filename)
-    except Exception as error:
-        raise ValueError(f"{described_as} {str(name)!r}: {filename} is neither here nor reachable on the hub: "
-                         f"{short_message(error)}") from error
+    if Path(name).is_dir():
+        return Path(name) / filename
+    with one_line_errors(described_as, name):
+        return hf_hub_download(str(name), filename)
 
 
 def read_weights(path):
@@ -203,8 +157,7 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}"
-                         + wrong_names_hint(weights)) from error
+        raise ValueError(f"the weights of the {described_as} do not fit: {' '.join(str(error).split())[:200]}") from error
     return network.eval()
 
 
@@ -212,11 +165,6 @@ def type_and_message(error):
     """'KeyError: the first line of its message'."""
     message = str(error).strip().splitlines()
     return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-
-
-def short_message(error):
-    """The first line of an error's message, at most 200 characters, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # ---- What several rewards use: images for Pillow, CLIP, a scoring head ----

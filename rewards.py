@@ -50,7 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, fingerprint, from_pretrained, hub_file, image_embeddings, load_clip,
+from networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained, hub_file, image_embeddings, load_clip,
                       load_network, load_weights, read_weights, scoring_head, to_pil, type_and_message)
 from preference_rewards import HPSv2, ImageReward, PickScore
 from process import global_rng_states, importable, process_unchanged, set_global_rng_states
@@ -282,7 +282,7 @@ class Reward:
     unit: tuple = (1, "")   # see unit_of
     nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
     source: str = ""        # of a user's function, its file; else the name
-    identity: str = ""      # differs if the file or the networks differ
+    identity: str = ""      # differs if the file differs
     rng_states: dict = None  # the reward's own stream of the libraries' global generators, from its first call on
 
     def __call__(self, images, prompts):
@@ -386,24 +386,13 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     A learned reward loads its network, on that device and with those options, or raises ValueError if it cannot.
     """
     if name in LEARNED:
-        function = LEARNED[name](device, **options)
-        identity = " ".join([name, *map(fingerprint, networks_of(function))])
-        return Reward(name, function, unit_of(name), nan_allowed, name, identity)
+        return Reward(name, LEARNED[name](device, **options), unit_of(name), nan_allowed, name, name)
     if name in REWARDS:
         return Reward(name, REWARDS[name], unit_of(name), nan_allowed, name, name)
     function, path = user_function(name), Path(name.rpartition(":")[0]).resolve()
     identity = " ".join([short_name(name), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(path))])
     called = called_as_it_asks(function, path.parent)
     return Reward(short_name(name), called, user_unit(function), nan_allowed, str(path), identity)
-
-
-def networks_of(reward):
-    """The networks of a learned reward, those of its VLM and of its encoder included."""
-    for value in vars(reward).values():
-        if isinstance(value, torch.nn.Module):
-            yield value
-        elif isinstance(value, (VLM, BertRecall)):
-            yield from networks_of(value)
 
 
 # ---- A user's function ----

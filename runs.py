@@ -7,7 +7,7 @@ Of several processes that train together the first alone writes (by_first).
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
     progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
     curve.png                   reward against reward queries, and the watched rewards
-    checkpoint/state.pt         all that training changes, and what --resume compares: settings; hashes of model, prompts, rewards
+    checkpoint/state.pt         all that training changes, and what --resume compares: settings; hashes of prompts and reward files
     model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads. If --stop-below ended the run, it
                                 is of an earlier epoch than the log's last row, as is the checkpoint
     lock                        held by the process that trains the run
@@ -201,21 +201,6 @@ def load_checkpoint(folder, may_differ=()):
     if changed:
         raise ValueError(f"the checkpoint {path} belongs to other settings: config.json differs in {', '.join(changed)}")
     return state
-
-
-def saved_identity(folder):
-    """What the checkpoint of a run says of its model, prompts and rewards, without reading its weights; {} if there is none.
-
-    Raises ValueError if it is damaged.
-    """
-    path = checkpoint_file(folder)
-    if not path.exists():
-        return {}
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
-    except Exception as error:
-        raise ValueError(f"the checkpoint {path} is damaged, so that the run's base model cannot be checked: delete it to go on "
-                         "without the check") from error
 
 
 def checkpoint_file(folder):

@@ -16,10 +16,10 @@ import torch
 import parallel
 import runs
 from ddpo import BASELINES
-from models import PRECISIONS
+from policy import PRECISIONS
 from prompts import PROMPT_SETS
 from rewards import DEFAULT_PROMPTS, LEARNED, REWARDS, Alignment, short_name
-from schedules import NOISES
+from sampling import NOISES
 
 ROOT = Path(__file__).resolve().parent
 
@@ -39,20 +39,23 @@ class Config:
     settings of memory and speed, and how often to evaluate and to save.
     """
     preset: str = setting("emoji", "emoji: the embedded model; paper: Stable Diffusion v1.4 with the paper's settings, and fp16; lora: "
-                                   "likewise, v1.5 and LoRA of rank 4; sdxl, sd3: LoRA of SDXL and of Stable Diffusion 3.5 medium (untested by us at full size)")
+                                   "likewise, v1.5 and LoRA of rank 4; sdxl: LoRA of SDXL; flow: LoRA of any flow-matching model, of Stable Diffusion 3.5 medium "
+                                   "without --model (both untested by us at full size)")
     reward: str = setting("compressibility", "%(names)s, or your own as path/to/file.py:function")
     watch: tuple = setting((), "a reward to evaluate on the fixed prompts but never to train on, as for --reward; may be repeated; "
                                "replaces the preset's; none: watch nothing. Options such as --reward-model go to the trained reward if it "
                                "reads them, else to the watched one")
     prompts: str = setting("", "%(sets)s, or a file: text with one prompt a line, or .jsonl; empty: the reward's own set")
     algorithm: str = setting("ddpo-is", "%(algorithms)s")
-    model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1, 2, 3, 3.5 or SDXL: hub name or folder; of Stable Diffusion 1 "
-                                                          "and 2 also one .safetensors or .ckpt file")
+    model: str = setting("CompVis/stable-diffusion-v1-4", "any text-to-image pipeline of diffusers: hub name or folder; of Stable Diffusion "
+                                                          "1, 2 and SDXL also one .safetensors or .ckpt file")
+    prediction_type: str = setting("", "what the network predicts, if the model's own files say it wrongly or not at all: epsilon, v_prediction or sample")
     t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (20 GB in fp32, 10 in half precision)")
     lora_rank: int = setting(0, "train adapters of this rank beside the denoiser's attention (LoRA); 0: all weights of the denoiser")
-    clip_skip: int = setting(0, "Stable Diffusion 1, 2: last layers of the text encoder to leave out, as diffusers counts them")
+    lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank")
     height: int = setting(0, "of the images, in pixels; 0: the model's own")
     width: int = setting(0, "of the images, in pixels; 0: the model's own")
+    call: str = setting("", "JSON of other options of the pipeline's call, as {\"clip_skip\": 1, \"negative_prompt\": \"blurred\"}")
     reward_model: str = setting("", "learned rewards: folder or hub name of another network than the published one")
     aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch")
     wording: str = setting("code", "alignment: code or paper, whose question and reference sentence to use")
@@ -70,7 +73,8 @@ class Config:
     eta: float = setting(1.0, "noise of the chain, in (0, 1]")
     noise: str = setting("ddim", "sigma of a step: ddim, eta times that of the forward process's posterior; or cps, b' sin(eta pi / 2) "
                                  "(sampling.py)")
-    guidance_scale: float = setting(5.0, "classifier-free guidance w, in sampling and in learning; 1 is none")
+    guidance_scale: float = setting(0.0, "guidance weight of the pipeline's call, in sampling and in learning; 1 is none (of Z-Image 0). 0: of Stable "
+                                         "Diffusion 1 and 2 the paper's 5 (emoji: 3; with a VLM's reward 1), else the call's own default")
     training_guidance: float = setting(0.0, "RWR, nft: guidance weight w in the loss; 0: as in sampling; 1: none, so that only the sampling "
                                             "is guided")
     learning_rate: float = setting(1e-5, "of AdamW; with --lora-rank 3e-4, and 3e-3 on the embedded model")
@@ -84,8 +88,8 @@ class Config:
     stats_buffer: int = setting(32, "DDPO, nft: the mean and deviation of a prompt are over this many of its last rewards")
     stats_min_count: int = setting(16, "DDPO, nft: with fewer rewards than this a prompt takes the batch's mean and deviation")
     skip_last_steps: int = setting(0, "DDPO: number of last steps that are not learned from (ddpo.py says why)")
-    learn_steps: int = setting(0, "DDPO: number of steps of each image that an update learns from, drawn at random; 0: all that are not "
-                                  "skipped. Fewer take less time, and do not bias the gradient")
+    learn_steps: int = setting(0, "DDPO: number of steps that an update learns from, drawn at random; 0: all that are not skipped. Fewer "
+                                  "take less time, and do not bias the gradient")
     baseline: str = setting("prompt", "DDPO, nft: what a reward is compared with: prompt, batch, or none (the bare reward)")
     kl_weight: float = setting(0.0, "DDPO: penalty on the KL to the pretrained policy, per step and latent dimension (a weight of "
                                        "DPOK's code means something else: see ddpo.surrogate)")
@@ -94,7 +98,7 @@ class Config:
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
     precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
-    micro_batch: int = setting(4, "(image, step) pairs (RWR, nft: images) in a forward pass of learning: memory and speed only")
+    micro_batch: int = setting(4, "images in a forward pass of learning: memory and speed only")
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")
     compile: bool = setting(False, "compile the U-Net by torch.compile: minutes at the start, then faster sampling on a GPU")
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is always evaluated")
@@ -129,19 +133,20 @@ PRESETS = {
         # Fewer and larger steps than the paper's, for a smaller model. How they were found: studies/results/README.md.
         "precision": "fp32", "epochs": 8, "samples_per_epoch": 64, "updates_per_epoch": 4, "sampling_steps": 10,
         **_GROUPS,
-        "guidance_scale": 3.0,  # the largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md
         "learning_rate": 2e-4,
         "clip_range": 2e-3,  # per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has 16,384
         "skip_last_steps": 2,
         "sample_batch": 64, "micro_batch": 64, "eval_every": 1, "eval_prompts": 45},
     "paper": {},
     "lora": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4},  # appendix C, and the authors' port
-    # Untested by us at full size. Steps, guidance, rank and image size of sd3 are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
-    # action of its chain adds hardly any noise, so its gradient would drown the others': with the last step, which is no action, it is skipped.
+    # Untested by us at full size.
     "sdxl": {"model": "stabilityai/stable-diffusion-xl-base-1.0", "lora_rank": 32, "precision": "bf16", "sampling_steps": 20, "eval_steps": 40,
              **_GROUPS, "sample_batch": 4, "micro_batch": 1, "gradient_checkpointing": True},
-    "sd3": {"model": "stabilityai/stable-diffusion-3.5-medium", "lora_rank": 32, "precision": "bf16", "sampling_steps": 10, "eval_steps": 40,
-            "guidance_scale": 4.5, "height": 512, "width": 512, "skip_last_steps": 2, **_GROUPS, "sample_batch": 8, "micro_batch": 1}}
+    # Steps, size of the groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last action of such a
+    # chain adds hardly any noise, so its gradient would drown the others': with the last step, which is no action, it is skipped.
+    "flow": {"model": "stabilityai/stable-diffusion-3.5-medium", "lora_rank": 32, "lora_alpha": 64, "precision": "bf16", "sampling_steps": 10,
+             "eval_steps": 40, "height": 512, "width": 512, "skip_last_steps": 2, "samples_per_epoch": 240, **_GROUPS, "images_per_prompt": 24,
+             "sample_batch": 8, "micro_batch": 1, "gradient_checkpointing": True}}
 # With --lora-rank, for any algorithm. 3e-4 is that of the authors' port; 1e-5, the paper's for all weights, moves adapters too little.
 LORA_LEARNING_RATES = {"emoji": 3e-3}  # studies/results/README.md; else 3e-4
 
@@ -149,7 +154,7 @@ LORA_LEARNING_RATES = {"emoji": 3e-3}  # studies/results/README.md; else 3e-4
 # In 10 guided steps the embedded model nearly always draws what it is asked for, so a VLM has nothing to teach it. In 4 unguided
 # steps a sixth of the images show another animal (with the first embedded model, for which the batches and steps were chosen, two fifths). A
 # single image tells little then, so the batches are larger. The learning rate is from a sweep with the third model, on alignment.
-_EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "guidance_scale": 1.0,
+_EMOJI_VLM = {"prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"),
               "sampling_steps": 4, "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 5e-5,
               "eval_every": 2, "eval_prompts": 135}
 PRESET_REWARDS = {"emoji": {
@@ -169,9 +174,8 @@ PRESET_ALGORITHMS = {"emoji": {
     "nft": {"updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}}}
 
 # What a preset says for one algorithm on a VLM's reward, on top of PRESET_REWARDS and PRESET_ALGORITHMS: chosen on alignment in the same
-# way. All spend 3,072 queries. No training_guidance was found at which rounds without a reward leave these images as they are. At 0.6 the
-# size changes least after four.
-_EMOJI_VLM_RWR = {"samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 0.6}
+# way. All spend 3,072 queries. No training_guidance was found at which rounds without a reward leave these images as they are.
+_EMOJI_VLM_RWR = {"samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 1.0}
 _EMOJI_VLM_ALGORITHMS = {
     "ddpo-sf": {"epochs": 12, "samples_per_epoch": 256, "learning_rate": 1e-4, "eval_every": 2},
     "rwr": _EMOJI_VLM_RWR,
@@ -214,7 +218,7 @@ def build_config(flags):
     config = Config(**{**chosen, **flags})
     if config.lora_rank and "learning_rate" not in flags:
         config.learning_rate = LORA_LEARNING_RATES.get(preset, 3e-4)
-    if "training_guidance" not in flags and config.guidance_scale != chosen.get("guidance_scale", Config.guidance_scale):
+    if "training_guidance" not in flags and config.guidance_scale not in (0, usual_guidance(config)):
         config.training_guidance = Config.training_guidance  # the preset's goes with the preset's guidance
     config.prompts = config.prompts or of_reward.get("prompts") or DEFAULT_PROMPTS.get(reward, "common_animals")
     make_paths_absolute(config)
@@ -224,6 +228,25 @@ def build_config(flags):
     config.device = chosen_device(config.device)
     check(config)
     return config
+
+
+def usual_guidance(config):
+    """Guidance weight of Stable Diffusion 1 and 2 if --guidance-scale says none: the paper's, or that of the bundled models."""
+    if config.preset != "emoji":
+        return 5.0
+    # The largest of 1, 2, 3, 5 whose images are as near to the scenes as was asked: emoji/model/README.md. For a VLM: see _EMOJI_VLM.
+    return 1.0 if config.reward in ("alignment", "counting") else 3.0
+
+
+def call_options(config):
+    """--call as a dict. ValueError if it is not a JSON object."""
+    try:
+        options = json.loads(config.call or "{}")
+    except ValueError as error:
+        raise ValueError(f"--call {config.call}: it is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--call {config.call}: must be a JSON object, as {{\"max_sequence_length\": 256}}")
+    return options
 
 
 def take_options_of_watched(config, flags):
@@ -337,6 +360,7 @@ def check(config):
     check_numbers(config)
     check_epoch(config)
     check_watched(config)
+    call_options(config)
     check_options([name for name in REWARD_SETTINGS if getattr(config, name) != getattr(Config, name)],
                   [config.reward, *config.watch])
     check_device(config.device)
@@ -351,7 +375,7 @@ def check(config):
 
 def check_numbers(config):
     """Raise ValueError if a setting is out of its range."""
-    may_be_zero = ("weight_decay", "seed", "lora_rank", "clip_skip", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
+    may_be_zero = ("weight_decay", "seed", "lora_rank", "lora_alpha", "guidance_scale", "height", "width", "adam_beta1", "adam_beta2", "kl_weight", "beta",
                    "percentile", "skip_last_steps", "learn_steps", "eval_steps", "bert_baseline",
                    "training_guidance")
     for item in fields(config):
@@ -363,6 +387,10 @@ def check_numbers(config):
         raise ValueError(f"--seed {config.seed}: must be below {2**32}")
     if max(config.adam_beta1, config.adam_beta2) >= 1:
         raise ValueError("--adam-beta1 and --adam-beta2 must be below 1")
+    if config.lora_alpha and not config.lora_rank:
+        raise ValueError(f"--lora-alpha {config.lora_alpha} goes with --lora-rank")
+    if config.prediction_type not in ("", "epsilon", "v_prediction", "sample"):
+        raise ValueError(f"--prediction-type {config.prediction_type}: choose epsilon, v_prediction or sample")
     if config.baseline not in BASELINES:
         raise ValueError(f"--baseline {config.baseline}: choose {', '.join(BASELINES)}")
     if config.noise not in NOISES:
@@ -393,7 +421,7 @@ def check_epoch(config):
     if config.algorithm in DDPO and config.skip_last_steps >= config.sampling_steps:
         raise ValueError(f"--skip-last-steps {config.skip_last_steps} leaves none of --sampling-steps {config.sampling_steps}")
     if config.algorithm in DDPO and config.learn_steps > config.sampling_steps - config.skip_last_steps:
-        raise ValueError(f"--learn-steps {config.learn_steps}: only {config.sampling_steps - config.skip_last_steps} steps of an image are "
+        raise ValueError(f"--learn-steps {config.learn_steps}: only {config.sampling_steps - config.skip_last_steps} steps are "
                          "learned from (--sampling-steps less --skip-last-steps)")
 
 
@@ -435,7 +463,7 @@ def lowest(start, share):
 
 
 def learned_steps(config):
-    """How many steps of an image a DDPO update learns from; one less if the last is no action (sampling.py) and is not skipped."""
+    """How many steps a DDPO update learns from; one less if the last is no action (sampling.py) and is not skipped."""
     return config.learn_steps or config.sampling_steps - config.skip_last_steps
 
 
@@ -452,12 +480,11 @@ def check_compiler(device, precision):
 def check_processes(config):
     """Raise ValueError if the processes that torchrun started cannot share this run's work."""
     count = parallel.size()
-    rows = config.batch_size if config.algorithm in FINE_TUNING else (
-        config.samples_per_epoch // config.updates_per_epoch * learned_steps(config))
+    images = config.batch_size if config.algorithm in FINE_TUNING else config.samples_per_epoch // config.updates_per_epoch
     if count > 1 and config.samples_per_epoch % count:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} does not divide into equal shares for {count} processes")
-    if count > min(rows, config.eval_prompts):
-        raise ValueError(f"{count} processes are too many: an update has {rows} rows to share, an evaluation {config.eval_prompts} prompts")
+    if count > min(images, config.eval_prompts):
+        raise ValueError(f"{count} processes are too many: an update has {images} images to share, an evaluation {config.eval_prompts} prompts")
     if count > 1 and config.device not in ("cuda", "cpu"):
         raise ValueError(f"--device {config.device}: several processes need --device cuda, where each takes a GPU of its own, or cpu")
     if count > 1 and config.device == "cuda" and parallel.local_rank() >= torch.cuda.device_count():

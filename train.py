@@ -5,6 +5,8 @@
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
 import copy
+import hashlib
+import json
 import random
 import sys
 import time
@@ -20,14 +22,14 @@ import parallel
 import runs
 from baselines_rwr import nft_preferences, nft_update, rwr_update, rwr_weights, sparse_weights
 from ddpo import PromptStatistics, clipped_loss, ddpo_update, score_function_loss
-from models import cut_prompts, decode, is_lora, load_lora, save_pipeline, tokens_of
-from networks import hash_of, to_pil, type_and_message
+from networks import to_pil, type_and_message
+from policy import is_lora, load_lora, load_policy
 from process import notify, say, stop_on_signals
 from prompts import load_prompts
 from rewards import RewardError, display, load_reward
-from sampling import load_policy, rollout, with_steps
-from settings import (PLACES, SPEED, build_config, check, check_questions, chosen_device, learned_steps, load_config,
-                      lowest, make_paths_absolute, parse, reward_options, saved_settings, stop_limits)
+from sampling import rollout
+from settings import (PLACES, SPEED, build_config, call_options, check, check_questions, chosen_device, learned_steps, load_config,
+                      lowest, make_paths_absolute, parse, reward_options, saved_settings, stop_limits, usual_guidance)
 from trackers import load_tracker
 
 RUNS = Path("runs")
@@ -53,7 +55,7 @@ def train(experiment):
         clock = Clock(policy.device)
 
         # 1. Act: draw an image for each of a batch of prompts. DDPO keeps the chains.
-        chosen = torch.randint(len(experiment.prompts), (config.samples_per_epoch // config.images_per_prompt,), generator=rng)
+        chosen = draw_without_replacement(len(experiment.prompts), config.samples_per_epoch // config.images_per_prompt, rng)
         prompts = [experiment.prompts[i] for i in chosen.repeat_interleave(config.images_per_prompt)]
         trajectory = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch, keep_chain)
         clock.lap("seconds_sample")
@@ -76,11 +78,16 @@ def train(experiment):
 
 # ---- The paragraphs, one by one ----
 
+def draw_without_replacement(n, count, rng):
+    """`count` of n prompts at random, (count,): none twice before each has come once."""
+    return torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-count // n))])[:count]
+
+
 def judge(experiment, trajectory, prompts, clock):
     """Rewards (B,) and B notes of the images that the chains ended with. They are decoded in parts, since all may fill memory."""
     rewards, notes, policy = [], [], experiment.policy
     for part in parallel.my_parts(len(prompts), IMAGES_AT_ONCE):
-        images = decode(policy.pipeline, trajectory.x_0[part], policy.precision)
+        images = policy.decode(trajectory.x_0[part])
         clock.lap("seconds_sample")
         part_rewards, part_notes = experiment.reward(images, prompts[part])
         clock.lap("seconds_reward")
@@ -98,7 +105,6 @@ def compare(experiment, texts, rewards):
                     seldom come back it stays 0, and the baseline is the batch's.
     """
     config = experiment.config
-    texts = [experiment.alike[text] for text in texts]
     if config.algorithm == "rwr":
         return rwr_weights(texts, rewards, config.beta), {}
     if config.algorithm == "rwr-sparse":
@@ -201,7 +207,7 @@ def draw_fixed(policy, prompts, config):
     trajectory = rollout(policy, [prompt.text for prompt in chosen], torch.Generator().manual_seed(EVAL_SEED),
                          config.sample_batch, keep_chain=False, title="evaluating")
     mine = parallel.share(len(chosen))
-    return chosen[mine], decode(policy.pipeline, trajectory.x_0[mine], policy.precision)
+    return chosen[mine], policy.decode(trajectory.x_0[mine])
 
 
 def reward_metrics(prefix, texts, rewards, notes):
@@ -267,16 +273,15 @@ class Experiment:
     state_dict says what is saved and restored. epoch: the last that the log tells of, -1 before the pretrained weights are told of.
     saved_epoch: that of the checkpoint. rows: the log. track: shows a row elsewhere (trackers.py). lock: held while it lives.
     settings: the config as it was saved.
-    alike: text of a prompt -> the first prompt that the model cannot tell from it, since it reads the same tokens. To the policy
-    they are one, and share their statistics.
     """
 
     def __init__(self, config, policy, prompts=(), reward=None, watched=()):
         self.config, self.policy, self.prompts = config, policy, prompts
         self.folder = self.lock = self.settings = self.saved_epoch = self.track = None  # set by new_run and resume
         self.reward, self.watched = reward, watched
-        self.fixed_policy = with_steps(policy, config.eval_steps, config.eta, config.noise) if config.eval_steps else policy  # of the evaluations
-        self.alike = texts_alike(policy.pipeline, [prompt.text for prompt in prompts])
+        self.fixed_policy = policy  # of the evaluations
+        if config.eval_steps:
+            self.fixed_policy = policy.with_chain(config.eval_steps, config.eta, config.noise, scored=False)
         self.identity = identity_of(self)
         self.optimizer = adamw(policy, config)
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
@@ -298,7 +303,7 @@ class Experiment:
 
         And the identity of what the run was given, which must not change.
         """
-        return {"epoch": self.epoch, "unet": {name: weight.detach() for name, weight in self.policy.trained.items()},
+        return {"epoch": self.epoch, "weights": {name: weight.detach() for name, weight in self.policy.trained.items()},
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "statistics": self.statistics.state_dict(), "rng": self.rng.get_state(),
                 "reward_rngs": {reward.name: reward.rng_states for reward in self.rewards}, "identity": self.identity}
@@ -313,9 +318,9 @@ class Experiment:
             state["optimizer"] = copy.deepcopy(state["optimizer"])
         for name in ("optimizer", "scaler", "statistics"):
             getattr(self, name).load_state_dict(state[name])
-        if state["unet"].keys() != self.policy.trained.keys():
+        if state["weights"].keys() != self.policy.trained.keys():
             raise ValueError("the checkpoint holds other weights")
-        self.policy.denoiser.load_state_dict(state["unet"], strict=False)
+        self.policy.denoiser.load_state_dict(state["weights"], strict=False)
         self.rng.set_state(state["rng"])
         for reward in self.rewards:
             reward.rng_states = state["reward_rngs"][reward.name]
@@ -337,16 +342,11 @@ def adamw_is_fused(policy):
     return policy.device.type == "cuda"
 
 
-def texts_alike(pipeline, texts):
-    """text -> the first of the texts that the model reads as the same tokens."""
-    first = {}
-    return {text: first.setdefault(tokens, text) for text, tokens in zip(texts, tokens_of(pipeline, texts))}
-
-
 def identity_of(experiment):
-    """setting -> hash, which tell whether a resumed run is given the same as before, wherever that is now."""
-    return {"prompts": hash_of([astuple(prompt) for prompt in experiment.prompts]), "model": experiment.policy.pretrained,
-            **{f"reward {reward.name}": hash_of(reward.identity) for reward in experiment.rewards}}
+    """setting -> hash, which tell whether a resumed run is given the same prompts and reward files as before, wherever they are now."""
+    prompts = json.dumps([astuple(prompt) for prompt in experiment.prompts])
+    return {"prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+            **{f"reward {reward.name}": reward.identity for reward in experiment.rewards}}
 
 
 # ---- The run: new, resumed, stopped ----
@@ -354,14 +354,14 @@ def identity_of(experiment):
 def policy_of(config, model=None, scored=True):
     """The policy of a run's settings before its training; or another model, or another folder's adapters, under these settings."""
     adapters = model if model and is_lora(model) else None
-    training = {} if model else {
-        "keep_reference": config.kl_weight > 0, "lora_rank": config.lora_rank, "seed": config.seed,
+    training = {"trains": False} if model else {
+        "keep_reference": config.kl_weight > 0, "lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha, "seed": config.seed,
         "gradient_checkpointing": config.gradient_checkpointing, "compiled": config.compile}
-    policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta,
-                         config.guidance_scale, config.device, config.precision, scored, config.clip_skip, config.height, config.width,
-                         config.t5, config.noise, **training)
+    policy = load_policy(config.model if adapters else model or config.model, config.sampling_steps, config.eta, config.guidance_scale,
+                         config.device, config.precision, config.noise, scored, config.height, config.width, call_options(config),
+                         config.t5, config.prediction_type, usual_guidance(config), **training)
     if adapters:
-        load_lora(policy.pipeline, adapters)
+        load_lora(policy, adapters)
     return policy
 
 
@@ -453,8 +453,7 @@ def resume(folder, flags):
 
 def refuse_changes(experiment, before, folder):
     """Raise ValueError if the prompts, the model or a reward are not those that the run began with."""
-    places = {"prompts": experiment.config.prompts, "model": experiment.config.model,
-              **{f"reward {reward.name}": reward.source for reward in experiment.rewards}}
+    places = {"prompts": experiment.config.prompts, **{f"reward {reward.name}": reward.source for reward in experiment.rewards}}
     for name in dict.fromkeys([*before, *experiment.identity]):
         if name not in experiment.identity or name not in before:
             raise ValueError(f"{folder} began {'with' if name in before else 'without'} the {name}: give the same rewards, or start a "
@@ -501,7 +500,7 @@ def main(argv=None):
     try:
         say(description(experiment))
         train(experiment)
-        runs.save_model(experiment.folder, partial(save_pipeline, experiment.policy.pipeline))
+        runs.save_model(experiment.folder, experiment.policy.save)
         say(outcome(experiment))
         parallel.finish()
     except KeyboardInterrupt:
@@ -534,21 +533,20 @@ def description(experiment):
     if UPDATES[config.algorithm][1]:
         images = config.samples_per_epoch // config.updates_per_epoch
         steps = learned_steps(config)
-        share = f"{images} images x {steps} steps = {images * steps} pairs"
+        share = f"{images} images at {steps} steps"
     else:
         share = f"{config.batch_size} images"
     processes = f" in {parallel.size()} processes" if parallel.size() > 1 else ""
     watched = f"; watched: {', '.join(reward.name for reward in experiment.watched)}" if experiment.watched else ""
     return (f"{experiment.folder}: {experiment.reward.name} by {config.algorithm} on {len(experiment.prompts)} prompts{watched}\n"
-            f"{config.model}: {weights / 1e6:.2f} million trainable weights, {config.device}{processes}, {config.precision}\n"
+            f"{config.model}: {weights / 1e6:.2f} million trainable weights, guidance {experiment.policy.guidance_scale:g}, {config.device}{processes}, {config.precision}\n"
             f"{config.epochs} epochs of {config.samples_per_epoch} samples = {config.epochs * config.samples_per_epoch} "
             f"reward queries; {config.updates_per_epoch} updates an epoch, {config.epochs * config.updates_per_epoch} in "
             f"all, each on {share}" + "".join(f"\n{line}" for line in surprises(experiment)))
 
 
 def surprises(experiment):
-    """Lines on what may not be meant: LoRA's learning rate without LoRA or the reverse, an inexact ratio, prompts that are cut off or
-    read as the same."""
+    """Lines on what may not be meant: LoRA's learning rate without LoRA or the reverse, an inexact ratio."""
     config = experiment.config
     if config.preset != "emoji" and not config.lora_rank and config.learning_rate > 1e-4:
         yield (f"--learning-rate {config.learning_rate:g} is LoRA's: with it all weights of Stable Diffusion soon draw black images; "
@@ -557,12 +555,6 @@ def surprises(experiment):
         yield f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next to nothing with it; try 3e-4"
     if config.compile and config.precision == "bf16" and config.algorithm == "ddpo-is":
         yield "--compile rounds sampling and learning differently, and in bf16 that may be more than --clip-range: see ratio_deviation"
-    if cut := cut_prompts(experiment.policy.pipeline, experiment.alike):
-        yield cut
-    same = [(text, other) for text, other in experiment.alike.items() if text != other]
-    if same:
-        yield (f"{len(same)} of {len(experiment.alike)} prompts read the same to the model as another, and share its baseline, the "
-               f"first is {same[0][0]!r}, as {same[0][1]!r}")
 
 
 def outcome(experiment):
