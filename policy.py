@@ -39,16 +39,13 @@ class Policy:
 
     pipeline: as load_pipeline returns it. options: of its call, guidance included. precision: of the autocast of the denoiser; weights
     that train, latents and the step's arithmetic are fp32. schedule: a sampling.Schedule, see with_chain. reference: the weights of the
-    pretrained policy, for a penalty on the KL to it. latent_shape: D... of a latent. image_size: (height, width) in pixels.
+    pretrained policy, for a penalty on the KL to it. training_levels: see the function. latent_shape: D... of a latent. image_size: (height, width) in pixels.
     """
 
     def __init__(self, pipeline, options, precision="fp32"):
         self.pipeline, self.options, self.precision, self.reference = pipeline, options, precision, None
         self.denoiser = getattr(pipeline, denoiser_name(pipeline))
-
-    @property
-    def device(self):
-        return self.denoiser.device
+        self.device = self.denoiser.device
 
     @property
     def trained(self):
@@ -68,24 +65,17 @@ class Policy:
         policy.steps = steps
         tap, images = policy._call([PROBE], timesteps=[], output="pt")
         policy.latent_shape, policy.image_size = tap.latents.shape[1:], images.shape[-2:]
-        timesteps, scheduler, flow = tap.chain, self.pipeline.scheduler, is_flow(self.pipeline.scheduler)
+        timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: with this model's spacing diffusers makes {len(timesteps)} of them; take one more")
-        if flow:
+        if is_flow(scheduler):
             a, b = 1 - tap.sigmas.double(), tap.sigmas.double()
-            training = copy.copy(scheduler)  # the same shift, at every level: dynamic, it is in mu; static, in the scheduler
-            N = scheduler.config.num_train_timesteps
-            training.set_timesteps(sigmas=np.linspace(1, 1 / N, N), **({"mu": tap.mu} if tap.mu is not None else {}))
-            levels = training.timesteps.flip(0), 1 - training.sigmas[:-1].flip(0).double(), training.sigmas[:-1].flip(0).double()
         else:
-            alpha_bar = scheduler.alphas_cumprod.double()
-            of_chain = torch.cat([alpha_bar[timesteps.cpu()], scheduler.final_alpha_cumprod.double().reshape(1)])
-            a, b = of_chain.sqrt(), (1 - of_chain).sqrt()
-            levels = torch.arange(len(alpha_bar)), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        kind = "flow" if flow else scheduler.config.prediction_type
+            alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], scheduler.final_alpha_cumprod.reshape(1)]).double()
+            a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        kind, *levels = training_levels(scheduler, tap.mu)
         policy.schedule = make_schedule(timesteps, a, b, kind, eta, noise, scored)
-        # What the model was trained with, each as often as the others: timesteps (1000,), a (1000,), b (1000,) of x_t = a x_0 + b eps.
-        policy.training_levels = levels[0].to(self.device), *(values.float().to(self.device) for values in levels[1:])
+        policy.training_levels = [values.to(self.device) for values in levels]
         return policy
 
     def with_guidance(self, scale):
@@ -276,6 +266,21 @@ def plain_scheduler(published):
     trailing = settings.get("timestep_spacing") == "trailing" or settings.get("rescale_betas_zero_snr")
     return diffusers.DDIMScheduler.from_config(settings, timestep_spacing="trailing" if trailing else "leading", steps_offset=1,
                                                set_alpha_to_one=False, clip_sample=False, thresholding=False)
+
+
+def training_levels(scheduler, mu=None):
+    """What a scheduler's model was trained with: its prediction type, and timesteps, a, b (1000,) fp32 of x_t = a x_0 + b eps.
+
+    Each level as often as the others. With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift.
+    """
+    N = scheduler.config.num_train_timesteps
+    if not is_flow(scheduler):
+        alpha_bar = scheduler.alphas_cumprod.double()
+        return scheduler.config.prediction_type, torch.arange(N), alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / N, N), **({} if mu is None else {"mu": mu}))
+    s = scheduler.sigmas[:-1].flip(0).double()
+    return "flow", scheduler.timesteps.flip(0), (1 - s).float(), s.float()
 
 
 def guidance_name(pipeline):

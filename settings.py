@@ -349,7 +349,7 @@ def shared_settings(config):
 
     left_out = ("name", "seed", "device", "checkpoint_every", "tracker", *SPEED)
     return {name: list(map(published, value)) if isinstance(value, tuple) else published(value)  # of types that JSON has
-            for name, value in asdict(config).items()
+            for name, value in {**asdict(config), "guidance_scale": config.guidance_scale or usual_guidance(config)}.items()
             if name not in left_out and config.algorithm in ALGORITHM_SETTINGS.get(name, ALGORITHMS)}
 
 

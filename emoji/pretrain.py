@@ -13,6 +13,7 @@ then the whole. Only tests import this file.
 """
 import argparse
 import ctypes
+import hashlib
 import json
 import multiprocessing
 import os
@@ -34,14 +35,12 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
 from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
-from models import decode, save_pipeline
-from networks import fingerprint, normalised, to_pil
-from pipelines import load_pipeline
+from networks import normalised, to_pil
+from policy import load_pipeline, load_policy, plain_scheduler, training_levels
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue
 from runs import read_rows
-from sampling import load_policy, rollout, target_of
-from schedules import coefficients, prediction_type_of, training_timesteps
+from sampling import rollout, target_of
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
@@ -401,7 +400,8 @@ def tokens_and_labels(processor, question, answer):
 @torch.no_grad()
 def encode_pool(vae, images, args):
     """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor. They are encoded once and kept."""
-    path = args.work / f"latents-{len(images)}-{fingerprint(vae)[:8]}.pt"  # of another autoencoder, if it is trained for longer
+    weights = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in vae.state_dict().values())).hexdigest()
+    path = args.work / f"latents-{len(images)}-{weights[:8]}.pt"  # of another autoencoder, if it is trained for longer
     if not path.exists():
         batches = tqdm(torch.arange(len(images)).split(64), "encoding   ")
         latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu() for b in batches]
@@ -422,7 +422,7 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
                     return_tensors="pt").input_ids.to(args.device)
-    timesteps, kind, size = training_timesteps(scheduler), prediction_type_of(scheduler), args.denoiser_batch
+    (kind, timesteps, a_of, b_of), size = training_levels(scheduler), args.denoiser_batch
     hard = np.flatnonzero(np.isin(animals, [ANIMALS.index(name) for name in HARD]))
     scenes = np.concatenate([np.arange(len(latents)), hard])
 
@@ -433,8 +433,8 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
                 for a, n, b, d in zip(animals[chosen], numbers[chosen], bare, dropped)]
         x_0 = latents[torch.as_tensor(chosen)].to(args.device)                                   # (B, 8, 16, 16)
         # One timestep from each part of the range: the loss varies less than with independent ones (Kingma et al. 2021, app. I.1).
-        t = timesteps[torch.as_tensor(((rng.random() + rng.permutation(size) / size) % 1 * len(timesteps)).astype(int))]  # (B,)
-        a, b = (values.float().to(args.device)[:, None, None, None] for values in coefficients(scheduler, t))
+        level = torch.as_tensor(((rng.random() + rng.permutation(size) / size) % 1 * len(timesteps)).astype(int))                # (B,)
+        t, a, b = timesteps[level], *(values[level].to(args.device)[:, None, None, None] for values in (a_of, b_of))
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
         states = networks["text_encoder"](ids[rows])[0]
         with torch.autocast(args.device, torch.bfloat16):  # faster, see train_autoencoder
@@ -481,20 +481,22 @@ def remake(args):
 
 def remake_flow(args):
     """The flow-matching twin of the model in --start: its autoencoder, and its U-Net and text encoder trained on with another loss."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
     args.work.mkdir(parents=True, exist_ok=True)
     images, animals, numbers = load_pool(args)
     pipeline = StableDiffusionPipeline.from_pretrained(os.path.relpath(args.start)).to(args.device)  # the path is saved with the model
     latents, _ = encode_pool(pipeline.vae, images, args)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, pipeline.scheduler, args.flow_steps, args)
+    # Diffusers' own class draws with this one: its U-Nets do not know the scheduler of flow matching's transformers.
+    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1)
+    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, plain_scheduler(pipeline.scheduler),
+                              args.flow_steps, args)
     pipeline.unet, pipeline.text_encoder = networks["unet"], networks["text_encoder"]
     save_model(pipeline, args)
 
 
 def save_model(pipeline, args):
     """Save a pipeline in --output, in half precision."""
-    save_pipeline(pipeline.to("cpu", torch.float16), args.output)
+    pipeline.to("cpu", torch.float16).save_pretrained(args.output)
     # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do not mix.
     pipeline.text_encoder.float().save_pretrained(args.output / "text_encoder")
 
@@ -517,9 +519,9 @@ def load_pool(args):
 
 def sample(prompts, steps, args):
     """Images (B, 3, 64, 64) in [0, 1] of B prompts by the model in --output, drawn as a policy draws: eta = 1, seed 0."""
-    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device, scored=False)
+    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device, scored=False, trains=False)
     trajectory = rollout(policy, prompts, torch.Generator().manual_seed(0), 64, keep_chain=False, title=f"{steps} steps".ljust(11))
-    return decode(policy.pipeline, trajectory.x_0)
+    return policy.decode(trajectory.x_0)
 
 
 def frechet_distance(features, others):

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
-from models import PRECISIONS, decode
 from networks import silence_libraries
+from policy import PRECISIONS
 from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score
@@ -46,7 +46,7 @@ def benchmark(config, images, passes, micro_batches, peak_tflops):
 
     def draw():
         trajectory = rollout(policy, texts, torch.Generator().manual_seed(0), config.sample_batch, keep_chain)
-        decode(policy.pipeline, trajectory.x_0, policy.precision)
+        policy.decode(trajectory.x_0)
         return trajectory
 
     def learn(trajectory):
@@ -70,11 +70,11 @@ def benchmark(config, images, passes, micro_batches, peak_tflops):
 
 @torch.no_grad()
 def ratio_deviation(policy, trajectory, micro_batch):
-    """Largest |p_theta / p_old - 1| over all recorded pairs, under the weights that drew them, scored micro_batch at a time."""
+    """Largest |p_theta / p_old - 1| over all recorded steps, under the weights that drew them, scored micro_batch at a time."""
     B, A = trajectory.log_probs.shape
-    pairs = torch.cartesian_prod(torch.arange(B), torch.arange(A))
-    scored = torch.cat([score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
-    return ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max().item()
+    scored = torch.stack([torch.cat([score(policy, trajectory, part, k)[0] for part in torch.arange(B).split(micro_batch)])
+                          for k in range(A)], 1)
+    return ((scored - trajectory.log_probs).exp() - 1).abs().max().item()
 
 
 def benchmark_reward(name, images, side, device):
@@ -118,8 +118,8 @@ def parse(argv):
     add("--precision", nargs="+", choices=PRECISIONS, help="default: fp32 on a CPU, all three on a GPU")
     add("--images", type=int, default=16, help="drawn and learned from (default: 16)")
     add("--sample-batch", type=int, help="images drawn at a time (default: the preset's)")
-    add("--micro-batch", type=int, help="pairs learned from at a time (default: the preset's)")
-    add("--ratio-batches", type=int, nargs="+", default=[1, 7, 16], help="pairs scored at a time (default: 1 7 16)")
+    add("--micro-batch", type=int, help="images learned from at a time (default: the preset's)")
+    add("--ratio-batches", type=int, nargs="+", default=[1, 7, 16], help="images scored at a time (default: 1 7 16)")
     add("--peak-tflops", type=float, help="the card's, dense: to print what share of it 512 x 512 images reach")
     add("--reward", nargs="+", choices=RANDOM_REWARDS, help="instead: seconds and memory to judge 512 x 512 images, by networks "
         "of the published sizes with random weights (alignment and counting ask a VLM of 14 GB)")
@@ -164,7 +164,7 @@ def print_rows(args, device):
     updates = 1 if keep_chain else max(1, round(passes * args.images) // config.batch_size)
     config = replace(config, samples_per_epoch=args.images, updates_per_epoch=updates)
     names = ["precision", "sampling (s/query)", "learning (s/query)", "peak GB sampling", "peak GB learning"]
-    names += [f"largest \\|ratio - 1\\| at {size} pairs" for size in args.ratio_batches] if keep_chain else []
+    names += [f"largest \\|ratio - 1\\| at {size} images" for size in args.ratio_batches] if keep_chain else []
     names += ["share of peak"] if args.peak_tflops and keep_chain else []
     options = [f"LoRA of rank {config.lora_rank}"] * bool(config.lora_rank)
     options += ["gradient checkpointing"] * config.gradient_checkpointing + ["compiled"] * config.compile

@@ -7,7 +7,6 @@ over the dimensions. The second part is minus the KL of the two policies. It mak
 low side of the clip then holds the policy back (ddpo.py, 8). Here it is added back in. It costs a pass of the old policy.
 """
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,22 +15,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import ddpo
 import train
-from sampling import frozen_copy, score
+from sampling import score
 
 
-def centred_score(policy, trajectory, images, steps):
+def centred_score(policy, trajectory, images, k):
     """As sampling.score, with the KL to policy.reference, the old policy, added to log p_theta. There is no other KL."""
-    log_probs, kl = score(policy, trajectory, images, steps)
+    log_probs, kl = score(policy, trajectory, images, k)
     return log_probs + kl, torch.zeros_like(kl)
 
 
 def centred_update(policy, *arguments, **options):
     """As ddpo.ddpo_update."""
-    ddpo.score, old = centred_score, ddpo.score
+    ddpo.score, old, policy.reference = centred_score, ddpo.score, policy.weights()
     try:
-        return ddpo.ddpo_update(replace(policy, reference=frozen_copy(policy)), *arguments, **options)
+        return ddpo.ddpo_update(policy, *arguments, **options)
     finally:
-        ddpo.score = old
+        ddpo.score, policy.reference = old, None
 
 
 if __name__ == "__main__":

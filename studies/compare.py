@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
-from models import PRECISIONS
-from pipelines import identity_of, load_pipeline
+from policy import PRECISIONS
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
 from settings import ALGORITHMS, EMOJI, PRESET_REWARDS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
@@ -174,8 +173,9 @@ class Run:
 
 @cache
 def hash_of_model(model):
-    """The identity of the pretrained model: another one, at the same place, is another study's."""
-    return identity_of(load_pipeline(model))
+    """A hash of the files of a model's folder: another one, at the same place, is another study's. Of a hub name it is that of no file."""
+    files = sorted(path for path in Path(model).glob("*/*") if path.suffix in (".json", ".safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def planned_run(study, label, seed, flags, queries):

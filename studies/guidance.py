@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 import runs
 from baselines_guidance import guided_rollout
-from evaluate import finished_run, refuse_another_base, with_interval
-from models import PRECISIONS, decode
+from evaluate import finished_run, with_interval
 from networks import to_pil
+from policy import PRECISIONS
 from prompts import load_prompts
 from rewards import RewardError
 from sampling import rollout
@@ -43,7 +43,7 @@ def drawn(policy, prompts, seed, config, guidance=None):
         x_0 = guided_rollout(policy, prompts, rng=rng, batch_size=config.micro_batch, **guidance)  # it keeps activations, as learning does
     else:
         x_0 = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch, keep_chain=False).x_0
-    images = decode(policy.pipeline, x_0, policy.precision)
+    images = policy.decode(x_0)
     return images, (time.perf_counter() - start) / len(prompts)
 
 
@@ -82,7 +82,6 @@ def compare(run, args):
     prompts = fixed_prompts(load_prompts(config.prompts), config)
     rewards = load_rewards(config)
     guided = guidable(replace(config, eta=0.0, sampling_steps=args.sampling_steps or config.sampling_steps), args.gradient_checkpointing)
-    refuse_another_base(run, guided, config)
     options = {"reward": rewards[0], "recurrences": args.recurrences, "backward_steps": args.backward_steps,
                "backward_rate": args.backward_rate}
     head = ["", *(reward.name for reward in rewards), "seconds a picture"]

@@ -17,13 +17,14 @@ T = 10, the per-prompt baseline, and left out the last two steps: a direction fo
 baseline of a prompt is computed from other images of that prompt, the batch's from the N images. Every
 baseline is measured on the same images, and twice: learning from all T steps, and from all but the last two.
 """
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import runs
 from ddpo import whiten
-from models import decode
 from prompts import load_prompts
 from rewards import load_reward, short_name
 from sampling import rollout, score
@@ -50,7 +51,7 @@ def projected_scores(policy, trajectory, steps, u):
     """<G_i, u> of every image, where G_i is the mean over those steps of the chain: (N,) float64."""
     weights, projected = list(policy.denoiser.parameters()), []
     for image in tqdm(range(len(trajectory.prompts)), desc="gradients", leave=False, disable=None):
-        log_probs, _ = score(policy, trajectory, torch.full((len(steps),), image), steps)
+        log_probs = torch.cat([score(policy, trajectory, torch.tensor([image]), k)[0] for k in steps.tolist()])
         gradients = torch.autograd.grad(log_probs.mean(), weights)
         projected.append(sum((gradient * part).sum() for gradient, part in zip(gradients, u)).item())
     return np.array(projected)
@@ -72,13 +73,13 @@ def measure_snr(config, trained, images, pool):
     """name -> (SNR, standard error), for each baseline, over all of config.sampling_steps and over all but the last two."""
     reward = load_reward(config.reward, config.device, **reward_options(config, config.reward))
     prompts, policy = load_prompts(config.prompts), policy_of(config)
-    u = direction(policy, policy_of(config, trained))
+    u = direction(policy, policy_of(replace(config, precision="fp32"), trained))
     rng = torch.Generator().manual_seed(config.seed)
     chosen = [prompts[i] for i in torch.randint(len(prompts), (images,), generator=rng)]
 
     def draw(asked, keep_chain):
         trajectory = rollout(policy, [prompt.text for prompt in asked], rng, config.sample_batch, keep_chain)
-        values, _ = reward(decode(policy.pipeline, trajectory.x_0, policy.precision), asked)
+        values, _ = reward(policy.decode(trajectory.x_0), asked)
         return trajectory, values.numpy()
 
     trajectory, rewards = draw(chosen, keep_chain=True)
