@@ -1,4 +1,5 @@
 """What several test files share: tiny random models, a file of small rewards, train.py in this process."""
+import json
 import os
 import signal
 import socket
@@ -23,8 +24,8 @@ from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, 
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
 
 import runs
-import sampling
 import train
+from policy import load_policy
 from studies import random_networks
 
 ROOT = Path(__file__).resolve().parent
@@ -93,9 +94,15 @@ def edit_weights(folder, edit):
     save_file(edit(load_file(path)), path, {"format": "pt"})
 
 
+def edit_json(path, **changes):
+    """Set entries of a JSON file; None deletes one."""
+    entries = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in entries.items() if value is not None}))
+
+
 @pytest.fixture
 def tiny_policy(tiny_model):
-    return sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0)
+    return load_policy(tiny_model, steps=4)
 
 
 @pytest.fixture(scope="session")
@@ -151,12 +158,6 @@ def tiny_clips():
         max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id)) for size in (16, 24)]
 
 
-@pytest.fixture(params=["tiny_flow", "tiny_sdxl", "tiny_sd3"])
-def other_model(request):
-    """Of another kind than Stable Diffusion 1, with which most tests are made."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=["tiny_model", "tiny_flow"], ids=["diffusion", "flow"])
 def either_model(request):
     return request.getfixturevalue(request.param)
@@ -208,7 +209,7 @@ def learner(policy, learning_rate=1e-3, **changes):
     """What ddpo_update and rwr_update take besides a trajectory and advantages or weights."""
     config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
                                 "kl_weight": 0.0, "skip_last_steps": 0, "learn_steps": 0, "batch_size": 8, "training_guidance": 0.0, **changes})
-    optimizer = torch.optim.AdamW(policy.denoiser.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(policy.trained.values(), lr=learning_rate)
     return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
 
 

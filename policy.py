@@ -63,8 +63,9 @@ class Policy:
         """The same policy, network and all, with a chain of that many steps. ValueError: see sampling.make_schedule."""
         policy = copy.copy(self)
         policy.steps = steps
-        tap, images = policy._call([PROBE], timesteps=[], output="pt")
-        policy.latent_shape, policy.image_size = tap.latents.shape[1:], images.shape[-2:]
+        tap, _ = policy._call([PROBE], timesteps=[])
+        policy.latent_shape = tap.latents.shape[1:]
+        policy.image_size = policy.decode_with_gradient(torch.zeros(1, *policy.latent_shape, device=self.device)).shape[-2:]
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: with this model's spacing diffusers makes {len(timesteps)} of them; take one more")
@@ -358,13 +359,15 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)} (--height, --width, --call)")
         policy = Policy(pipeline, options, precision)
+        policy.steps = steps
         try:
-            policy = policy.with_chain(steps, eta, noise, scored)
-        except (ValueError, torch.OutOfMemoryError):
+            policy._call([PROBE], timesteps=[])
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise ValueError(f"a {name} does not draw from a text alone with these options of its call {options}: "
+            raise ValueError(f"a {name} does not draw from a text alone with the options of its call {options}: "
                              f"{type_and_message(error)}") from error
+        policy = policy.with_chain(steps, eta, noise, scored)
         drawn = dict(zip(("height", "width"), policy.image_size))
         for side in (side for side, pixels in size.items() if pixels not in (0, drawn[side])):
             raise ValueError(f"--{side} {size[side]}: the model draws {drawn[side]} pixels instead")
@@ -415,7 +418,7 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     with one_line_errors("model", model), all_weights_loaded():
         pipeline = load(model, precision, t5, in_fp32)
         refuse_weights([f"{part}.{name}" for part, network in networks_of(pipeline).items()
-                        for name, weight in network.named_parameters() if weight.is_meta])
+                        for name, weight in network.named_parameters() if weight.is_meta])  # so diffusers leaves what a file lacks
         if not hasattr(pipeline, "prepare_latents") or not hasattr(pipeline, "encode_prompt"):
             raise ValueError(f"a {type(pipeline).__name__} has no prepare_latents or no encode_prompt, by which it could be followed")
         denoiser = getattr(pipeline, denoiser_name(pipeline))
@@ -428,10 +431,12 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     size = sum(weight.numel() * weight.element_size() for network in networks_of(pipeline).values() for weight in network.parameters())
     crowded = torch.device(device).type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory / 2
     for name, network in networks_of(pipeline).items():
+        overflows = name == "vae" and network.config.get("force_upcast")
+        wanted = torch.float32 if overflows or in_fp32 and network is denoiser else PRECISIONS[precision]
         network.eval().requires_grad_(False)
-        if name == "vae" and not network.config.get("force_upcast"):
-            network.to(PRECISIONS[precision])
         network.to("cpu" if crowded and name in encoders else device)
+        if network.dtype != wanted:  # else it is so already, but for layers that transformers keeps in fp32
+            network.to(wanted)
     if device == "cpu" and precision == "bf16" and hasattr(denoiser, "down_blocks"):
         # torch's fused attention is slow in bf16 on a CPU. With the plain one bf16 is the faster precision, if the processor has
         # AVX512-BF16 (python studies/benchmark.py --precision fp32 bf16 --images 64).
@@ -518,11 +523,7 @@ def load_single_file(model, precision, t5, in_fp32):
     options = {"config": source} if source else {}
     if name == "StableDiffusionPipeline":
         options |= {"safety_checker": None}
-    pipeline = getattr(diffusers, name).from_single_file(str(model), torch_dtype=torch.float32, **options)
-    for part, network in networks_of(pipeline).items():
-        if part != "vae" and not (in_fp32 and part == "unet"):
-            network.to(PRECISIONS[precision])
-    return pipeline
+    return getattr(diffusers, name).from_single_file(str(model), **options)  # in the file's precision: converting needs all weights
 
 
 # ---- LoRA ----
