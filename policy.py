@@ -16,6 +16,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -523,7 +524,13 @@ def load_single_file(model, precision, t5, in_fp32):
     options = {"config": source} if source else {}
     if name == "StableDiffusionPipeline":
         options |= {"safety_checker": None}
-    return getattr(diffusers, name).from_single_file(str(model), **options)  # in the file's precision: converting needs all weights
+    try:
+        return getattr(diffusers, name).from_single_file(str(model), **options)
+    except NotImplementedError as error:  # diffusers tries to move a network that lacks weights; its frame has the network
+        networks = [value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()
+                    if isinstance(value, diffusers.ModelMixin)]
+        refuse_weights([name for name, weight in networks[0].named_parameters() if weight.is_meta] if networks else [])
+        raise
 
 
 # ---- LoRA ----
