@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from networks import all_weights_loaded, announce, one_line_errors, read_weights, refuse_weights, type_and_message
+from networks import all_weights_loaded, one_line_errors, read_weights, refuse_weights, silence_libraries, type_and_message
 from sampling import make_schedule, mean_sigma
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,13 +70,8 @@ class Policy:
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: with this model's spacing diffusers makes {len(timesteps)} of them; take one more")
-        if is_flow(scheduler):
-            a, b = 1 - tap.sigmas.double(), tap.sigmas.double()
-        else:
-            alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], scheduler.final_alpha_cumprod.reshape(1)]).double()
-            a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         kind, *levels = training_levels(scheduler, tap.mu)
-        policy.schedule = make_schedule(timesteps, a, b, kind, eta, noise, scored)
+        policy.schedule = make_schedule(timesteps, *chain_levels(tap, timesteps), kind, eta, noise, scored)
         policy.training_levels = [values.to(self.device) for values in levels]
         return policy
 
@@ -270,6 +265,14 @@ def plain_scheduler(published):
                                                set_alpha_to_one=False, clip_sample=False, thresholding=False)
 
 
+def chain_levels(scheduler, timesteps):
+    """a and b (T + 1,), fp64, of x_t = a x_0 + b eps, in the chain of T timesteps that a scheduler has set."""
+    if is_flow(scheduler):
+        return 1 - scheduler.sigmas.double(), scheduler.sigmas.double()
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], scheduler.final_alpha_cumprod.reshape(1)]).double()
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
 def training_levels(scheduler, mu=None):
     """What a scheduler's model was trained with: its prediction type, and timesteps, a, b (1000,) fp32 of x_t = a x_0 + b eps.
 
@@ -366,7 +369,7 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise ValueError(f"a {name} does not draw from a text alone with the options of its call {options}: "
+            raise ValueError(f"the call of a {name} fails with a text alone, {steps} steps and the options {options}: "
                              f"{type_and_message(error)}") from error
         policy = policy.with_chain(steps, eta, noise, scored)
         drawn = dict(zip(("height", "width"), policy.image_size))
@@ -414,7 +417,7 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     t5: False leaves out the third text encoder of Stable Diffusion 3. prediction_type: what the network predicts, if a file does not say
     it. On a GPU, text encoders stay on the CPU but while they encode, if all networks together take more than half of its memory.
     """
-    announce("model", model)
+    silence_libraries()
     load = load_single_file if Path(model).is_file() else load_parts
     with one_line_errors("model", model), all_weights_loaded():
         pipeline = load(model, precision, t5, in_fp32)

@@ -23,15 +23,14 @@ from PIL import Image
 
 import baselines_rwr
 import ddpo
-import models
 import networks
 import prompts
 import rewards
 import runs
 import sampling
-import schedules
 import settings
 import train
+from policy import Policy, chain_levels, load_policy, plain_scheduler, training_levels
 from conftest import (EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
                       without_seconds)
 
@@ -45,31 +44,33 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float32)
 
 
-def predicting_policy(cond, uncond, schedule, guidance_scale, **pipeline):
-    """A policy whose U-Net predicts just this (N, C, H, W)."""
-    def unet(x_t, t, states):
-        return SimpleNamespace(sample=torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond) else cond)
-
-    unet.device = torch.device("cpu")
-    stub = type("StableDiffusionPipeline", (SimpleNamespace,), {})
-    return sampling.Policy(stub(unet=unet, **pipeline), schedule, guidance_scale, "fp32")
+def schedule_of(scheduler, steps, eta, **options):
+    """The Schedule of a chain over a scheduler's own timesteps."""
+    scheduler.set_timesteps(steps)
+    kind, *_ = training_levels(scheduler)
+    return sampling.make_schedule(scheduler.timesteps, *chain_levels(scheduler, scheduler.timesteps), kind, eta, **options)
 
 
-STATES = (torch.zeros(6, 1, 1),), (torch.zeros(1, 1, 1),)  # of prompts, which that U-Net does not read
+def with_predictions(policy, uncond, cond, guidance_scale):
+    """The policy with a U-Net that predicts just this (N, C, H, W), and that guidance."""
+    policy = policy.with_guidance(guidance_scale)
+    policy.denoiser.forward = lambda x_t, *_, **__: (torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond) else cond,)
+    policy.copies_of_timesteps = 2 if guidance_scale > 1 else 1
+    return policy
 
 
 def test_the_authors_step_and_log_prob():
     oracle = AUTHORS["step"]
     for steps, timesteps in oracle["timesteps"].items():
-        schedule = schedules.chain_schedule(DDIMScheduler(**oracle["scheduler"], clip_sample=False), int(steps), oracle["eta"])
+        schedule = schedule_of(DDIMScheduler(**oracle["scheduler"], clip_sample=False), int(steps), oracle["eta"])
         assert schedule.timesteps.tolist() == timesteps
         for case in oracle["cases"]:
             given, theirs = case["inputs"], case["outputs"]
             if given["steps"] == int(steps):
                 x_t, eps, noise = (tensor(given[name]) for name in ("x_t", "eps", "noise"))
-                mean, sigma = sampling.mean_sigma(x_t, eps, torch.full((len(x_t),), given["timestep"]), schedule)
+                mean, sigma = sampling.mean_sigma(x_t, eps, timesteps.index(given["timestep"]), schedule)
                 torch.testing.assert_close(mean, tensor(theirs["mean"]), rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(sigma.flatten(), torch.full((len(x_t),), theirs["sigma"]), rtol=1e-5, atol=1e-7)
+                assert sigma.item() == pytest.approx(theirs["sigma"], rel=1e-5, abs=1e-7)
                 torch.testing.assert_close(mean + sigma * noise, tensor(theirs["x_prev"]), rtol=1e-5, atol=1e-5)
                 log_prob = sampling.log_prob(tensor(theirs["x_prev"]), tensor(theirs["mean"]), sigma)
                 torch.testing.assert_close(log_prob, tensor(theirs["log_prob"]), rtol=1e-4, atol=1e-4)
@@ -87,13 +88,17 @@ def test_the_authors_clipped_loss_and_its_gradient():
         torch.testing.assert_close(log_probs.grad, tensor(theirs["grad_log_probs"]), rtol=1e-5, atol=1e-8)
 
 
-def test_the_authors_guided_loss_and_its_gradient_by_both_predictions():
+def test_the_authors_guided_loss_and_its_gradient_by_both_predictions(tiny_policy):
     given, theirs = (AUTHORS["clipped_loss"]["guided"][part] for part in ("inputs", "outputs"))
-    schedule = schedules.chain_schedule(DDIMScheduler(**given["scheduler"], clip_sample=False), given["steps"], given["eta"])
+    schedule = schedule_of(DDIMScheduler(**given["scheduler"], clip_sample=False), given["steps"], given["eta"])
     cond, uncond = (tensor(given[name]).requires_grad_() for name in ("cond", "uncond"))
-    policy = predicting_policy(cond, uncond, schedule, given["guidance_scale"])
-    mean, sigma = sampling.p_mean_sigma(policy, tensor(given["x_t"]), torch.tensor(given["timesteps"]), STATES)
-    log_probs = sampling.log_prob(tensor(given["x_prev"]), mean, sigma)
+    log_probs, timesteps = [], schedule.timesteps.tolist()
+    for i, (x_t, x_prev, t) in enumerate(zip(tensor(given["x_t"]), tensor(given["x_prev"]), given["timesteps"])):
+        policy = with_predictions(tiny_policy, uncond[i:i + 1], cond[i:i + 1], given["guidance_scale"])
+        policy.schedule = schedule
+        mean, sigma = sampling.p_mean_sigma(policy, x_t[None], timesteps.index(t), ["a cat"])
+        log_probs.append(sampling.log_prob(x_prev[None], mean, sigma))
+    log_probs = torch.cat(log_probs)
     loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]), given["clip_range"])
     loss.backward()
     torch.testing.assert_close(log_probs, tensor(theirs["log_probs"]), rtol=1e-5, atol=1e-5)
@@ -123,17 +128,18 @@ def test_the_authors_rwr_weights_and_kept_samples():
 
 
 @pytest.mark.parametrize("kind", ["guided", "plain"])
-def test_the_authors_rwr_loss_and_its_gradient(kind, monkeypatch):
+def test_the_authors_rwr_loss_and_its_gradient(kind, tiny_policy):
     given, theirs = AUTHORS["rwr"]["loss"]["inputs"], AUTHORS["rwr"]["loss"]["outputs"]
     scheduler = DDIMScheduler(**given["scheduler"])
-    schedule = schedules.chain_schedule(DDIMScheduler(**STABLE_DIFFUSION), 10, 1.0)
     cond, uncond = (tensor(given[name]).requires_grad_() for name in ("cond", "uncond"))
-    policy = predicting_policy(cond, uncond, schedule, given["guidance_scale"] if kind == "guided" else 1.0, scheduler=scheduler)
-    monkeypatch.setattr(baselines_rwr, "encode_prompts", lambda pipeline, prompts: STATES)
+    policy = with_predictions(tiny_policy, uncond, cond, given["guidance_scale"] if kind == "guided" else 1.0)
     x_0, noise, t = tensor(given["x_0"]), tensor(given["noise"]), torch.tensor(given["t"])
-    torch.testing.assert_close(scheduler.add_noise(x_0, noise, t), tensor(theirs["x_t"]), rtol=1e-5, atol=1e-6)
-    trajectory = sampling.Trajectory(x_0[:, None], torch.empty(len(x_0), 0), schedule.timesteps, ("a cat",) * len(x_0))
-    loss, _ = baselines_rwr.regression(policy, trajectory, tensor(given["weights"]), torch.arange(len(x_0)), noise, t)
+    _, _, a, b = training_levels(scheduler)
+    a, b = (values[t].view(-1, 1, 1, 1) for values in (a, b))
+    x_t, target = a * x_0 + b * noise, sampling.target_of(x_0, noise, a, b, "epsilon")
+    torch.testing.assert_close(x_t, tensor(theirs["x_t"]), rtol=1e-5, atol=1e-6)
+    prediction = policy.predict(x_t, t, ["a cat"] * len(x_0))
+    loss, _ = baselines_rwr.weighted_denoising_loss(prediction, target, tensor(given["weights"]))
     loss.backward()
     assert loss.item() == pytest.approx(theirs[kind]["loss"], rel=1e-5)
     torch.testing.assert_close(cond.grad, tensor(theirs[kind]["grad_cond"]), rtol=1e-4, atol=1e-7)
@@ -159,15 +165,12 @@ SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"), dict(be
 @pytest.mark.parametrize("steps, eta", [(7, 1.0), (30, 0.3), (50, 1.0)])
 def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps, eta):
     scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "prediction_type": prediction_type, **change})
-    schedule = schedules.chain_schedule(scheduler, steps, eta)
+    schedule = schedule_of(scheduler, steps, eta)
     x_t, prediction, noise = torch.randn((3, steps, 4, 8, 8), generator=rng())
-    batched, sigmas = sampling.mean_sigma(x_t, prediction, schedule.timesteps, schedule)  # every t in one batch
     following = torch.cat([schedule.timesteps[1:], torch.tensor([-1])])
     compared = 0
     for k, (t, t_next) in enumerate(zip(schedule.timesteps.tolist(), following.tolist())):
-        mean, sigma = sampling.mean_sigma(x_t[k:k + 1], prediction[k:k + 1], schedule.timesteps[k:k + 1], schedule)
-        torch.testing.assert_close(batched[k:k + 1], mean)
-        torch.testing.assert_close(sigmas[k:k + 1], sigma)
+        mean, sigma = sampling.mean_sigma(x_t[k:k + 1], prediction[k:k + 1], k, schedule)
         steps_to = t - 1000 // steps
         if steps_to == t_next or (steps_to < 0 and t_next == -1):
             compared += 1
@@ -184,7 +187,7 @@ def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps
                "v_prediction": a.sqrt() * x - (1 - a).sqrt() * p}[prediction_type]
         eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
         torch.testing.assert_close(mean.double(), b.sqrt() * x_0 + (1 - b - s**2).sqrt() * eps, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(sigma.double().flatten(), s.reshape(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(sigma.double(), s, rtol=1e-6, atol=0)
     # Under "trailing" at 30 steps, diffusers steps to another timestep than the next at 10 of 29.
     assert compared == steps or change.get("timestep_spacing") == "trailing" and steps in (7, 30)
 
@@ -192,24 +195,29 @@ def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps
 @pytest.mark.parametrize("change, steps, eta, message", [
     (dict(steps_offset=0), 50, 1.0, "sigma is 0 at timestep 0"), (dict(set_alpha_to_one=True), 1, 1.0, "no action to learn from"),
     (dict(timestep_spacing="linspace"), 50, 1.0, "sigma is 0"), (dict(), 50, 0.0, "eta"), (dict(), 50, -1.0, "eta"),
-    (dict(), 50, 1.5, "eta"), (dict(clip_sample=True), 50, 1.0, "clip_sample"), (dict(thresholding=True), 50, 1.0, "clip"),
-    (dict(), 0, 1.0, "sampling steps"), (dict(), 1001, 1.0, "sampling steps"),
-    (dict(timestep_spacing="trailing"), 61, 1.0, "diffusers makes 62 of them"),
-    (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 10, 1.0, "alpha_bar is 0")])
+    (dict(), 50, 1.5, "eta")])
 def test_degenerate_schedules_are_refused(change, steps, eta, message):
     with pytest.raises(ValueError, match=message):
-        schedules.chain_schedule(DDIMScheduler(**{**STABLE_DIFFUSION, **change}), steps, eta)
+        schedule_of(DDIMScheduler(**{**STABLE_DIFFUSION, **change}), steps, eta)
+
+
+def test_no_models_scheduler_clips_the_image_or_leaves_a_step_without_noise():
+    for change in (dict(clip_sample=True), dict(thresholding=True), dict(steps_offset=0), dict(timestep_spacing="linspace"),
+                   dict(set_alpha_to_one=True)):
+        scheduler = plain_scheduler(DDIMScheduler(**{**STABLE_DIFFUSION, **change}))
+        assert not scheduler.config.clip_sample and not scheduler.config.thresholding
+        assert schedule_of(scheduler, 50, 1.0).actions == 50
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_a_last_step_without_noise_is_drawn_but_is_no_action(spacing, tiny_policy):
     scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "set_alpha_to_one": True, "timestep_spacing": spacing})
-    schedule = schedules.chain_schedule(scheduler, 4, 1.0)
-    assert (schedule.sigma[:3] > 0).all() and schedule.sigma[3] == schedule.b_prev[3] == 0 and schedule.actions == 3
+    schedule = schedule_of(scheduler, 4, 1.0)
+    assert (schedule.sigma[:3] > 0).all() and schedule.sigma[3] == schedule.b[4] == 0 and schedule.actions == 3
     x_t, prediction = torch.randn((2, 1, 4, 8, 8), generator=rng())
-    mean, _ = sampling.mean_sigma(x_t, prediction, schedule.timesteps[3:], schedule)
+    mean, _ = sampling.mean_sigma(x_t, prediction, 3, schedule)
     torch.testing.assert_close(mean, sampling.x_0_and_eps(x_t, prediction, schedule.a[3], schedule.b[3], "epsilon")[0])
-    policy = replace(tiny_policy, schedule=schedule)
+    policy, policy.schedule = tiny_policy, schedule
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
     assert trajectory.latents.shape[1] == 5 and trajectory.log_probs.shape == (8, 3)
     seen = []
@@ -223,7 +231,7 @@ def test_a_last_step_without_noise_is_drawn_but_is_no_action(spacing, tiny_polic
 
 
 def flow(steps, eta, **settings):
-    return schedules.chain_schedule(FlowMatchEulerDiscreteScheduler(**settings), steps, eta, scored=eta > 0)
+    return schedule_of(FlowMatchEulerDiscreteScheduler(**settings), steps, eta, scored=eta > 0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -231,9 +239,9 @@ def test_without_noise_the_step_of_flow_matching_is_diffusers_euler_step(shift):
     schedule, theirs = flow(10, 0.0, shift=shift), FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(10)
     x_t, v = torch.randn((2, 1, 4, 8, 8), generator=rng())
-    assert torch.equal(schedule.timesteps, theirs.timesteps) and schedule.a[0] == 0 and schedule.b_prev[-1] == 0
-    for t in theirs.timesteps:
-        mean, sigma = sampling.mean_sigma(x_t, v, t[None], schedule)
+    assert torch.equal(schedule.timesteps, theirs.timesteps) and schedule.a[0] == 0 and schedule.b[-1] == 0
+    for k, t in enumerate(theirs.timesteps):
+        mean, sigma = sampling.mean_sigma(x_t, v, k, schedule)
         torch.testing.assert_close(mean, theirs.step(v, t, x_t).prev_sample, rtol=1e-5, atol=1e-5)
         assert sigma == 0
 
@@ -242,26 +250,28 @@ def test_at_eta_one_the_step_of_flow_matching_is_the_posterior_of_the_forward_pr
     """x_t = (a / a') x_prev + noise, and x_prev = a' x_0 + b' eps: Bayes' rule for two Gaussians, one dimension, double precision."""
     schedule = flow(8, 1.0)
     x_0, x_t = torch.randn((2, 8), generator=rng()).double()
-    a, b, a_prev, b_prev = (values.double() for values in (schedule.a, schedule.b, schedule.a_prev, schedule.b_prev))
+    a, b, a_prev, b_prev = schedule.a[:-1].double(), schedule.b[:-1].double(), schedule.a[1:].double(), schedule.b[1:].double()
     slope, noise = a / a_prev, b**2 - (a * b_prev / a_prev) ** 2
     precision = slope**2 / noise + 1 / b_prev**2
     expected = (slope * x_t / noise + a_prev * x_0 / b_prev**2) / precision
     v = (x_t - x_0) / b  # the prediction that says this x_0
-    mean, sigma = sampling.mean_sigma(x_t.float().view(8, 1, 1, 1), v.float().view(8, 1, 1, 1), schedule.timesteps, schedule)
-    torch.testing.assert_close(mean.flatten()[:-1].double(), expected[:-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sigma.flatten()[:-1].double(), precision[:-1] ** -0.5, rtol=1e-4, atol=1e-6)
+    for k in range(7):
+        mean, sigma = sampling.mean_sigma(x_t[k:k + 1].float(), v[k:k + 1].float(), k, schedule)
+        torch.testing.assert_close(mean.double(), expected[k:k + 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sigma.double(), precision[k] ** -0.5, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(**STABLE_DIFFUSION), FlowMatchEulerDiscreteScheduler()], ids=["diffusion", "flow"])
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_coefficients_preserving_sampling_turns_the_noise_by_an_angle(scheduler, eta):
     """Wang and Yu 2025: x_prev = a' x_0 + b' (cos(eta pi / 2) eps + sin(eta pi / 2) new noise). At eta = 1 nothing of eps is left."""
-    schedule, (x_0, eps) = schedules.chain_schedule(scheduler, 8, eta, noise="cps"), torch.randn((2, 8, 4, 8, 8), generator=rng())
-    a, b, a_prev, b_prev = (values.view(8, 1, 1, 1) for values in (schedule.a, schedule.b, schedule.a_prev, schedule.b_prev))
-    prediction = sampling.target_of(x_0, eps, a, b, schedule.prediction_type)
-    mean, sigma = sampling.mean_sigma(a * x_0 + b * eps, prediction, schedule.timesteps, schedule)
-    torch.testing.assert_close(mean, a_prev * x_0 + b_prev * np.cos(eta * np.pi / 2) * eps, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sigma, b_prev * np.sin(eta * np.pi / 2), rtol=1e-5, atol=1e-7)
+    schedule, (x_0, eps) = schedule_of(scheduler, 8, eta, noise="cps"), torch.randn((2, 8, 4, 8, 8), generator=rng())
+    for k in range(8):
+        a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
+        prediction = sampling.target_of(x_0, eps, a, b, schedule.prediction_type)
+        mean, sigma = sampling.mean_sigma(a * x_0 + b * eps, prediction, k, schedule)
+        torch.testing.assert_close(mean, a_prev * x_0 + b_prev * np.cos(eta * np.pi / 2) * eps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sigma, b_prev * np.sin(eta * np.pi / 2), rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_network_should_predict_is_what_says_the_image_and_the_noise():
@@ -289,12 +299,10 @@ def test_kl_is_that_of_torch_distributions_per_dimension():
 
 def test_guided_prediction_equals_the_plain_formula(tiny_policy):
     x_t, t = torch.randn((2, 4, 8, 8), generator=rng()), torch.tensor([751, 1])
-    (conditional,), (unconditional,) = texts = models.encode_prompts(tiny_policy.pipeline, ["a cat", "an ant"])
+    cond, uncond = tiny_policy.pipeline.encode_prompt(["a cat", "an ant"], "cpu", 1, True)
     with torch.no_grad():
-        cond = tiny_policy.denoiser(x_t, t, conditional).sample
-        uncond = tiny_policy.denoiser(x_t, t, unconditional.repeat(2, 1, 1)).sample
-        guided = sampling.predict(tiny_policy, x_t, t, texts)
-        plain = sampling.predict(replace(tiny_policy, guidance_scale=1.0), x_t, t, texts)
+        cond, uncond = (tiny_policy.denoiser(x_t, t, states).sample for states in (cond, uncond))
+        guided, plain = (tiny_policy.with_guidance(w).predict(x_t, t, ["a cat", "an ant"]) for w in (5.0, 1.0))
     torch.testing.assert_close(guided, uncond + 5 * (cond - uncond))
     torch.testing.assert_close(plain, cond)
 
@@ -327,7 +335,7 @@ def test_score_function_gradient_agrees_with_the_closed_form_of_a_gaussian_polic
     reward = -(x - 3) ** 2
     baseline = -5.0  # J at mu = 1; any constant leaves the mean where it is
     per_sample = (reward - baseline) * (x - 1.0)
-    log_probs = sampling.log_prob(x.view(-1, 1, 1, 1), mu.expand(samples, 1, 1, 1), torch.ones(samples, 1, 1, 1))
+    log_probs = sampling.log_prob(x.view(-1, 1, 1, 1), mu.expand(samples, 1, 1, 1), torch.ones(()))
     loss, _ = ddpo.score_function_loss(log_probs, log_probs.detach(), reward - baseline, 0.1)
     loss.backward()
     standard_error = per_sample.std() / samples**0.5
@@ -418,6 +426,16 @@ def test_evaluations_may_take_other_steps_than_training(tiny_model, own_reward):
     assert both[1]["loss"] == few[1]["loss"]
 
 
+def test_no_prompt_comes_twice_in_an_epoch_before_each_has_come_once():
+    for n, count in ((45, 8), (4, 4), (4, 10)):
+        drawn = [train.draw_without_replacement(n, count, rng(seed)).tolist() for seed in range(300)]
+        for chosen in drawn:
+            counts = [chosen.count(k) for k in range(n)]
+            assert len(chosen) == count and max(counts) - min(counts) <= 1
+        often = np.bincount(np.concatenate(drawn), minlength=n) / 300  # each prompt as often as the others
+        assert np.abs(often - count / n).max() < 4.5 * (count / n / 300) ** 0.5
+
+
 def test_as_many_images_of_an_epoch_share_a_prompt_as_are_asked_for(tiny_model, own_reward):
     rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), **{"samples-per-epoch": 8, "images-per-prompt": 4}))
     drawn = [text for text, _, _ in rows[1]["notes"]]
@@ -445,16 +463,20 @@ def test_other_baselines_are_the_batch_alone_or_nothing():
 # ---- The chain and its scoring ----
 
 
-@pytest.mark.parametrize("micro_batch", [1, 7, 40])
-def test_ratio_is_one_for_every_pair_before_the_first_update(micro_batch):
+@pytest.mark.parametrize("micro_batch", [1, 3, 40])
+def test_ratio_is_one_for_every_image_and_step_before_the_first_update(micro_batch):
     config = settings.build_config({})
-    policy = sampling.load_policy(EMOJI, config.sampling_steps, config.eta, config.guidance_scale)
+    policy = load_policy(EMOJI, config.sampling_steps, config.eta, 3.0)
     trajectory = sampling.rollout(policy, ["a cat", "two dogs"] * 2, rng(), batch_size=3)
-    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(config.sampling_steps))
-    with torch.no_grad():
-        scored = torch.cat([sampling.score(policy, trajectory, *part.T)[0] for part in pairs.split(micro_batch)])
-    ratio = (scored - trajectory.log_probs.flatten()).exp()
-    assert (ratio - 1).abs().max() <= 2e-6
+    assert (scores(policy, trajectory, micro_batch) - trajectory.log_probs).exp().sub(1).abs().max() <= 2e-6
+
+
+@torch.no_grad()
+def scores(policy, trajectory, micro_batch):
+    """log p of every recorded action (B, A), scored micro_batch images at a time."""
+    B, A = trajectory.log_probs.shape
+    return torch.stack([torch.cat([sampling.score(policy, trajectory, part, k)[0] for part in torch.arange(B).split(micro_batch)])
+                        for k in range(A)], 1)
 
 
 def test_first_update_reports_a_ratio_of_one_and_the_second_has_moved(tiny_policy):
@@ -466,36 +488,33 @@ def test_first_update_reports_a_ratio_of_one_and_the_second_has_moved(tiny_polic
 
 
 def test_bf16_autocast_keeps_the_ratio_within_a_thousandth_even_at_unequal_batch_sizes(tiny_model):
-    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, precision="bf16")
+    policy = load_policy(tiny_model, 4, 1.0, 5.0, precision="bf16")
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
-    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(4))
-    with torch.no_grad():
-        scored = torch.cat([sampling.score(policy, trajectory, *part.T)[0] for part in pairs.split(3)])
+    scored = scores(policy, trajectory, 3)
     assert trajectory.latents.dtype == scored.dtype == torch.float32
-    assert ((scored - trajectory.log_probs.flatten()).exp() - 1).abs().max() < 1e-3
+    assert ((scored - trajectory.log_probs).exp() - 1).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("noise", schedules.NOISES)
-def test_pairs_keep_their_own_latents_and_prompts_when_shuffled(either_model, noise):
-    policy = sampling.load_policy(either_model, 4, 0.7, 5.0, noise=noise)
+@pytest.mark.parametrize("noise", sampling.NOISES)
+def test_images_keep_their_own_latents_and_prompts_when_shuffled(either_model, noise):
+    policy = load_policy(either_model, 4, 0.7, 5.0, noise=noise)
     trajectory = sampling.rollout(policy, ["a cat", "an ant", "two dogs", "a bee"], rng(), 4)
     assert trajectory.log_probs.shape == (4, policy.schedule.actions) and policy.schedule.actions == {"epsilon": 4, "flow": 3}[
         policy.schedule.prediction_type]
-    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(policy.schedule.actions))
-    pairs = pairs[torch.randperm(len(pairs), generator=rng())]
-    scored, _ = sampling.score(policy, trajectory, *pairs.T)
     # The last action of flow matching ends at a noise level of 0.004: a rounding of x_{t-1} is that much larger in its log p.
-    tolerance = 2e-6 if policy.schedule.actions == 4 else 1e-4
-    torch.testing.assert_close(scored, trajectory.log_probs[pairs[:, 0], pairs[:, 1]], rtol=0, atol=tolerance)
-    wrong, _ = sampling.score(policy, replace(trajectory, prompts=trajectory.prompts[::-1]), *pairs.T)
-    assert (wrong - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
+    tolerance, order = 2e-6 if policy.schedule.actions == 4 else 1e-4, torch.tensor([2, 0, 3, 1])
+    other = replace(trajectory, prompts=trajectory.prompts[::-1])
+    for k in range(policy.schedule.actions):
+        scored, _ = sampling.score(policy, trajectory, order, k)
+        torch.testing.assert_close(scored, trajectory.log_probs[order, k], rtol=0, atol=tolerance)
+        assert (sampling.score(policy, other, order, k)[0] - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
 
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(tiny_policy):
     texts = ["a cat", "a dog", "an ant", "a bee", "a fox"]
     whole, parts = (sampling.rollout(tiny_policy, texts, rng(), size) for size in (5, 2))
     torch.testing.assert_close(whole.latents, parts.latents, rtol=1e-4, atol=1e-5)
-    images = models.decode(tiny_policy.pipeline, whole.x_0)
+    images = tiny_policy.decode(whole.x_0)
     assert images.shape == (5, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
 
 
@@ -532,7 +551,7 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
 def test_without_chain_memory_does_not_grow_with_the_number_of_steps(tiny_model):
     peaks = {}
     for steps, keep_chain in itertools.product((5, 40), (False, True)):
-        policy = sampling.load_policy(tiny_model, steps, 1.0, 5.0)
+        policy = load_policy(tiny_model, steps, 1.0, 5.0)
         with PeakMemory() as memory:
             sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain)
         peaks[steps, keep_chain] = memory.peak
@@ -542,15 +561,15 @@ def test_without_chain_memory_does_not_grow_with_the_number_of_steps(tiny_model)
 
 
 def test_rollout_equals_diffusers_own_pipeline(tiny_policy):
-    ours = models.decode(tiny_policy.pipeline, sampling.rollout(tiny_policy, ["a cat"], rng(), 1).x_0)
+    ours = tiny_policy.decode(sampling.rollout(tiny_policy, ["a cat"], rng(), 1).x_0)
     theirs = drawn_by_diffusers(tiny_policy.pipeline, "a cat", first_noise(rng(), images=1, states=5))
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=1e-4)
 
 
 def test_a_sampler_without_noise_is_diffusers_own_and_cannot_be_scored(tiny_model):
-    policy = sampling.load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0, scored=False)
+    policy = load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0, scored=False)
     pipeline = policy.pipeline
-    images = models.decode(pipeline, sampling.rollout(policy, ["a cat", "a dog"], rng(), 2, keep_chain=False).x_0)
+    images = policy.decode(sampling.rollout(policy, ["a cat", "a dog"], rng(), 2, keep_chain=False).x_0)
     pipeline.set_progress_bar_config(disable=True)
     seeds = torch.randint(2**62, (2,), generator=rng()).tolist()
     x_T = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -558,7 +577,7 @@ def test_a_sampler_without_noise_is_diffusers_own_and_cannot_be_scored(tiny_mode
                       output_type="pt").images
     torch.testing.assert_close(images, theirs, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="deterministic"):
-        sampling.load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0)
+        load_policy(tiny_model, steps=5, eta=0, guidance_scale=5.0)
 
 
 def first_noise(rng, images, states):
@@ -582,7 +601,7 @@ def _step_with_noise(step, noise, *args, eta=1.0, generator=None, **kwargs):
 def test_any_pipeline_loads_in_fp32_with_its_own_schedule_as_ddim(tiny_model, tmp_path):
     half = tmp_path / "half"
     StableDiffusionPipeline.from_pretrained(tiny_model).to(dtype=torch.float16).save_pretrained(half)
-    policy = sampling.load_policy(half, 10, 1.0, 5.0)
+    policy = load_policy(half, 10, 1.0, 5.0)
     scheduler = policy.pipeline.scheduler
     assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
     assert (scheduler.config.beta_start, scheduler.config.steps_offset) == (0.00085, 1)
@@ -598,7 +617,7 @@ def test_an_image_that_is_not_finite_is_refused_and_not_taken_for_a_black_one(ti
         tiny_policy.pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
     trajectory = sampling.rollout(tiny_policy, ["a cat"], rng(), 1)
     with pytest.raises(FloatingPointError, match="image is not finite"):
-        models.decode(tiny_policy.pipeline, trajectory.x_0)
+        tiny_policy.decode(trajectory.x_0)
 
 
 # ---- DDPO's update ----
@@ -610,7 +629,7 @@ def distance(some, others):
 
 
 def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
-    one, two = (sampling.load_policy(either_model, 3, 1.0, 5.0) for _ in range(2))
+    one, two = (load_policy(either_model, 3, 1.0, 5.0) for _ in range(2))
     trajectory = sampling.rollout(one, ["a cat", "a dog"], rng(), 2)
     advantages = torch.tensor([1.0, -2.0])
     extras = learner(one, updates_per_epoch=1)
@@ -620,7 +639,7 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
     ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **extras)
     total, actions = 0, two.schedule.actions
     for i, k in itertools.product(range(2), range(actions)):
-        log_prob, _ = sampling.score(two, trajectory, torch.tensor([i]), torch.tensor([k]))
+        log_prob, _ = sampling.score(two, trajectory, torch.tensor([i]), k)
         total = total - advantages[i] * (log_prob - trajectory.log_probs[i, k]).exp().sum() / (2 * actions)
     total.backward()
     torch.nn.utils.clip_grad_norm_(two.denoiser.parameters(), 1.0)
@@ -630,9 +649,9 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
 
 @pytest.mark.parametrize("loss", [ddpo.score_function_loss, ddpo.clipped_loss])
 def test_micro_batch_does_not_change_an_update(tiny_model, loss):
-    results, start = [], weights(sampling.load_policy(tiny_model, 4, 1.0, 5.0))
+    results, start = [], weights(load_policy(tiny_model, 4, 1.0, 5.0))
     for micro_batch in (1, 7, 1000):
-        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8)
         # SGD: AdamW divides by the gradient's size and would blow rounding of near-zero gradients up.
         extras = learner(policy, micro_batch=micro_batch, updates_per_epoch=2, max_grad_norm=1e9)
@@ -647,11 +666,10 @@ def test_micro_batch_does_not_change_an_update(tiny_model, loss):
 
 def slope_over_sigma(steps):
     """c / sigma of each step (T,), where c = d mean / d eps."""
-    schedule = schedules.chain_schedule(DDIMScheduler(**STABLE_DIFFUSION), steps, 1.0)
-    zero, one = torch.zeros(2, steps, 1, 1, 1) + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
-    (mean_zero, sigma), (mean_one, _) = (
-        sampling.mean_sigma(zero, eps, schedule.timesteps, schedule) for eps in (zero, one))
-    return ((mean_one - mean_zero) / sigma).flatten()
+    schedule = schedule_of(DDIMScheduler(**STABLE_DIFFUSION), steps, 1.0)
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    return torch.stack([(sampling.mean_sigma(zero, one, k, schedule)[0] - sampling.mean_sigma(zero, zero, k, schedule)[0]).squeeze()
+                        / schedule.sigma[k] for k in range(steps)])
 
 
 @pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
@@ -670,7 +688,7 @@ def test_the_kl_and_the_squared_difference_of_dpoks_code_weigh_steps_differently
 def test_skipped_steps_do_not_count_in_an_update(tiny_model):
     results = []
     for change in (0.0, 1.0):
-        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
         trajectory.latents[:, 3:] += change  # what steps 2 and 3 did; step 1 led to state 2
         ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=ddpo.clipped_loss,
@@ -679,34 +697,33 @@ def test_skipped_steps_do_not_count_in_an_update(tiny_model):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_some_steps_of_each_image_are_drawn_evenly_so_that_their_gradient_is_unbiased(tiny_policy, monkeypatch):
+def test_some_steps_of_an_update_are_drawn_evenly_for_all_its_images_so_that_the_gradient_is_unbiased(tiny_policy, monkeypatch):
     counts = torch.zeros(8, 4)
 
-    def record(policy, trajectory, advantages, pairs, loss, config):
-        for image, step in pairs.tolist():
-            counts[image, step] += 1
+    def record(policy, trajectory, advantages, images, k, loss, config):
+        counts[images, k] += 1
         return torch.zeros((), requires_grad=True) * 0, {"ratio_deviation": torch.zeros(())}
 
     monkeypatch.setattr(ddpo, "surrogate", record)
     monkeypatch.setattr(ddpo, "optimizer_step", lambda *_: (1.0, True))
     trajectory = sampling.rollout(tiny_policy, ["a cat"] * 8, rng(), 8)
-    extras = learner(tiny_policy, skip_last_steps=1, learn_steps=2)
+    extras = learner(tiny_policy, skip_last_steps=1, learn_steps=2, updates_per_epoch=1, micro_batch=3)
     for epoch in range(1, 301):
         ddpo.ddpo_update(tiny_policy, trajectory, torch.ones(8), loss=ddpo.clipped_loss, **extras)
-        assert (counts.sum(1) == 2 * epoch).all() and counts.max() <= epoch  # two steps of each image, and never one twice
+        assert (counts.sum(1) == 2 * epoch).all() and (counts == counts[0]).all()  # two steps, and the same ones of each image
     assert (counts[:, 3] == 0).all()  # the skipped one
-    assert (counts[:, :3] / 300 - 2 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5  # four standard errors
+    assert (counts[0, :3] / 300 - 2 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5  # four standard errors
 
 
 def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(tiny_model):
     kls = {}
     for weight in (0.0, 100.0):
-        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, keep_reference=True)
+        policy = load_policy(tiny_model, 4, 1.0, 5.0, keep_reference=True)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
         extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
         kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)), loss=ddpo.clipped_loss,
                                         **extras)["kl_pretrained"] for k in range(5)]
-        assert all(not weight.requires_grad for weight in policy.reference.denoiser.weights.values())
+        assert all(not weight.requires_grad for weight in policy.reference.values())
     assert kls[0.0][0] == kls[100.0][0] == 0
     assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 
@@ -716,7 +733,7 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_m
         ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))), True))
     run(*tiny_flags(tiny_model), code=2)
     assert "the gradient is not finite" in capsys.readouterr().err
-    policy = sampling.load_policy(tiny_model, 3, 1.0, 5.0)
+    policy = load_policy(tiny_model, 3, 1.0, 5.0)
     start, extras = weights(policy), learner(policy)
     for weight in policy.denoiser.parameters():
         weight.grad = torch.full_like(weight, float("nan"))
@@ -779,33 +796,32 @@ def test_equal_rewards_or_a_single_sample_have_a_weight_of_one(weigh):
 
 
 def test_uniform_weights_without_guidance_are_the_plain_loss_of_flow_matching(tiny_flow):
-    policy = sampling.load_policy(tiny_flow, 4, 1.0, 1.0)
+    policy = load_policy(tiny_flow, 4, 1.0, 1.0)
     trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
     info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(8), **learner(policy, 0.0, updates_per_epoch=1))
     order, noise = torch.randperm(8, generator=(again := rng())), torch.randn(8, 4, 8, 8, generator=again)
     sigmas = FlowMatchEulerDiscreteScheduler(shift=2.0).sigmas.flip(0)  # of training: 1,000, from the smallest
     s = sigmas[torch.randint(1000, (8,), generator=again)].view(8, 1, 1, 1)
-    x_0, states = trajectory.x_0[order], models.encode_prompts(policy.pipeline, [trajectory.prompts[i] for i in order])[0][0]
+    x_0, (states, _) = trajectory.x_0[order], policy.pipeline.encode_prompt([trajectory.prompts[i] for i in order], "cpu", 1, False)
     with torch.no_grad():
         v = policy.denoiser((1 - s) * x_0 + s * noise, 1000 * s.flatten(), states).sample
     assert info["loss"] == pytest.approx(torch.nn.functional.mse_loss(v, noise - x_0).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_uniform_weights_without_guidance_are_the_plain_denoising_loss(tiny_policy, kind):
-    tiny_policy.pipeline.scheduler.register_to_config(prediction_type=kind)
-    policy = replace(tiny_policy, guidance_scale=1.0, schedule=replace(tiny_policy.schedule, prediction_type=kind))
+def test_uniform_weights_without_guidance_are_the_plain_denoising_loss(tiny_model, kind):
+    policy = load_policy(tiny_model, 4, 1.0, 1.0, prediction_type=kind)
     trajectory = sampling.rollout(policy, ["a cat", "a dog", "an ant"], rng(), 3, keep_chain=False)
-    noise, t, rows = torch.randn(3, 4, 8, 8, generator=rng(1)), torch.tensor([3, 500, 999]), torch.arange(3)
-    with torch.no_grad():
-        ours, _ = baselines_rwr.regression(policy, trajectory, torch.ones(3), rows, noise, t)
-        # As in diffusers' train_text_to_image.py.
-        pipeline, x_0 = policy.pipeline, trajectory.latents[:, 0]
+    info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(3), **learner(policy, 0.0, updates_per_epoch=1, batch_size=3))
+    order, noise = torch.randperm(3, generator=(again := rng())), torch.randn(3, 4, 8, 8, generator=again)
+    t = torch.randint(1000, (3,), generator=again)
+    with torch.no_grad():  # As in diffusers' train_text_to_image.py.
+        pipeline, x_0 = policy.pipeline, trajectory.x_0[order]
         x_t = pipeline.scheduler.add_noise(x_0, noise, t)
-        ids = pipeline.tokenizer(list(trajectory.prompts), padding="max_length", return_tensors="pt").input_ids
+        ids = pipeline.tokenizer([trajectory.prompts[i] for i in order], padding="max_length", return_tensors="pt").input_ids
         target = {"epsilon": noise, "v_prediction": pipeline.scheduler.get_velocity(x_0, noise, t), "sample": x_0}[kind]
         plain = torch.nn.functional.mse_loss(pipeline.unet(x_t, t, pipeline.text_encoder(ids)[0]).sample, target)
-    torch.testing.assert_close(ours, plain)
+    assert info["loss"] == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_the_weighted_loss_is_the_mean_of_weight_times_squared_error():
@@ -827,7 +843,7 @@ def test_rwr_draws_from_reshuffled_passes_over_the_kept_samples():
 def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do_not_count(tiny_model):
     results = []
     for micro_batch, noise in ((1, 0), (8, 0), (3, 0), (8, 9)):
-        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
         trajectory.latents[[0, 5]] += noise
         extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9)
@@ -841,10 +857,11 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
 
 
 def test_the_loss_is_guided_as_the_sampling_is_or_as_it_is_told(tiny_model, monkeypatch):
-    losses, scales, predict = [], [], baselines_rwr.predict
-    monkeypatch.setattr(baselines_rwr, "predict", lambda policy, *state: scales.append(policy.guidance_scale) or predict(policy, *state))
+    losses, scales, predict = [], [], Policy.predict
+    monkeypatch.setattr(Policy, "predict", lambda policy, x_t, t, prompts: (
+        scales.append(policy.guidance_scale) if len(x_t) == 8 and t.dim() else None) or predict(policy, x_t, t, prompts))
     for guidance in (0.0, 3.0, 1.0):
-        policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+        policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
         losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
                                                **learner(policy, training_guidance=guidance))["denoising_error"])
@@ -872,7 +889,7 @@ def test_the_loss_of_nft_is_that_of_its_formula_and_an_average_image_changes_not
 def test_nft_compares_with_the_weights_that_drew_the_images_all_through_an_epoch(tiny_model, monkeypatch, rank):
     seen, loss = [], baselines_rwr.nft_loss
     monkeypatch.setattr(baselines_rwr, "nft_loss", lambda v, old, *rest: seen.append((v.detach(), old)) or loss(v, old, *rest))
-    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0, lora_rank=rank)
+    policy = load_policy(tiny_model, 4, 1.0, 5.0, lora_rank=rank)
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
     noise, t = torch.randn(8, 4, 8, 8, generator=rng(1)), torch.full((8,), 300)
     monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
@@ -886,13 +903,15 @@ def test_nft_compares_with_the_weights_that_drew_the_images_all_through_an_epoch
 
 def test_nft_follows_the_reward(tiny_model):
     """Its images become likelier the better they are: the denoising error of the good ones falls, that of the bad ones rises."""
-    policy = sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+    policy = load_policy(tiny_model, 4, 1.0, 5.0)
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
     noise, t, good = torch.randn(64, 4, 8, 8, generator=rng(1)), torch.randint(1000, (64,), generator=rng(2)), torch.arange(4).repeat(16)
+    a, b = (values[t].view(-1, 1, 1, 1) for values in policy.training_levels[1:])
 
     def errors():
         with torch.no_grad():
-            return [baselines_rwr.regression(policy, trajectory, torch.ones(8), rows, noise, t)[0].item() for rows in (good, good + 4)]
+            return [(policy.predict(a * trajectory.x_0[rows] + b * noise, t, ["a cat"] * 64) - noise).square().mean().item()
+                    for rows in (good, good + 4)]
 
     before = errors()
     baselines_rwr.nft_update(policy, trajectory, torch.tensor([1.0] * 4 + [0.0] * 4),
@@ -988,7 +1007,7 @@ def redness(images):
 
 def drawn_redness(policy):
     """Of 24 images of fixed prompts and noise."""
-    return redness(models.decode(policy.pipeline, sampling.rollout(policy, FOUR * 6, rng(7), 24, keep_chain=False).x_0))
+    return redness(policy.decode(sampling.rollout(policy, FOUR * 6, rng(7), 24, keep_chain=False).x_0))
 
 
 def gain(before, after):
@@ -999,12 +1018,12 @@ def gain(before, after):
 def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
     gains, dealer = {}, rng(1)
     for shuffled in (False, True):
-        policy = sampling.load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=1.0)
+        policy = load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=1.0)
         extras = learner(policy, 3e-4, updates_per_epoch=4, micro_batch=64, clip_range=2e-3, skip_last_steps=2)
         statistics, before = ddpo.PromptStatistics(16, 8, 10), drawn_redness(policy)
         for _ in range(2):
             trajectory = sampling.rollout(policy, FOUR * 16, extras["rng"], 64)
-            values = redness(models.decode(policy.pipeline, trajectory.x_0))
+            values = redness(policy.decode(trajectory.x_0))
             if shuffled:
                 values = values[torch.randperm(64, generator=dealer)]
             advantages, _ = statistics.advantages(FOUR * 16, values)
@@ -1017,9 +1036,9 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
 
 def test_rwr_learns_on_the_embedded_model_in_one_round():
     """Compared with a control: a round without a reward changes the images, too."""
-    policy = sampling.load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
+    policy = load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
     trajectory = sampling.rollout(policy, FOUR * 24, rng(), 48, keep_chain=False)
-    values = redness(models.decode(policy.pipeline, trajectory.x_0))
+    values = redness(policy.decode(trajectory.x_0))
     start, red = policy.denoiser.state_dict(), {}
     start = {name: weight.clone() for name, weight in start.items()}
     for beta in (0, 60):
@@ -1036,9 +1055,11 @@ def test_rwr_learns_on_the_embedded_model_in_one_round():
 
 def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
     paper = settings.build_config({"preset": "paper", "precision": "fp32"})
-    assert (paper.learning_rate, paper.clip_range, paper.sampling_steps, paper.guidance_scale) == (1e-5, 1e-4, 50, 5.0)
+    assert (paper.learning_rate, paper.clip_range, paper.sampling_steps, paper.guidance_scale) == (1e-5, 1e-4, 50, 0.0)
     assert (paper.samples_per_epoch, paper.updates_per_epoch, paper.weight_decay, paper.max_grad_norm) == (256, 4, 1e-4, 1.0)
     assert (paper.stats_buffer, paper.stats_min_count, paper.advantage_clip, paper.prompts) == (32, 16, 10, "imagenet_animals")
+    assert [settings.usual_guidance(settings.build_config(flags)) for flags in (
+        {"preset": "paper", "precision": "fp32"}, {}, {"reward": "counting"})] == [5.0, 3.0, 1.0]
     assert settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": "ddpo-sf"}).updates_per_epoch == 1
     for algorithm in ("rwr", "rwr-sparse"):
         rwr = settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": algorithm})
@@ -1066,12 +1087,12 @@ def test_the_paper_preset_is_the_papers_tables():
         assert settings.build_config({"preset": "paper", "precision": "fp32", "reward": reward}).prompts == prompt_set
 
 
-def test_the_presets_of_sdxl_and_stable_diffusion_3_train_adapters_with_groups_and_flow_grpos_steps():
-    sdxl, sd3 = (settings.build_config({"preset": name, "precision": "fp32", "reward": "pickscore"}) for name in ("sdxl", "sd3"))
-    assert (sdxl.model, sd3.model) == ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-3.5-medium")
-    assert (sd3.sampling_steps, sd3.eval_steps, sd3.guidance_scale, sd3.height, sd3.width) == (10, 40, 4.5, 512, 512)
-    for preset in (sdxl, sd3):
-        assert (preset.lora_rank, preset.images_per_prompt, preset.stats_buffer, preset.eval_steps) == (32, 8, 1, 40)
+def test_the_presets_of_sdxl_and_of_flow_matching_train_adapters_with_groups_and_flow_grpos_steps():
+    sdxl, flow = (settings.build_config({"preset": name, "precision": "fp32", "reward": "pickscore"}) for name in ("sdxl", "flow"))
+    assert (sdxl.model, flow.model) == ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-3.5-medium")
+    assert (flow.sampling_steps, flow.eval_steps, flow.images_per_prompt, flow.lora_alpha, flow.height) == (10, 40, 24, 64, 512)
+    for preset in (sdxl, flow):
+        assert (preset.lora_rank, preset.stats_buffer, preset.eval_steps, preset.guidance_scale) == (32, 1, 40, 0)
 
 
 def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):
@@ -1142,15 +1163,16 @@ def test_a_run_logs_every_epoch_and_leaves_its_images(with_drawings, tiny_model,
 
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
     rows = run(*tiny_flags(tiny_model, **{"learning-rate": 1e-2, "guidance-scale": 5}))
-    pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")
+    pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")  # with the sampler that the model was published with
+    pipeline.scheduler = plain_scheduler(pipeline.scheduler)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
-    reloaded = sampling.load_policy("runs/r/model", 3, 1.0, 5.0)
+    reloaded = load_policy("runs/r/model", 3, 1.0, 5.0)
     state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
     for name, weight in reloaded.denoiser.state_dict().items():
-        assert torch.equal(weight, state["unet"][name])
+        assert torch.equal(weight, state["weights"][name])
     fixed = [prompts.emoji_animals()[k * 45 // 3] for k in range(3)]
     drawn = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)
-    images = models.decode(reloaded.pipeline, drawn.x_0)
+    images = reloaded.decode(drawn.x_0)
     np.testing.assert_allclose(images[:1].permute(0, 2, 3, 1).numpy(), drawn_by_diffusers(
         pipeline, "a cat", first_noise(rng(train.EVAL_SEED), images=3, states=4)), atol=1e-4)
     values, _ = rewards.load_reward("compressibility")(images, fixed)

@@ -85,13 +85,14 @@ def test_variety_and_gain_by_hand_made_cases(tiny_clip):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["runs/nothing"], "it is neither a folder here nor reachable"), (["runs/r", "--images", "0"], "--images 0: must be"),
+    (["runs/nothing"], "model 'runs/nothing': "), (["runs/r", "--images", "0"], "--images 0: must be"),
     (["runs/r", "--sampling-steps", "0"], "--sampling-steps 0: must be"),
     (["runs/r", "--prompts", "nothing"], "no prompts 'nothing'"), (["runs/r", "--reward", "beauty"], "no reward 'beauty'"),
     (["runs/r", "--reward", "counting"], "choose --prompts two_to_eight_animals"), (["runs/r"], "has no model/ yet"),
     (["runs/r", "--bert-model", "x"], "--bert-model is read by alignment, not by compressibility"),
     (["runs/r", "runs/r", "--output", "x.png"], "--output is for one model")])
-def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys):
+def test_evaluate_answers_a_mistake_in_one_line(flags, message, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = runs.create_run(train.RUNS, "r", "")
     runs.save_settings(folder, settings.saved_settings(folder, settings.build_config({"model": str(tiny_model)})))
     if len(flags) > 1:

@@ -1,14 +1,12 @@
 """baselines_guidance.py: universal guidance, against a plain loop and the policy's own chain."""
-from dataclasses import replace
-
 import pytest
 import torch
 
-import models
 import rewards
 import sampling
 from baselines_guidance import guided_rollout
 from conftest import EMOJI, rng
+from policy import load_policy
 
 GREEN = """
 def green(images, prompts): return 10 * (images[:, 1] - images[:, ::2].mean(1)).mean((1, 2))
@@ -29,7 +27,7 @@ def green(tmp_path):
 @pytest.fixture
 def still_policy(tiny_model):
     """A policy without noise: DDIM with eta 0."""
-    return sampling.load_policy(tiny_model, steps=4, eta=0.0, guidance_scale=3.0, scored=False)
+    return load_policy(tiny_model, steps=4, eta=0.0, guidance_scale=3.0, scored=False)
 
 
 def test_without_a_scale_it_is_the_policys_own_chain(still_policy, green):
@@ -40,7 +38,7 @@ def test_without_a_scale_it_is_the_policys_own_chain(still_policy, green):
 def test_it_is_algorithm_1_written_as_a_plain_loop(still_policy, green):
     g, k, m, rate = 3.0, 2, 2, 0.5
     ours = guided_rollout(still_policy, TEXTS[:2], green, rng(), 2, g, k, m, rate)
-    (states,), (empty,) = models.encode_prompts(still_policy.pipeline, TEXTS[:2])
+    states, empty = still_policy.pipeline.encode_prompt(TEXTS[:2], "cpu", 1, True)
     unet, vae, scheduler = (getattr(still_policy.pipeline, name) for name in ("unet", "vae", "scheduler"))
     for i, noise in enumerate(sampling.generators(rng(), 2)):  # one image at a time
         def draw():
@@ -58,7 +56,7 @@ def test_it_is_algorithm_1_written_as_a_plain_loop(still_policy, green):
             ab_prev = scheduler.final_alpha_cumprod if t_prev is None else scheduler.alphas_cumprod[t_prev]
             for turn in range(k):
                 z = z.detach().requires_grad_()
-                e_u, e_c = (unet(z, t, text).sample for text in (empty, states[i:i + 1]))
+                e_u, e_c = (unet(z, t, text).sample for text in (empty[:1], states[i:i + 1]))
                 e = e_u + 3 * (e_c - e_u)
                 z_0 = (z - (1 - ab) ** 0.5 * e) / ab ** 0.5
                 e = (e + g * (1 - ab) ** 0.5 * torch.autograd.grad(loss(z_0), z)[0]).detach()
@@ -74,9 +72,9 @@ def test_it_is_algorithm_1_written_as_a_plain_loop(still_policy, green):
 
 
 def test_guided_images_have_more_reward_and_their_animals_stay(green):
-    policy = sampling.load_policy(EMOJI, steps=10, eta=0.0, guidance_scale=3.0, scored=False)
+    policy = load_policy(EMOJI, steps=10, eta=0.0, guidance_scale=3.0, scored=False)
     texts = ["a wolf", "a cat", "a frog", "a horse"] * 2
-    plain, guided = (models.decode(policy.pipeline, guided_rollout(policy, texts, green, rng(), 8, scale)) for scale in (0.0, 5.0))
+    plain, guided = (policy.decode(guided_rollout(policy, texts, green, rng(), 8, scale)) for scale in (0.0, 5.0))
     assert (green(guided, texts)[0] > green(plain, texts)[0]).all()
     animal = rewards.load_reward(f"{EMOJI.parent / 'judge.py'}:animal")
     assert animal(guided, texts)[0].mean() > 0.7
@@ -92,8 +90,12 @@ def test_a_reward_without_a_gradient_is_refused_in_one_line(still_policy, green)
         guided_rollout(still_policy, TEXTS, rewards.load_reward("green.py:rounded"), rng(), 2, scale=1.0)
 
 
-def test_a_schedule_that_begins_at_pure_noise_is_refused(still_policy, green):
-    schedule = still_policy.schedule
-    pure = replace(schedule, a=torch.cat([torch.zeros(1), schedule.a[1:]]))
-    with pytest.raises(ValueError, match="does not begin at pure noise"):
-        guided_rollout(replace(still_policy, schedule=pure), TEXTS, green, rng(), 2, scale=1.0)
+def test_a_chain_that_begins_at_pure_noise_is_guided_from_its_second_step_on(tiny_flow, green):
+    policy = load_policy(tiny_flow, steps=4, eta=0.0, guidance_scale=3.0, scored=False)
+    assert policy.schedule.a[0] == 0
+    plain, guided = (guided_rollout(policy, TEXTS, green, rng(), 3, scale) for scale in (0.0, 3.0))
+    torch.testing.assert_close(plain, sampling.rollout(policy, TEXTS, rng(), 3, keep_chain=False).x_0, rtol=1e-5, atol=1e-5)
+    first = policy.with_chain(1, 0.0, scored=False)  # its only step is the first
+    assert torch.equal(*(guided_rollout(first, TEXTS, green, rng(), 3, scale) for scale in (0.0, 3.0)))
+    images, before = policy.decode(guided), policy.decode(plain)
+    assert guided.isfinite().all() and (green(images, TEXTS)[0] > green(before, TEXTS)[0]).all()

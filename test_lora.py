@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 import evaluate
-import models
 import sampling
 import settings
 import train
 from conftest import rng, run, tiny_flags, without_seconds
+from policy import PRECISIONS, load_lora, load_policy
 
 
 def moved(policy, seed=1):
@@ -24,11 +24,11 @@ def moved(policy, seed=1):
 
 
 def lora(model, **options):
-    return sampling.load_policy(model, 4, 1.0, 5.0, lora_rank=4, **options)
+    return load_policy(model, 4, 1.0, 5.0, lora_rank=4, **options)
 
 
 def test_adapters_alone_train_and_begin_as_the_pretrained_policy(tiny_model):
-    policy, pretrained = lora(tiny_model), sampling.load_policy(tiny_model, 4, 1.0, 5.0)
+    policy, pretrained = lora(tiny_model), load_policy(tiny_model, 4, 1.0, 5.0)
     assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in policy.trained.items()) and policy.trained
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in policy.trained} == {"to_q", "to_k", "to_v", "0"}  # to_out.0
     drawn, want = (sampling.rollout(one, ["a cat"], rng(), 1).latents for one in (policy, pretrained))
@@ -47,59 +47,55 @@ def test_adapters_are_drawn_from_the_seed_and_no_other_generator_moves(tiny_mode
 def test_the_ratio_is_one_and_what_does_not_train_is_kept_in_the_autocasts_precision(precision, tiny_model):
     policy = moved(lora(tiny_model, precision=precision))
     trajectory = sampling.rollout(policy, ["a cat", "a dog"], rng(), 2)
-    images, steps = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
-    log_probs, _ = sampling.score(policy, trajectory, images, steps)
-    assert torch.allclose(log_probs, trajectory.log_probs.flatten(), atol=2e-6 if precision == "fp32" else 2e-3)
-    frozen = policy.denoiser.conv_in, policy.pipeline.vae.decoder.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
-    assert {network.weight.dtype for network in frozen} == {models.PRECISIONS[precision]}
-    assert models.decode(policy.pipeline, trajectory.x_0, precision).dtype == torch.float32
+    for k in range(4):
+        log_probs, _ = sampling.score(policy, trajectory, torch.arange(2), k)
+        assert torch.allclose(log_probs, trajectory.log_probs[:, k], atol=2e-6 if precision == "fp32" else 2e-3)
+    frozen = policy.denoiser.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
+    assert {network.weight.dtype for network in frozen} == {PRECISIONS[precision]}
+    assert policy.decode(trajectory.x_0).dtype == torch.float32
     assert {weight.dtype for weight in policy.trained.values()} == {torch.float32}
 
 
 def test_the_reference_of_the_kl_is_the_pretrained_unet(tiny_model):
-    policy, pretrained = moved(lora(tiny_model, keep_reference=True)), sampling.load_policy(tiny_model, 4, 1.0, 5.0)
-    x_t, t = torch.randn(2, 4, 8, 8, generator=rng()), policy.schedule.timesteps[:2]
-    states = models.encode_prompts(pretrained.pipeline, ["a cat", "a dog"])
+    policy, pretrained = moved(lora(tiny_model, keep_reference=True)), load_policy(tiny_model, 4, 1.0, 5.0)
+    state = torch.randn(2, 4, 8, 8, generator=rng()), policy.schedule.timesteps[1], ["a cat", "a dog"]
     with torch.no_grad():
-        before, reference, want, after = (sampling.predict(one, x_t, t, states) for one in (
-            policy, policy.reference, pretrained, policy))
+        before = policy.predict(*state)
+        with policy.with_weights(policy.reference):
+            reference = policy.predict(*state)
+        want, after = pretrained.predict(*state), policy.predict(*state)
     assert torch.equal(reference, want) and torch.equal(before, after) and not torch.equal(before, want)
     trajectory = sampling.rollout(policy, ["a cat"], rng(), 1)
-    log_probs, kl = sampling.score(policy, trajectory, torch.tensor([0]), torch.tensor([1]))
+    log_probs, kl = sampling.score(policy, trajectory, torch.tensor([0]), 1)
     (log_probs + kl).sum().backward()
     assert kl > 0 and all(weight.grad is not None for weight in policy.trained.values())
 
 
-def test_plain_diffusers_draws_what_the_policy_drew(tiny_model):
-    policy = moved(lora(tiny_model))
-    models.save_pipeline(policy.pipeline, "saved")
+@pytest.mark.parametrize("alpha", [0, 8])
+def test_plain_diffusers_predicts_what_the_policy_predicts_with_its_alpha_too(tiny_model, alpha):
+    policy = moved(lora(tiny_model, lora_alpha=alpha))
+    policy.save("saved")
     assert [path.name for path in Path("saved").iterdir()] == ["pytorch_lora_weights.safetensors"]
     with safe_open("saved/pytorch_lora_weights.safetensors", "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (told["unet.r"], told["unet.lora_alpha"]) == (4, 4)  # without these another alpha would be guessed
+    assert (told["unet.r"], told["unet.lora_alpha"]) == (4, alpha or 4)  # without these another alpha would be guessed
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     pipeline.load_lora_weights("saved")
-    pipeline.scheduler = policy.pipeline.scheduler
-    noise = torch.randn(1, 4, 8, 8, generator=rng())
-    drawn = pipeline("a cat", latents=noise, num_inference_steps=4, eta=0.0, guidance_scale=5.0, output_type="latent").images
-    silent = sampling.load_policy(tiny_model, 4, 0.0, 5.0, scored=False)
-    models.load_lora(silent.pipeline, "saved")
-    x_t, states = noise, models.encode_prompts(silent.pipeline, ["a cat"])
+    loaded = load_policy(tiny_model, 4, 1.0, 5.0, trains=False)
+    load_lora(loaded, "saved")
+    x, t, states = torch.randn(2, 4, 8, 8, generator=rng(2)), torch.tensor([5, 700]), pipeline.encode_prompt(["a cat"] * 2, "cpu", 1, False)[0]
     with torch.no_grad():
-        for t in silent.schedule.timesteps:
-            x_t, _ = sampling.p_mean_sigma(silent, x_t, t.expand(1), states)
-        x, t = torch.randn(2, 4, 8, 8, generator=rng(2)), torch.tensor([5, 700])
-        one, two = (unet(x, t, states[0][0].expand(2, -1, -1)).sample for unet in (pipeline.unet, policy.denoiser))
-    assert torch.equal(one, two) and torch.allclose(drawn, x_t, atol=1e-5)
+        want, *others = (unet(x, t, states).sample for unet in (policy.denoiser, pipeline.unet, loaded.denoiser))
+    assert all(torch.equal(one, want) for one in others)
 
 
 def test_a_resumed_lora_run_equals_one_never_stopped_trains_and_keeps_little(tiny_model, own_reward):
     flags = {"lora-rank": 2, "reward": own_reward("redness"), "checkpoint-every": 1}
     whole = run(*tiny_flags(tiny_model, name="whole", epochs=2, **flags))
     run(*tiny_flags(tiny_model, name="parts", epochs=1, **flags))
-    stopped = torch.load("runs/parts/checkpoint/state.pt", weights_only=True)["unet"]
+    stopped = torch.load("runs/parts/checkpoint/state.pt", weights_only=True)["weights"]
     assert without_seconds(run("--resume", "runs/parts", "--epochs", 2)) == without_seconds(whole)
-    one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True)["unet"] for name in ("whole", "parts"))
+    one, two = (torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True)["weights"] for name in ("whole", "parts"))
     assert all(".lora_" in name and torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(two[name], stopped[name]) for name in two)
 
@@ -114,13 +110,13 @@ def test_evaluate_takes_a_lora_run_and_its_folder_alone(tiny_model, capsys):
 
 
 def test_a_lora_is_not_taken_for_a_whole_model(tiny_model, capsys):
-    models.save_pipeline(lora(tiny_model).pipeline, "saved")
+    lora(tiny_model).save("saved")
     run(*tiny_flags("saved"), code=2)
-    assert "is a LoRA, not a whole model: give the model that it was trained beside" in capsys.readouterr().err
+    assert "it is a LoRA, not a whole model: give the model that it was trained beside" in capsys.readouterr().err
 
 
 def test_the_default_learning_rate_follows_the_mode_and_that_of_the_other_is_told(tiny_model, capsys):
-    rates = [settings.build_config({"preset": preset, "precision": "fp32"}).learning_rate for preset in ("paper", "lora", "sdxl", "sd3")]
+    rates = [settings.build_config({"preset": preset, "precision": "fp32"}).learning_rate for preset in ("paper", "lora", "sdxl", "flow")]
     assert rates == [1e-5, 3e-4, 3e-4, 3e-4]
     assert settings.build_config({"lora_rank": 4}).learning_rate == 3e-3 and settings.build_config({}).learning_rate == 2e-4
     for rank, rate, message in ((2, 1e-5, "adapters learn next to nothing"), (0, 3e-4, "is LoRA's: with it all weights")):
@@ -133,3 +129,9 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_model):
     plain = run(*tiny_flags(tiny_model, name="plain", epochs=1))
     less = run(*tiny_flags(tiny_model, name="less", epochs=1), "--gradient-checkpointing")
     assert without_seconds(less) == without_seconds(plain)
+
+
+def test_adapters_of_another_model_are_refused_and_so_is_lora_where_diffusers_has_none(tiny_model, tiny_sd3):
+    lora(tiny_sd3).save("saved")
+    with pytest.raises(ValueError, match="LoRA 'saved': "):
+        load_lora(load_policy(tiny_model, 4, trains=False), "saved")

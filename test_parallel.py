@@ -49,7 +49,7 @@ def test_two_processes_learn_what_one_learns(model, flags, own_reward, request):
     two = runs.read_rows(Path("runs/two"))
     assert codes == [0, 0] and not silence and len(two) == 4
     assert alike(one, two), (one[-1], two[-1])
-    states = [torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True)["unet"] for name in ("one", "two")]
+    states = [torch.load(f"runs/{name}/checkpoint/state.pt", weights_only=True)["weights"] for name in ("one", "two")]
     assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
 
 
@@ -102,7 +102,7 @@ def test_a_mistake_in_several_processes_is_told_once(tiny_model):
         codes, (told, silence) = forked(2, *tiny_flags(tiny_model), *flags)
         assert codes == [2, 2] and not silence and message in told and len(told.splitlines()) == 1
     codes, (told, *_) = forked(4, *tiny_flags(tiny_model))
-    assert codes == [2] * 4 and "4 processes are too many: an update has 2 rows to share, an evaluation 3 prompts" in told
+    assert codes == [2] * 4 and "4 processes are too many: an update has 2 images to share, an evaluation 3 prompts" in told
     assert not Path("runs").exists()
 
 

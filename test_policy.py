@@ -433,7 +433,7 @@ def test_without_t5_is_refused_for_another_model(tiny_sdxl):
 def test_a_pipeline_that_cannot_be_followed_is_refused_in_one_line(tiny_model, tmp_path):
     image_to_image = shutil.copytree(tiny_model, tmp_path / "image")
     edit_json(image_to_image / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
-    assert "a StableDiffusionImg2ImgPipeline does not draw from a text alone" in refused(image_to_image, policy=True)
+    assert "the call of a StableDiffusionImg2ImgPipeline fails with a text alone, 4 steps" in refused(image_to_image, policy=True)
     two = SimpleNamespace(components={"transformer": torch.nn.Linear(1, 1), "transformer_2": torch.nn.Linear(1, 1)})
     with pytest.raises(ValueError, match="has transformer and transformer_2: only a pipeline with one denoiser can be trained"):
         Policy(two, {})

@@ -9,6 +9,7 @@ import prompts
 import sampling
 import settings
 import train
+from policy import load_policy
 from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, rng
 from emoji import judge, pretrain
 from rewards import load_reward
@@ -69,7 +70,7 @@ def test_the_judges_animals_are_those_of_the_prompt_sets():
 def test_the_check_uses_the_presets_steps_and_guidance():
     args = pretrain.parse([])
     config = settings.build_config({})
-    assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.guidance_scale)
+    assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, settings.usual_guidance(config))
     assert (args.output, args.vlm_output) == (EMOJI, EMOJI_VLM)
 
 
@@ -126,7 +127,7 @@ def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffu
     monkeypatch.setattr(pretrain, "load_pool", lambda args: scenes)
     args = pretrain.parse(["--flow", "--flow-steps", "1", "--denoiser-batch", "8", "--work", str(tmp_path), "--output", str(tmp_path / "flow"), "--device", "cpu"])
     pretrain.remake_flow(args)
-    policy, diffusion = (sampling.load_policy(model, 10, 1.0, 3.0) for model in (tmp_path / "flow", EMOJI))
+    policy, diffusion = (load_policy(model, 10, 1.0, 3.0) for model in (tmp_path / "flow", EMOJI))
     assert policy.schedule.prediction_type == "flow" and policy.schedule.actions == 9
     moved = max((one - other).abs().max() for one, other in zip(policy.trained.values(), diffusion.trained.values()))
     assert 0 < moved < 1e-2  # one step of a learning rate that warms up

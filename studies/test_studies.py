@@ -1,7 +1,5 @@
-"""compare.py, report.py, variance.py, centred_ratio.py, benchmark.py, memory.py, gpu.py, beside_trl.py, guidance.py."""
-import importlib
+"""compare.py, report.py, variance.py, centred_ratio.py, benchmark.py, memory.py, guidance.py."""
 import shutil
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +17,9 @@ import sampling
 import settings
 import train
 from baselines_guidance import guided_rollout
+from policy import load_policy
 from conftest import EMOJI, LAYERS, ROOT, TINY_CLIP, learner, rng, run, tiny_flags, tiny_pipeline
-from studies import benchmark, beside_trl, centred_ratio, compare, gpu, guidance, memory, random_networks, report, variance
+from studies import benchmark, centred_ratio, compare, guidance, memory, random_networks, report, variance
 
 
 # ---- The comparison ----
@@ -255,7 +254,7 @@ def test_signal_to_noise_is_that_of_a_known_gaussian():
 
 
 def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(tiny_model, tiny_policy):
-    trained, noise = sampling.load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0), rng()
+    trained, noise = load_policy(tiny_model, steps=4, eta=1.0, guidance_scale=5.0), rng()
     with torch.no_grad():
         for weight in trained.denoiser.parameters():
             weight += 0.01 * torch.randn(weight.shape, generator=noise)
@@ -263,10 +262,9 @@ def test_projected_scores_add_up_to_the_gradient_of_ddpo_sf_along_the_direction(
     assert sum(part.square().sum() for part in u).item() == pytest.approx(1, rel=1e-4)
     trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
     advantages, extras = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)
-    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
-    ddpo.accumulate(pairs, len(pairs), lambda part: ddpo.surrogate(
-        tiny_policy, trajectory, advantages, part, ddpo.score_function_loss, extras["config"]),
-        extras["scaler"], SimpleNamespace(update=lambda n: None))
+    for k in range(4):
+        loss, _ = ddpo.surrogate(tiny_policy, trajectory, advantages, torch.arange(3), k, ddpo.score_function_loss, extras["config"])
+        (loss / 4).backward()
     along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.denoiser.parameters(), u)).item()
     projected = variance.projected_scores(tiny_policy, trajectory, torch.arange(4), u)
     assert -(advantages.numpy() @ projected) / 3 == pytest.approx(along, rel=1e-3)
@@ -293,18 +291,21 @@ def test_the_variance_is_measured_for_each_number_of_steps_once(tiny_model, tiny
 
 def test_a_centred_ratio_is_without_the_term_that_makes_it_fall(tiny_policy):
     trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog"], rng(), 2)
-    images, steps = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
-    old = sampling.frozen_copy(tiny_policy)
+    tiny_policy.reference = tiny_policy.weights()
     with torch.no_grad():
         for weight in tiny_policy.denoiser.parameters():
             weight += 0.01 * torch.randn(weight.shape, generator=rng())
-        plain, centred = (log_probs - trajectory.log_probs[images, steps] for log_probs, _ in (
-            sampling.score(tiny_policy, trajectory, images, steps),
-            centred_ratio.centred_score(replace(tiny_policy, reference=old), trajectory, images, steps)))
-        x_t, x_prev, t = trajectory.latents[images, steps], trajectory.latents[images, steps + 1], trajectory.timesteps[steps]
-        states = sampling.encode_prompts(tiny_policy.pipeline, [trajectory.prompts[i] for i in images])
-        (mean, sigma), (old_mean, _) = (sampling.p_mean_sigma(policy, x_t, t, states) for policy in (tiny_policy, old))
-    torch.testing.assert_close(centred, ((x_prev - old_mean) * (mean - old_mean) / sigma**2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+        ratios = []
+        for k in range(4):
+            plain, centred = (scored(tiny_policy, trajectory, torch.arange(2), k)[0] - trajectory.log_probs[:, k] for scored in (
+                sampling.score, centred_ratio.centred_score))
+            state, x_prev = (trajectory.latents[:, k], k, trajectory.prompts), trajectory.latents[:, k + 1]
+            mean, sigma = sampling.p_mean_sigma(tiny_policy, *state)
+            with tiny_policy.with_weights(tiny_policy.reference):
+                old_mean, _ = sampling.p_mean_sigma(tiny_policy, *state)
+            torch.testing.assert_close(centred, ((x_prev - old_mean) * (mean - old_mean) / sigma**2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+            ratios.append(torch.stack([plain, centred]))
+    plain, centred = torch.stack(ratios, 1).flatten(1)
     assert (plain < centred).all() and plain.mean() < -2 * centred.mean().abs()
 
 
@@ -375,47 +376,6 @@ def test_the_hosts_memory_is_measured_and_nothing_is_left(tiny_model, monkeypatc
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1].strip() for row in rows] == ["loading the pipeline", "with the optimizer's moments", "saving 0.0 GB", "resuming"]
     assert all(0 < float(row[2]) < 24 for row in rows) and not Path("runs/memory-of-the-host").exists()
-
-
-def test_the_command_for_a_gpu_goes_through_its_steps_on_a_cpu(tiny_model, monkeypatch, capsys):
-    def in_this_process(script, flags, output, seconds):
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        code = module.main(flags)
-        told = capsys.readouterr()
-        output.write_text(told.out + told.err)
-        return "done" if code == 0 else f"failed with exit code {code}"
-
-    monkeypatch.setattr(gpu, "run_step", in_this_process)
-    monkeypatch.setitem(settings.PRESETS["emoji"], "model", str(tiny_model))
-    monkeypatch.setitem(settings.PRESETS["emoji"], "watch", ())
-    monkeypatch.setattr(memory, "counted", lambda work: {"sampling": 1.0, "learning, micro-batch 1": 2.0})
-    monkeypatch.setattr(random_networks, "CLIP_L", TINY_CLIP)
-    monkeypatch.setattr(beside_trl, "epoch_of_trl", lambda config: lambda: None)  # which is not installed with the project
-    said = []
-    monkeypatch.setattr("builtins.print", lambda *words, print=print, **options: (said.append(words), print(*words, **options)))
-    assert gpu.main(["out", "--dry-run"]) == 0
-    told = {path.stem: path.read_text() for path in Path("out").iterdir()}
-    assert told.pop("about").startswith("CPU") and len(told) == 11
-    assert "| fp32 |" in told["all_weights"] and "LoRA of rank 4, gradient checkpointing" in told["LoRA_in_8_GB"]
-    assert "| LoRA, rank 4 | yes | learning, micro-batch 1 |" in told["memory"] and "| aesthetic |" in told["rewards"]
-    assert "| ours |" in told["beside_TRL"] and "after 8 reward queries" in told["embedded_model"]
-    assert all(name == "about" or text for name, text in told.items())
-    assert gpu.main(["out"]) == 2 and "torch sees no GPU; --dry-run" in capsys.readouterr().err
-    assert {flag for _, _, flags in gpu.steps(False, 989) for flag in flags if flag.startswith("--")} >= {"--compile", "--peak-tflops"}
-
-
-def test_a_step_that_fails_or_takes_too_long_is_told(tmp_path):
-    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
-    (tmp_path / "fails.py").write_text("import sys; sys.exit('no')")
-    assert gpu.run_step(str(tmp_path / "slow.py"), [], tmp_path / "slow.txt", 1) == "stopped, since the time was up"
-    assert gpu.run_step(str(tmp_path / "fails.py"), [], tmp_path / "fails.txt", 60) == "failed with exit code 1"
-    assert "begun" in (tmp_path / "slow.txt").read_text() and "no" in (tmp_path / "fails.txt").read_text()
-
-
-def test_trl_beside_ours_needs_trl_and_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ValueError, match="pip install trl==0.23.1"):
-        beside_trl.epoch_of_trl(None)
 
 
 # ---- Universal guidance ----
