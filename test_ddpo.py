@@ -1248,16 +1248,14 @@ def test_the_tours_cells_run_and_are_committed_with_their_outputs():
 
 
 
-def test_every_function_the_readme_names_stands_where_its_link_points():
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_every_function_the_readme_names_stands_in_the_file_that_it_links_to():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) >= 6
-    for name, file, line in links:
-        assert re.match(rf"(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]), name
+    for name, file in links:
+        assert re.search(rf"^(    )?(def|class) {name}\b|^    {name}: ", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
-def test_every_file_that_a_readme_links_to_is_there_and_has_the_lines_it_says():
+def test_every_file_that_a_readme_links_to_is_there():
     for page in (*ROOT.glob("*.md"), *(page for room in ("emoji", "studies", "oracles") for page in (ROOT / room).rglob("*.md"))):
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
-    rows = re.findall(r"\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(rows) == 8 and all(len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(n) for file, n in rows)
