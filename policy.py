@@ -355,10 +355,10 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
     gradient_checkpointing: compute activations twice instead of keeping them. compiled: by torch.compile, for sampling and learning.
     """
     pipeline = load_pipeline(model, device, precision, t5, prediction_type, in_fp32=trains and not lora_rank)
-    name, size = type(pipeline).__name__, {"height": height, "width": width}
+    name = type(pipeline).__name__
     with one_line_errors("model", model):
         options = guidance_options(pipeline, guidance_scale or (sd_guidance if name == "StableDiffusionPipeline" else 0))
-        options |= {**{side: pixels for side, pixels in size.items() if pixels}, **(call or {})}
+        options |= {**({"height": height} if height else {}), **({"width": width} if width else {}), **(call or {})}
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)} (--height, --width, --call)")
@@ -372,9 +372,6 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
             raise ValueError(f"the call of a {name} fails with a text alone, {steps} steps and the options {options}: "
                              f"{type_and_message(error)}") from error
         policy = policy.with_chain(steps, eta, noise, scored)
-        drawn = dict(zip(("height", "width"), policy.image_size))
-        for side in (side for side, pixels in size.items() if pixels not in (0, drawn[side])):
-            raise ValueError(f"--{side} {size[side]}: the model draws {drawn[side]} pixels instead")
         if name not in TESTED or call:
             refuse_other_steps(policy)
         if lora_rank:

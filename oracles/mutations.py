@@ -109,7 +109,7 @@ MUTATIONS = [
     ("parallel.py", "torch.cat([tensor.flatten() for tensor in bucket])", "torch.cat([tensor.flatten() for tensor in bucket[:]]) / 2", PARALLEL),
     ("process.py", "for number in came[:1]:", "for number in ():", PARALLEL),
     ("sampling.py", "    parallel.add_up([latents, log_probs])\n", "", PARALLEL),
-    ("ddpo.py", "for info in parallel.gathered([", "for info in ([", PARALLEL),
+    ("ddpo.py", "for one in parallel.gathered([", "for one in ([", PARALLEL),
     ("train.py", "other.name: mean_of_known(parallel.gathered(other(images, prompts)[0]))",
      "other.name: mean_of_known(other(images, prompts)[0])", PARALLEL),
     ("runs.py", "@by_first\ndef append_row", "def append_row", PARALLEL),

@@ -74,6 +74,8 @@ class Counter(TorchDispatchMode):
 def in_fp32(norm):
     """A norm as autocast computes it on a GPU, but not on a CPU: in fp32."""
     def like_cuda(*args, **kwargs):
+        if not torch.is_autocast_enabled("cpu"):  # decoding is outside it
+            return norm(*args, **kwargs)
         args, kwargs = tree_map(lambda value: value.float() if isinstance(value, torch.Tensor) else value, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
             return norm(*args, **kwargs)
