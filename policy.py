@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from networks import all_weights_loaded, one_line_errors, read_weights, refuse_weights, silence_libraries, type_and_message
 from sampling import make_schedule, mean_sigma
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROBE = "a photo"     # a prompt for calls whose image nobody looks at
-KEPT_ENCODINGS = 8    # results of encode_prompt, for as many groups of prompts
+KEPT_NUMBERS = 2**27  # of the last results of encode_prompt: half a GB in fp32
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Their prediction depends on timestep, latent and prompts alone (test_policy.py). Any other class is tried when it is loaded.
 TESTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline",
@@ -40,7 +41,8 @@ class Policy:
 
     pipeline: as load_pipeline returns it. options: of its call, guidance included. precision: of the autocast of the denoiser; weights
     that train, latents and the step's arithmetic are fp32. schedule: a sampling.Schedule, see with_chain. reference: the weights of the
-    pretrained policy, for a penalty on the KL to it. training_levels: see the function. latent_shape: D... of a latent. image_size: (height, width) in pixels.
+    pretrained policy, for a penalty on the KL to it. training_levels: see the function. latent_shape: D... of a latent. image_size:
+    [height, width] in pixels.
     """
 
     def __init__(self, pipeline, options, precision="fp32"):
@@ -66,7 +68,9 @@ class Policy:
         policy.steps = steps
         tap, _ = policy._call([PROBE], timesteps=[])
         policy.latent_shape = tap.latents.shape[1:]
-        policy.image_size = policy.decode_with_gradient(torch.zeros(1, *policy.latent_shape, device=self.device)).shape[-2:]
+        _, channels, *policy.image_size = policy.decode_with_gradient(torch.zeros(1, *policy.latent_shape, device=self.device)).shape
+        if channels != 3 or len(policy.image_size) != 2:
+            raise ValueError(f"a {type(self.pipeline).__name__} draws no image of three colours")
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: with this model's spacing diffusers makes {len(timesteps)} of them; take one more")
@@ -78,7 +82,7 @@ class Policy:
     def with_guidance(self, scale):
         """The same policy with another guidance weight."""
         policy = copy.copy(self)
-        policy.options = {**self.options, **guidance_options(self.pipeline, scale)}
+        policy.options = {**guidance_options(self.pipeline, scale), **self.options, guidance_name(self.pipeline): scale}
         policy.__dict__.pop("copies_of_timesteps", None)
         return policy
 
@@ -321,7 +325,9 @@ def cached_encoding(pipeline, guests):
     def encode_prompt(*args, **options):
         values = [*args, *options.values()]
         key = None if any(isinstance(value, torch.Tensor) for value in values) else repr((args, sorted(options.items())))
-        if key not in kept:
+        if key in kept:
+            kept[key] = kept.pop(key)  # the last is the newest
+        else:
             device = getattr(pipeline, denoiser_name(pipeline)).device
             try:
                 for network in guests:
@@ -334,8 +340,8 @@ def cached_encoding(pipeline, guests):
             if key is None:
                 return made
             kept[key] = made
-            for oldest in list(kept)[:-KEPT_ENCODINGS]:
-                del kept[oldest]
+            while len(kept) > 1 and sum(value.numel() for value in tree_leaves(list(kept.values())) if torch.is_tensor(value)) > KEPT_NUMBERS:
+                del kept[next(iter(kept))]
         return kept[key]
 
     pipeline.encode_prompt = encode_prompt

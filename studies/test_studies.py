@@ -357,17 +357,29 @@ def test_a_counter_sees_what_lives_at_one_time():
 
 
 def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations(monkeypatch):
-    monkeypatch.setattr(memory, "stable_diffusion", tiny_pipeline)
-    full = memory.counted(memory.epoch("paper", False, 4, (8, 16)))
+    _, encoding, _, side, options = memory.MODELS["Stable Diffusion 1.5"]
+    monkeypatch.setitem(memory.MODELS, "Stable Diffusion 1.5", (
+        tiny_pipeline, lambda n: tuple(state[:, :16, :16] for state in encoding(n)), 0.001, 16, options))
+    config = settings.build_config({"preset": "paper", "precision": "bf16", "device": "cpu"})
+    full = memory.counted(memory.epoch("Stable Diffusion 1.5", config, False, 4, (8, 16)))
     pipeline = tiny_pipeline()
-    of_unet, of_others = (sum(weight.numel() * 4 / 1e9 for network in networks for weight in network.parameters()) for networks in (
-        [pipeline.unet], [pipeline.vae, pipeline.text_encoder]))
-    chains = 256 * (51 * 256 + 50) * 4 / 1e9
-    activations = 2 * (full["learning, micro-batch 16"] - full["learning, micro-batch 8"])  # of 16 pairs
-    static = 4 * of_unet + of_others + chains  # weights, gradients, two moments
+    of_unet, of_vae = (sum(weight.numel() * 4 / 1e9 for weight in network.parameters()) for network in (pipeline.unet, pipeline.vae))
+    chains = 256 * 51 * 256 * 4 / 1e9
+    activations = 2 * (full["learning, micro-batch 16"] - full["learning, micro-batch 8"])  # of 16 images
+    static = 4 * of_unet + of_vae + 0.002 + chains  # weights, gradients, two moments; a million weights of the text encoder in half precision
     assert full["learning, micro-batch 16"] - activations == pytest.approx(static, rel=0.1)
-    assert 3 * of_unet + of_others + chains < full["sampling"] < full["learning, micro-batch 8"]
+    assert 3 * of_unet + of_vae + chains < full["sampling"] < full["learning, micro-batch 8"]
     assert set(full) == {"the first update", "sampling", "decoding", "learning, micro-batch 8", "learning, micro-batch 16"}
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Z-Image"])
+def test_the_counted_models_have_the_size_that_they_are_known_for(name):
+    make, encoding, *_ = memory.MODELS[name]
+    with FakeTensorMode():
+        pipeline = make()
+        size = sum(weight.numel() for weight in pipeline.transformer.parameters()) / 1e9
+        assert encoding(2)[0][0].shape[-1] == {"FLUX.1 dev": 4096, "Z-Image": 2560}[name]
+    assert size == pytest.approx({"FLUX.1 dev": 11.9, "Z-Image": 6.15}[name], rel=0.01)
 
 
 def test_the_hosts_memory_is_measured_and_nothing_is_left(tiny_model, monkeypatch, capsys):
