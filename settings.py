@@ -96,7 +96,7 @@ class Config:
     beta: float = setting(0.2, "rwr: inverse temperature, by which rewards are multiplied")
     nft_strength: float = setting(1.0, "nft: b, how far v+ and v- lie from the old prediction, in units of the change")
     percentile: float = setting(0.9, "rwr-sparse: rewards of a prompt below this percentile, in [0, 1), are dropped")
-    precision: str = setting("fp16", "autocast of U-Net and VAE: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32")
+    precision: str = setting("fp16", "of the networks: fp32, fp16 (GPU only) or bf16; weights that train stay in fp32, and so does a VAE that overflows")
     sample_batch: int = setting(16, "images drawn at a time: memory and speed only")
     micro_batch: int = setting(4, "images in a forward pass of learning: memory and speed only")
     gradient_checkpointing: bool = setting(False, "learning: compute activations twice instead of keeping them; slower, less memory")

@@ -53,7 +53,7 @@ MUTATIONS = [
     ("baselines_guidance.py", "scale * b * gradient", "scale * gradient", GUIDANCE),
     ("networks.py", "smooth + (exact - smooth).detach()", "smooth", REWARDS),
     ("settings.py", "return start - (1 - share) * abs(start)", "return start", RUNS),
-    # models.py, networks.py, rewards.py, preference_rewards.py
+    # networks.py, rewards.py, preference_rewards.py
     ("networks.py", "* 255).round()", "* 255)", METHOD),
     ("rewards.py", "quality=95", "quality=90", METHOD),
     ("rewards.py", "values.isinf() if self.nan_allowed else ~values.isfinite()", "values.isinf()", RUNS),
