@@ -88,8 +88,9 @@ def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
 
     weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
     reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
-    timesteps, with the shift that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an update.) The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding,
-    training_guidance, max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
+    timesteps, with the shift that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an
+    update.) The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding, training_guidance,
+    max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
     FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
     """
     assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
