@@ -50,9 +50,8 @@ def evaluate(target, args, loaded):
     rewards = [reward_for(config, name, given if name in asked else {}, loaded)
                for name in dict.fromkeys([*asked, *config.watch])]
     clip = load_clip(args.clip, config.device, "CLIP (--clip)") if args.clip else None
-    policies = [policy_of(config, source, scored=False) for source in (config.model, model)]
-    try:
-        drawn = [draw_fixed(policy, prompts, config) for policy in policies]
+    try:  # one after the other: two large models would not fit on a GPU
+        drawn = [draw_fixed(policy_of(config, source, scored=False), prompts, config) for source in (config.model, model)]
     except FloatingPointError as error:
         raise FloatingPointError(f"{target}: {error}: --precision fp32 may help") from error
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]

@@ -95,7 +95,8 @@ def all_weights_loaded():
     """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random, which it only logs."""
     class Listener(logging.Handler):
         def emit(self, record):
-            missing.extend(re.findall(r"^(\S+) *\| *MISSING", record.getMessage(), re.MULTILINE))
+            table = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())  # on a terminal it has colours
+            missing.extend(re.findall(r"^(.+?) *\| *MISSING", table, re.MULTILINE))
 
     missing, listener, logger = [], Listener(), logging.getLogger("transformers.modeling_utils")
     level, propagates = logger.level, logger.propagate
@@ -114,7 +115,7 @@ def all_weights_loaded():
 def refuse_weights(missing):
     """Raise ValueError if this list of weights' names is not empty."""
     if missing:
-        raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")
+        raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")  # transformers tells layers together
 
 
 def hub_file(name, filename, described_as):

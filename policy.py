@@ -163,6 +163,8 @@ class Policy:
             made = type(pipeline).__call__.__wrapped__(
                 pipeline, prompt=list(prompts), num_inference_steps=self.steps, output_type=output,
                 generator=torch.Generator().manual_seed(0), **options)
+        except UnboundLocalError as error:  # Sana's catches the lack of memory in its decoding, and goes on without an image
+            raise torch.OutOfMemoryError(str(error)) from error
         finally:
             vars(pipeline).update(scheduler=scheduler)
             del pipeline.prepare_latents
@@ -190,8 +192,10 @@ class Policy:
         """Write the pipeline, or the adapters alone if it has any, as plain diffusers loads them: with the published scheduler."""
         if not getattr(self.denoiser, "peft_config", None):
             ours, self.pipeline.scheduler = self.pipeline.scheduler, self.pipeline.published_scheduler
-            self.pipeline.save_pretrained(folder)
-            self.pipeline.scheduler = ours
+            try:
+                self.pipeline.save_pretrained(folder)
+            finally:
+                self.pipeline.scheduler = ours
             return
         from diffusers.training_utils import _collate_lora_metadata
         from peft.utils import get_peft_model_state_dict
@@ -309,7 +313,7 @@ def guidance_options(pipeline, scale):
         return {}
     scale = scale or inspect.signature(type(pipeline).__call__).parameters[name].default
     if 0 < scale < 1 and not getattr(pipeline, denoiser_name(pipeline)).config.get("guidance_embeds"):
-        raise ValueError(f"guidance weight {scale:g}: pipelines guide only above 1; take 1, which is no guidance")
+        raise ValueError(f"guidance weight {scale:g}: most pipelines guide only above 1; take 1, or for one that does not give it by --call")
     return {name: scale, **({"negative_prompt": " "} if name == "true_cfg_scale" and scale > 1 else {})}
 
 
@@ -364,7 +368,11 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
     name = type(pipeline).__name__
     with one_line_errors("model", model):
         options = guidance_options(pipeline, guidance_scale or (sd_guidance if name == "StableDiffusionPipeline" else 0))
-        options |= {**({"height": height} if height else {}), **({"width": width} if width else {}), **(call or {})}
+        size = {**({"height": height} if height else {}), **({"width": width} if width else {})}
+        twice = set(call or {}) & {*size, *([guidance_name(pipeline)] if guidance_scale else [])}
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))} is given by --call and by a flag of its own")
+        options |= {**size, **(call or {})}
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)} (--height, --width, --call)")
@@ -434,17 +442,19 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
         object.__setattr__(pipeline, "published_scheduler", pipeline.scheduler)
         pipeline.scheduler = plain_scheduler(pipeline.scheduler)
         check_tokenizers(pipeline)
-    encoders = {name: network for name, network in networks_of(pipeline).items() if name.startswith("text_encoder")}
-    size = sum(weight.numel() * weight.element_size() for network in networks_of(pipeline).values() for weight in network.parameters())
-    crowded = torch.device(device).type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory / 2
-    for name, network in networks_of(pipeline).items():
+    networks, device = networks_of(pipeline), torch.device(device)
+    for name, network in networks.items():
         overflows = name == "vae" and network.config.get("force_upcast")
         wanted = torch.float32 if overflows or in_fp32 and network is denoiser else PRECISIONS[precision]
         network.eval().requires_grad_(False)
-        network.to("cpu" if crowded and name in encoders else device)
         if network.dtype != wanted:  # else it is so already, but for layers that transformers keeps in fp32
             network.to(wanted)
-    if device == "cpu" and precision == "bf16" and hasattr(denoiser, "down_blocks"):
+    encoders = {name: network for name, network in networks.items() if name.startswith("text_encoder")}
+    size = sum(weight.numel() * weight.element_size() for network in networks.values() for weight in network.parameters())
+    crowded = device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory / 2
+    for name, network in networks.items():
+        network.to("cpu" if crowded and name in encoders else device)
+    if device.type == "cpu" and precision == "bf16" and hasattr(denoiser, "down_blocks"):
         # torch's fused attention is slow in bf16 on a CPU. With the plain one bf16 is the faster precision, if the processor has
         # AVX512-BF16 (python studies/benchmark.py --precision fp32 bf16 --images 64).
         from diffusers.models.attention_processor import AttnProcessor
@@ -523,9 +533,10 @@ def load_single_file(model, precision, t5, in_fp32):
         what = "a LoRA" if any("lora" in name for name in weights) else "a part of a model, or of another architecture"
         raise ValueError(f"it is {what}: it has no weights model.diffusion_model.*, as a whole Stable Diffusion has")
     kind = infer_diffusers_model_type(weights)
-    if kind not in SINGLE_FILES or not t5:
-        raise ValueError(f"by the names of its weights it is of the kind {kind}; in one file we load {', '.join(SINGLE_FILES)}, all with T5 "
-                         "left as it is")
+    if not t5:
+        raise ValueError("--no-t5 is for Stable Diffusion 3, and not in one file")
+    if kind not in SINGLE_FILES:
+        raise ValueError(f"by the names of its weights it is of the kind {kind}; in one file we load {', '.join(SINGLE_FILES)}")
     name, source = SINGLE_FILES[kind]
     options = {"config": source} if source else {}
     if name == "StableDiffusionPipeline":
@@ -559,7 +570,7 @@ def add_lora(pipeline, rank, alpha, seed):
         raise ValueError(f"diffusers has no LoRA for a {type(denoiser).__name__} in a {type(pipeline).__name__}: give --lora-rank 0, which "
                          "trains all weights")
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU from the global generator, which is the rewards'
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
     for weight in denoiser.parameters():
         if weight.requires_grad:

@@ -73,7 +73,7 @@ class Config:
     eta: float = setting(1.0, "noise of the chain, in (0, 1]")
     noise: str = setting("ddim", "sigma of a step: ddim, eta times that of the forward process's posterior; or cps, b' sin(eta pi / 2) "
                                  "(sampling.py)")
-    guidance_scale: float = setting(0.0, "guidance weight of the pipeline's call, in sampling and in learning; 1 is none (of Z-Image 0). 0: of Stable "
+    guidance_scale: float = setting(0.0, "guidance weight of the pipeline's call, in sampling and in learning; 1 is none (of Z-Image 0, by --call). 0: of Stable "
                                          "Diffusion 1 and 2 the paper's 5 (emoji: 3; with a VLM's reward 1), else the call's own default")
     training_guidance: float = setting(0.0, "RWR, nft: guidance weight w in the loss; 0: as in sampling; 1: none, so that only the sampling "
                                             "is guided")

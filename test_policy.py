@@ -335,7 +335,7 @@ def test_each_group_of_prompts_is_encoded_once_for_all_its_steps(tiny_policy, mo
 
 
 def test_a_guidance_weight_at_which_pipelines_do_not_guide_is_refused(tiny_model, capsys):
-    with pytest.raises(ValueError, match="guidance weight 0.6: pipelines guide only above 1; take 1, which is no guidance"):
+    with pytest.raises(ValueError, match="guidance weight 0.6: most pipelines guide only above 1; take 1"):
         load_policy(tiny_model, 4, guidance_scale=0.6)
 
 
@@ -348,6 +348,8 @@ def test_other_options_of_the_call_are_used_and_unknown_ones_are_refused(tiny_mo
     assert not torch.equal(*predictions)
     run(*tiny_flags(tiny_model, call='{"negative_promt": "x"}'), code=2)
     assert "the call of a StableDiffusionPipeline has no option negative_promt" in capsys.readouterr().err
+    run(*tiny_flags(tiny_model, call='{"guidance_scale": 3}', **{"guidance-scale": 2}), code=2)
+    assert "guidance_scale is given by --call and by a flag of its own" in capsys.readouterr().err
     run(*tiny_flags(tiny_model, call="[1]"), code=2)
     assert "--call [1]: must be a JSON object" in capsys.readouterr().err
 
@@ -380,6 +382,14 @@ def test_a_learned_reward_with_a_weight_missing_is_refused(name, tiny_clip, tiny
     rewards.load_vlm.cache_clear()
     with pytest.raises(ValueError, match=r"reward model \(--reward-model\) .*: 1 of its weights are missing, the first is"):
         rewards.load_reward(name, reward_model=str(folder))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_weights_missing_in_several_layers_are_refused_on_a_terminal_too(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    folder = shutil.copytree(EMOJI, tmp_path / "model")  # its text encoder has two layers, which transformers tells together
+    edit_weights(folder / "text_encoder", lambda weights: {name: weight for name, weight in weights.items() if "mlp.fc1.weight" not in name})
+    assert re.search("of its weights are missing, the first is .*fc1.weight", refused(folder))
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(tiny_model, tmp_path):

@@ -362,6 +362,8 @@ def policy_of(config, model=None, scored=True):
                          config.t5, config.prediction_type, usual_guidance(config), **training)
     if adapters:
         load_lora(policy, adapters)
+    if not model and config.training_guidance:
+        policy.with_guidance(config.training_guidance)  # refused now, and not after the first images
     return policy
 
 
@@ -452,7 +454,7 @@ def resume(folder, flags):
 
 
 def refuse_changes(experiment, before, folder):
-    """Raise ValueError if the prompts, the model or a reward are not those that the run began with."""
+    """Raise ValueError if the prompts or a reward's file are not those that the run began with. (Nobody looks at the model.)"""
     places = {"prompts": experiment.config.prompts, **{f"reward {reward.name}": reward.source for reward in experiment.rewards}}
     for name in dict.fromkeys([*before, *experiment.identity]):
         if name not in experiment.identity or name not in before:
