@@ -66,7 +66,13 @@ class Policy:
         """The same policy, network and all, with a chain of that many steps. ValueError: see sampling.make_schedule."""
         policy = copy.copy(self)
         policy.steps = steps
-        tap, _ = policy._call([PROBE], timesteps=[])
+        try:
+            tap, _ = policy._call([PROBE], timesteps=[])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"the call of a {type(self.pipeline).__name__} fails with a text alone, {steps} steps and the options "
+                             f"{self.options}: {type_and_message(error)}") from error
         policy.latent_shape = tap.latents.shape[1:]
         _, channels, *policy.image_size = policy.decode_with_gradient(torch.zeros(1, *policy.latent_shape, device=self.device)).shape
         if channels != 3 or len(policy.image_size) != 2:
@@ -376,16 +382,7 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)} (--height, --width, --call)")
-        policy = Policy(pipeline, options, precision)
-        policy.steps = steps
-        try:
-            policy._call([PROBE], timesteps=[])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise ValueError(f"the call of a {name} fails with a text alone, {steps} steps and the options {options}: "
-                             f"{type_and_message(error)}") from error
-        policy = policy.with_chain(steps, eta, noise, scored)
+        policy = Policy(pipeline, options, precision).with_chain(steps, eta, noise, scored)
         if name not in TESTED or call:
             refuse_other_steps(policy)
         if lora_rank:

@@ -19,13 +19,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel)
 
-import baselines_guidance
 import baselines_rwr
 import ddpo
 import rewards
 import sampling
 from conftest import EMOJI, edit_json, edit_weights, learner, rng, run, tiny_flags, weights
-from policy import Policy, load_lora, load_pipeline, load_policy, plain_scheduler, training_levels
+from policy import Policy, load_pipeline, load_policy, plain_scheduler, training_levels
 
 TEXTS = ["a cat", "two dogs on the moon"]
 WORDS = ["<pad>", "</s>", "<unk>", "<bos>", *"a an one two three cat cats dog dogs ant mice on the moon photo".split()]

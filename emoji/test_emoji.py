@@ -6,7 +6,6 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import prompts
-import sampling
 import settings
 import train
 from policy import load_policy

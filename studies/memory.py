@@ -34,7 +34,7 @@ from policy import Policy, add_lora, guidance_options, networks_of, plain_schedu
 from runs import checkpoint_file, load_checkpoint, remove, save_settings
 from sampling import Trajectory, rollout
 from settings import Config, build_config
-from studies.random_networks import stable_diffusion, write_stable_diffusion
+from studies.random_networks import noise_scheduler, stable_diffusion, write_stable_diffusion
 from train import RUNS, Experiment, adamw, policy_of
 
 WITH_GPU = torch.cuda.is_available()
@@ -129,7 +129,7 @@ def sdxl():
         up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
         cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816)
-    made = diffusers.StableDiffusionXLPipeline(kl_vae(4), None, None, None, None, network, plain_scheduler(stable_diffusion_scheduler()))
+    made = diffusers.StableDiffusionXLPipeline(kl_vae(4), None, None, None, None, network, plain_scheduler(noise_scheduler()))
     made.text_encoder_2 = torch.nn.Module()  # of which its call asks the width of the pooled state
     made.text_encoder_2.config, made.text_encoder_2.device = type("Config", (), {"projection_dim": 1280}), torch.device("cpu")
     return made
@@ -162,11 +162,6 @@ def kl_vae(channels):
     return diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                                    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels,
                                    shift_factor=0.1)
-
-
-def stable_diffusion_scheduler():
-    return diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
-                                   clip_sample=False)
 
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -1,9 +1,7 @@
 """compare.py, report.py, variance.py, centred_ratio.py, benchmark.py, memory.py, guidance.py."""
 import shutil
 import threading
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
