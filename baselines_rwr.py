@@ -4,10 +4,10 @@
     RWR          w(x_0, c) = exp(beta r(x_0, c)) / Z
     sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C]
 
-The policy is fine-tuned on its own images by the denoising loss. Each image is weighted by its reward. Only (x_0, c) is needed,
-not the chain: the denoising loss is an upper bound on -log p(x_0 | c), so a smaller loss makes the image more likely. The paper
-calls an epoch of RWR a round. With one round it is the algorithm of earlier work (Lee et al. 2023). More rounds interleave sampling
-and training.
+The policy is fine-tuned on its own images by the denoising loss. Each image is weighted by its reward. Only
+(x_0, c) is needed, not the chain: the denoising loss is an upper bound on -log p(x_0 | c), so a smaller loss
+makes the image more likely. The paper calls an epoch of RWR a round. With one round it is the algorithm of
+earlier work (Lee et al. 2023). More rounds interleave sampling and training.
 
 Where we depart from these lines:
  1. Weights are per prompt, as the paper says (D.3). In the authors' code this is true of RWR on aesthetic quality. Their RWR on
@@ -22,33 +22,36 @@ Where we depart from these lines:
 import math
 
 import torch
-from tqdm import tqdm
 
-import parallel
-from ddpo import all_shares, backward, optimizer_step, summary
+from ddpo import summary
 from sampling import target_of
 
-LEVELS = 8  # noise levels of an update, where the network takes one timestep a call (Z-Image): each costs a call
+# Noise levels of an update, where the network takes one timestep a call (Z-Image): each costs a call
+LEVELS = 8
 
 
 # ---- Rewards into weights ----
 
 def rwr_weights(prompts, rewards, beta):
-    """B prompts and B rewards -> weights (B,) fp32: the softmax of beta r over each prompt's n samples, times n.
+    """B prompts and B rewards -> weights (B,) fp32: the softmax of beta r over each prompt's n samples, times
+    n.
 
-    beta multiplies the reward in its own unit. It is an inverse temperature, though the authors' code calls it a temperature.
-    At 0 all weights are 1, plain fine-tuning. At a large beta only a prompt's best sample counts. A prompt with one sample, or
-    with equal rewards, has weights of 1.
+    beta multiplies the reward in its own unit. It is an inverse temperature, though the authors' code calls
+    it a temperature. At 0 all weights are 1, plain fine-tuning. At a large beta only a prompt's best sample
+    counts. A prompt with one sample, or with equal rewards, has weights of 1.
+   
     """
     return weights_per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
 
 
 def sparse_weights(prompts, rewards, percentile):
-    """B prompts and B rewards -> weights (B,) fp32: equal for each prompt's rewards >= C, else 0; their average is 1.
+    """B prompts and B rewards -> weights (B,) fp32: equal for each prompt's rewards >= C, else 0; their
+    average is 1.
 
-    C is the prompt's own percentile, in [0, 1), interpolated linearly between neighbours. So the best sample is always kept,
-    alone if a prompt has at most ten and the percentile is 0.9. Ties stay together: a prompt with one sample, or with equal
-    rewards, keeps all. At 0 all weights are 1, plain fine-tuning.
+    C is the prompt's own percentile, in [0, 1), interpolated linearly between neighbours. So the best sample
+    is always kept, alone if a prompt has at most ten and the percentile is 0.9. Ties stay together: a prompt
+    with one sample, or with equal rewards, keeps all. At 0 all weights are 1, plain fine-tuning.
+   
     """
     def weights(r):
         kept = (r >= r.quantile(percentile)).double()
@@ -58,7 +61,8 @@ def sparse_weights(prompts, rewards, percentile):
 
 
 def weights_per_prompt(prompts, rewards, weights_of):
-    """B prompts and B rewards -> weights (B,) fp32; weights_of(rewards (n,) of one prompt) gives those of a prompt."""
+    """B prompts and B rewards -> weights (B,) fp32; weights_of(rewards (n,) of one prompt) gives those of a
+    prompt."""
     rewards = torch.as_tensor(rewards).cpu().double()
     assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
     weights = torch.empty_like(rewards)
@@ -73,9 +77,11 @@ def weights_per_prompt(prompts, rewards, weights_of):
 # ---- The loss ----
 
 def weighted_denoising_loss(prediction, target, weights):
-    """Two (N, D...) and weights (N,) -> scalar loss, info. With weights of 1 and no guidance it is the loss of pretraining.
+    """Two (N, D...) and weights (N,) -> scalar loss, info. With weights of 1 and no guidance it is the loss
+    of pretraining.
 
     denoising_error  the mean error before weighting. Healthy: about constant.
+   
     """
     errors = ((prediction - target) ** 2).flatten(1).mean(1)                 # (N,)
     return (weights * errors).mean(), {"denoising_error": errors.detach().mean()}  # section 4.2
@@ -83,96 +89,59 @@ def weighted_denoising_loss(prediction, target, weights):
 
 # ---- One epoch of learning ----
 
-def rwr_update(policy, trajectory, weights, optimizer, scaler, rng, config):
-    """One epoch of learning (a round): config.updates_per_epoch optimizer steps on the final latents x_0. Returns info.
+def rwr_update(policy, trajectory, weights, learner, rng, config):
+    """One epoch of learning (a round): config.updates_per_epoch optimizer steps on the final latents x_0.
+    Returns info.
 
-    weights: (B,). rng: a CPU generator, which draws order, timesteps and noise. An update takes config.batch_size images, from
-    reshuffled passes over those with a weight above 0. Each is noised to one timestep, drawn uniformly from the model's training
-    timesteps, with the shift that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an
-    update.) The loss is their mean. Also read: config.micro_batch, which cannot change the result but in rounding, training_guidance,
-    max_grad_norm. The info holds means over all updates, except skipped_updates, a count.
-    FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
+    weights: (B,). learner: a ddpo.Learner of the policy. rng: a CPU generator, which draws order, timesteps
+    and noise. An update takes config.batch_size images, from reshuffled passes over those with a weight above
+    0. Each is noised to one timestep, drawn uniformly from the model's training timesteps, with the shift
+    that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an
+    update.) The loss is their mean. Also read: config.training_guidance. info: see ddpo.summary.
+   
     """
     assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
     kept = weights.nonzero().flatten()
     # Images of weight 0 are never drawn, so the weights of the others must average 1.
     weights = (weights / weights[kept].mean()).to(policy.device)
+
     def loss_of(policy, images, noised, target):
         return weighted_denoising_loss(policy.predict(*noised), target, weights[images])
 
-    return fine_tune(policy, trajectory, kept, optimizer, scaler, rng, config, loss_of)
+    return fine_tune(policy, trajectory, kept, learner, rng, config, loss_of)
 
 
-def fine_tune(policy, trajectory, rows, optimizer, scaler, rng, config, loss_of):
+def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of):
     """The optimizer steps of an epoch on the images `rows` of a trajectory, as rwr_update says. Returns info.
 
-    loss_of(policy, images (N,), noised, target (N, D...)) -> loss, info: of those images, noised: x_t (N, D...), t (N,), N texts.
+    loss_of(policy, images (N,), noised, target (N, D...)) -> loss, info: of those images, noised: x_t (N,
+    D...), t (N,), N texts.
+   
     """
     if config.training_guidance:
         policy = policy.with_guidance(config.training_guidance)
     timesteps, a_of, b_of = policy.training_levels
-    infos, stepped, size = [], [], config.batch_size
+    infos, size = [], config.batch_size
     levels = size if policy.copies_of_timesteps else min(size, LEVELS)
-    with tqdm(desc="learning", total=config.updates_per_epoch * size, leave=False, disable=None) as bar:
-        for images in reshuffled_passes(rows, config.updates_per_epoch, size, rng):
-            noise = torch.randn((size, *policy.latent_shape), generator=rng)
-            level = torch.randint(len(timesteps), (levels,), generator=rng)[torch.arange(size) * levels // size]
-            info = {}
-            for part in parallel.my_parts(size, config.micro_batch):
-                x_0, eps, chosen = trajectory.x_0[images[part]], noise[part].to(policy.device), level[part].to(policy.device)
-                a, b = (values[chosen].view(-1, *[1] * (x_0.dim() - 1)) for values in (a_of, b_of))
-                noised = a * x_0 + b * eps, timesteps[chosen], [trajectory.prompts[image] for image in images[part].tolist()]
-                target = target_of(x_0, eps, a, b, policy.schedule.prediction_type)
-                backward(*loss_of(policy, images[part], noised, target), len(x_0) / size, scaler, info)
-                bar.update(len(x_0) * parallel.size())
-            infos.append(all_shares(info))
-            stepped.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
-    return summary(infos, stepped)
+    for images in reshuffled_passes(rows, config.updates_per_epoch, size, rng):
+        noise = torch.randn((size, *policy.latent_shape), generator=rng)
+        level = torch.randint(len(timesteps), (levels,), generator=rng)[torch.arange(size) * levels // size]
+
+        def denoising_loss(part):
+            x_0, eps = trajectory.x_0[images[part]], noise[part].to(policy.device)
+            chosen = level[part].to(policy.device)
+            a, b = (values[chosen].view(-1, *[1] * (x_0.dim() - 1)) for values in (a_of, b_of))
+            prompts = [trajectory.prompts[image] for image in images[part].tolist()]
+            target = target_of(x_0, eps, a, b, policy.schedule.prediction_type)
+            return loss_of(policy, images[part], (a * x_0 + b * eps, timesteps[chosen], prompts), target)
+
+        infos.append(learner.step(torch.arange(size), [denoising_loss]))
+    return summary(infos)
 
 
 def reshuffled_passes(rows, batches, batch_size, rng):
-    """`batches` batches of `batch_size` rows: (batches, batch_size). How often two rows come differs by at most one."""
+    """`batches` batches of `batch_size` rows: (batches, batch_size). How often two rows come differs by at
+    most one."""
     passes = math.ceil(batches * batch_size / len(rows))
     order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
     return order[:batches * batch_size].view(batches, batch_size)
-
-
-# ---- DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), a newer method in the same shape ----
-#
-# Where we depart from the paper:
-#  1. It samples and trains without guidance. Ours has the policy's guidance (or --training-guidance) in both predictions;
-#     --guidance-scale 1 is the paper's.
-#  2. Its v_old is a moving average of the policy. Ours is the policy that drew the epoch's images.
-#  3. Its code divides each squared error by the mean absolute error. Ours are plain.
-
-def nft_preferences(advantages):
-    """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an image as good as its prompt's others, 0 or 1 one deviation away or more."""
-    return (1 + advantages.clamp(-1, 1)) / 2
-
-
-def nft_loss(prediction, old_prediction, target, preferences, strength):
-    """Three (N, D...) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
-
-    A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b is the strength. At v =
-    v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r = 1/2, changes nothing. RWR, which has positive
-    weights alone, re-trains the policy on it.
-    """
-    change = strength * (prediction - old_prediction)
-    positive, negative = (((old_prediction + sign * change - target) ** 2).flatten(1).mean(1) for sign in (1, -1))
-    return (preferences * positive + (1 - preferences) * negative).mean(), {
-        "denoising_error": ((prediction.detach() - target) ** 2).mean()}
-
-
-def nft_update(policy, trajectory, preferences, optimizer, scaler, rng, config):
-    """One epoch of DiffusionNFT, as rwr_update. v_old is the policy that drew the images. preferences: r (B,), of nft_preferences.
-
-    Also read: config.nft_strength. v_old costs a copy of the weights that train.
-    """
-    old, preferences = policy.weights(), preferences.to(policy.device)
-
-    def loss_of(policy, images, noised, target):
-        with torch.no_grad(), policy.with_weights(old):
-            old_prediction = policy.predict(*noised)
-        return nft_loss(policy.predict(*noised), old_prediction, target, preferences[images], config.nft_strength)
-
-    return fine_tune(policy, trajectory, torch.arange(len(preferences)), optimizer, scaler, rng, config, loss_of)

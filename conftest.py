@@ -6,27 +6,52 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, SD3Transformer2DModel,
-                       StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel,
-                       UniPCMultistepScheduler)
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
-from transformers import (CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
-                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, T5Config, T5EncoderModel)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
-import runs
 import train
+from ddpo import Learner
 from policy import load_policy
-from studies import random_networks
+from support import run_folder
+from support.settings import build_config
 
 ROOT = Path(__file__).resolve().parent
 EMOJI, EMOJI_FLOW, EMOJI_VLM = (ROOT / "emoji" / name for name in ("model", "flow", "vlm"))
@@ -41,21 +66,23 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def with_a_lock_of_its_own():
-    """For tqdm: a test that interrupts a run amid the drawing of a bar leaves the lock locked, and a later test's threads would wait."""
+    """For tqdm: a test that interrupts a run amid the drawing of a bar leaves the lock locked, and a later
+    test's threads would wait."""
     tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture
 def with_drawings():
-    """For tests that look at the curve or the animation. In the others they are left out: they are a third of a tiny run."""
+    """For tests that look at the curve or the animation. In the others they are left out: they are a third of
+    a tiny run."""
 
 
 @pytest.fixture(autouse=True)
 def without_drawings(request, monkeypatch):
     if "with_drawings" not in request.fixturenames:
-        monkeypatch.setattr(runs, "draw_curve", lambda *_: None)
-        monkeypatch.setattr(runs, "save_gif", lambda strips, labels, path: path.touch())
-        monkeypatch.setattr(runs, "stack_rows", lambda strips, labels: strips[0])
+        monkeypatch.setattr(run_folder, "draw_curve", lambda *_: None)
+        monkeypatch.setattr(run_folder, "save_gif", lambda strips, labels, path: path.touch())
+        monkeypatch.setattr(run_folder, "stack_rows", lambda strips, labels: strips[0])
 
 
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))
@@ -76,16 +103,21 @@ def tiny_pipeline():
     """A pipeline of Stable Diffusion's architecture and its sampler, PNDM: 8 x 8 latents."""
     tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+                                cross_attention_dim=16,
         attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2,
                         block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
     text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                                num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length, projection_dim=16))
-    scheduler = PNDMScheduler(skip_prk_steps=True, **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
-    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    scheduler = PNDMScheduler(skip_prk_steps=True,
+                              **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
+                                   requires_safety_checker=False)
 
 
 def edit_weights(folder, edit):
@@ -108,8 +140,10 @@ def tiny_policy(tiny_model):
 @pytest.fixture(scope="session")
 def tiny_flow(tiny_model, tmp_path_factory):
     """The same with flow matching: a folder that plain diffusers draws from. Its last step is no action."""
-    pipeline, folder = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None), tmp_path_factory.mktemp("models") / "flow"
-    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0, steps_offset=1)
+    pipeline, folder = StableDiffusionPipeline.from_pretrained(tiny_model,
+                                                               safety_checker=None), tmp_path_factory.mktemp("models") / "flow"
+    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                                 flow_shift=2.0, steps_offset=1)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -118,34 +152,45 @@ def tiny_flow(tiny_model, tmp_path_factory):
 def tiny_sdxl(tmp_path_factory):
     """A folder with a pipeline of SDXL's architecture and its sampler, Euler: 8 x 8 latents."""
     torch.manual_seed(0)
-    part, (small, large) = tiny_pipeline(), tiny_clips()
-    unet = UNet2DConditionModel(**{**part.unet.config, "cross_attention_dim": 16 + 24, "addition_embed_type": "text_time",
-                                   "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24})
-    scheduler = EulerDiscreteScheduler(timestep_spacing="leading", **{k: v for k, v in STABLE_DIFFUSION.items() if k in (
+    part, (_, large) = tiny_pipeline(), tiny_clips()
+    unet = UNet2DConditionModel(**{**part.unet.config, "cross_attention_dim": 16 + 24,
+                                   "addition_embed_type": "text_time",
+                                   "addition_time_embed_dim": 8,
+                                   "projection_class_embeddings_input_dim": 6 * 8 + 24})
+    scheduler = EulerDiscreteScheduler(timestep_spacing="leading",
+                                       **{k: v for k, v in STABLE_DIFFUSION.items() if k in (
         "beta_start", "beta_end", "beta_schedule", "steps_offset")})
     folder = tmp_path_factory.mktemp("models") / "sdxl"
-    StableDiffusionXLPipeline(part.vae, part.text_encoder, large, part.tokenizer, part.tokenizer, unet, scheduler,
+    StableDiffusionXLPipeline(part.vae, part.text_encoder, large, part.tokenizer, part.tokenizer, unet,
+                              scheduler,
                               force_zeros_for_empty_prompt=True).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory):
-    """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents of 16 channels, flow matching, three text encoders."""
+    """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents of 16 channels, flow
+    matching, three text encoders."""
     torch.manual_seed(0)
     part, (small, large) = tiny_pipeline(), tiny_clips()
-    vae = AutoencoderKL(**{**part.vae.config, "latent_channels": 16, "shift_factor": 0.06, "scaling_factor": 1.5,
+    vae = AutoencoderKL(**{**part.vae.config, "latent_channels": 16, "shift_factor": 0.06,
+                           "scaling_factor": 1.5,
                            "use_quant_conv": False, "use_post_quant_conv": False})
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                        joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=16 + 24, out_channels=16,
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, num_layers=2,
+                                        attention_head_dim=8, num_attention_heads=2,
+                                        joint_attention_dim=48, caption_projection_dim=16,
+                                        pooled_projection_dim=16 + 24, out_channels=16,
                                         pos_embed_max_size=8, qk_norm="rms_norm")
     words = ["<pad>", "</s>", "<unk>", *"a an one two three cat cats dog dogs ant mice".split()]
     t5_tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
     t5_tokenizer.pre_tokenizer = Whitespace()
-    t5_tokenizer = PreTrainedTokenizerFast(tokenizer_object=t5_tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
-    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=48, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    t5_tokenizer = PreTrainedTokenizerFast(tokenizer_object=t5_tokenizer, unk_token="<unk>",
+                                           pad_token="<pad>", eos_token="</s>")
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=48, d_kv=8, d_ff=16, num_layers=1,
+                                 num_heads=2))
     folder = tmp_path_factory.mktemp("models") / "sd3"
-    StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, small, part.tokenizer, large, part.tokenizer, t5,
+    StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, small,
+                             part.tokenizer, large, part.tokenizer, t5,
                              t5_tokenizer).save_pretrained(folder)
     return folder
 
@@ -154,8 +199,10 @@ def tiny_clips():
     """Two text encoders with projections, of widths 16 and 24."""
     tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
     return [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=size,
-        max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id)) for size in (16, 24)]
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=16, num_hidden_layers=2,
+                                                       num_attention_heads=2, projection_dim=size,
+        max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id))
+            for size in (16, 24)]
 
 
 @pytest.fixture(params=["tiny_model", "tiny_flow"], ids=["diffusion", "flow"])
@@ -164,32 +211,41 @@ def either_model(request):
 
 
 LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-TINY_CLIP = dict(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **LAYERS), text_config=LAYERS)
+TINY_CLIP = dict(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **LAYERS),
+                 text_config=LAYERS)
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
-    """A folder with a CLIP of 32 x 32 pixels, its image processor and the embedded model's tokenizer."""
+    """A folder with a CLIP of 32 x 32 pixels, its image processor and the toy model's tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "clip"
-    random_networks.write_clip(folder, TINY_CLIP)
+    CLIPModel(CLIPConfig(**TINY_CLIP)).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32},
+                          crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(EMOJI / "tokenizer", model_max_length=77).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory):
-    """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few words."""
+    """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few
+    words."""
     torch.manual_seed(0)
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *"user : assistant ? . how many animals are in this image what animal "
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
+             *"user : assistant ? . how many animals are in this image what animal "
              "is a an one two three four cat cats dog dogs happening answer concisely going on".split()]
-    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))},
+                                    unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
+                                        bos_token="<s>",
                                         eos_token="</s>", additional_special_tokens=["<image>"])
     layers = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     network = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **layers), image_token_index=4,
-        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
+        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0,
+                                bos_token_id=2,
                                 eos_token_id=3, **layers)))
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("models") / "vlm"
@@ -205,12 +261,20 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def learner(policy, learning_rate=1e-3, **changes):
-    """What ddpo_update and rwr_update take besides a trajectory and advantages or weights."""
-    config = SimpleNamespace(**{"updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2, "max_grad_norm": 1.0,
-                                "kl_weight": 0.0, "skip_last_steps": 0, "learn_steps": 0, "batch_size": 8, "training_guidance": 0.0, **changes})
-    optimizer = torch.optim.AdamW(policy.trained.values(), lr=learning_rate)
-    return dict(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), rng=rng(), config=config)
+def learner(policy, learning_rate=1e-3, sgd=None, **changes):
+    """What ddpo_update and rwr_update take besides a trajectory and advantages or weights.
+
+    sgd: learning rate of plain SGD in AdamW's place, which would hide a wrong scale of the gradient.
+   
+    """
+    config = replace(build_config({"precision": "fp32"}), **{
+        "learning_rate": learning_rate, "updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2,
+                                                             "skip_last_steps": 0,
+        "batch_size": 8, **changes})
+    learner = Learner(policy, config)
+    if sgd:
+        learner.optimizer = torch.optim.SGD(learner.weights, lr=sgd)
+    return dict(learner=learner, rng=rng(), config=config)
 
 
 def weights(policy):
@@ -220,7 +284,6 @@ def weights(policy):
 # ---- Training, by the command ----
 
 REWARDS = """
-import os
 import random
 def redness(images, prompts):
     values = (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
@@ -243,14 +306,6 @@ def broken(images, prompts): raise KeyError("weights")
 def fails_later(images, prompts):
     if len(images) == 4: raise RuntimeError("the judge went home")
     return images.mean((1, 2, 3))
-queries = 0
-def fills_the_disk(images, prompts):
-    global queries
-    queries += len(images)
-    if queries > 3 + 4 + 3 and not os.path.exists("room"):
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    return images.mean((1, 2, 3))
 def interrupts(images, prompts):
     if len(images) == 4: raise KeyboardInterrupt
     return images.mean((1, 2, 3))
@@ -272,13 +327,15 @@ def run(*flags, code=0):
         returned = stop.code
     assert returned == code
     folders = sorted(Path("runs").glob("*"), key=lambda folder: folder.stat().st_mtime)
-    return runs.read_rows(folders[-1]) if folders else []
+    return run_folder.read_rows(folders[-1]) if folders else []
 
 
 def forked(count, *flags, send=None):
-    """train.py in forked processes, several as torchrun would start them. Returns their exit codes, and what each said on stderr.
+    """train.py in forked processes, several as torchrun would start them. Returns their exit codes, and what
+    each said on stderr.
 
     send: (signal, rank, folder): sent to that process, twice, once the folder's log has three rows.
+   
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -290,9 +347,11 @@ def forked(count, *flags, send=None):
             code = 99
             try:
                 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs, as these tests may be, without it
+                # A shell starts background jobs, as these tests may be, without it
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 if count > 1:
-                    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank),
+                                      MASTER_ADDR="127.0.0.1",
                                       MASTER_PORT=str(port))
                 sys.stdout, sys.stderr = (open(f"{stream}_{rank}", "w") for stream in ("out", "err"))
                 sys.__stderr__ = sys.stderr
@@ -303,7 +362,7 @@ def forked(count, *flags, send=None):
         children.append(child)
     if send:
         number, rank, folder = send
-        while len(runs.read_rows(Path(folder))) < 3:
+        while len(run_folder.read_rows(Path(folder))) < 3:
             time.sleep(0.05)
         for _ in range(2):  # as torchrun and an impatient user do
             os.kill(children[rank], number)
@@ -322,7 +381,8 @@ def forked(count, *flags, send=None):
 
 def tiny_flags(tiny_model, **changes):
     """train.py's flags for a run of two epochs on a tiny model. A list gives a flag more than once."""
-    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "images-per-prompt": 2, "updates-per-epoch": 2, "sampling-steps": 3,
+    flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "images-per-prompt": 2,
+             "updates-per-epoch": 2, "sampling-steps": 3,
              "eval-prompts": 3, "eval-every": 1, "name": "r", **changes}
     return [part for name, value in flags.items() for one in (value if isinstance(value, list) else [value])
             for part in (f"--{name}", str(one))]

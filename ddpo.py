@@ -25,40 +25,45 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     in. Here that was no gain, and an earlier policy was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
  9. An update may learn from some of the steps, drawn at random (learn_steps). That does not bias the gradient.
 """
+import copy
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
 from sampling import score
-
-BASELINES = ("prompt", "batch", "none")
-
+from support import processes
 
 # ---- The two losses ----
 
 def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
-    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right only where theta = theta_old.
+    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right only where theta =
+    theta_old.
 
     clip_range is read by the info alone.
+   
     """
     loss = -(advantages * log_probs).mean()                                  # section 4.3, DDPO_SF
     return loss, ratio_info(log_probs, old_log_probs, clip_range)
 
 
 def clipped_loss(log_probs, old_log_probs, advantages, clip_range):
-    """DDPO-IS, PPO's clipped surrogate: three (N,) tensors -> scalar loss, info. Why the ratio is not centred: 8 above."""
-    ratio = (log_probs - old_log_probs).exp()                                # (N,)  p_theta / p_old, per dimension
+    """DDPO-IS, PPO's clipped surrogate: three (N,) tensors -> scalar loss, info. Why the ratio is not
+    centred: 8 above."""
+    # (N,)  p_theta / p_old, per dimension
+    ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()   # section 4.3, DDPO_IS; PPO, equation 7
+    # Section 4.3, DDPO_IS; PPO, equation 7
+    loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
     return loss, ratio_info(log_probs, old_log_probs, clip_range)
 
 
 @torch.no_grad()
 def ratio_info(log_probs, old_log_probs, clip_range):
-    """How far the policy has moved from the one that sampled: figures over N images at a step, per latent dimension.
+    """How far the policy has moved from the one that sampled: figures over N images at a step, per latent
+    dimension.
 
     approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If it grows, lower
                         the learning rate.
@@ -68,6 +73,7 @@ def ratio_info(log_probs, old_log_probs, clip_range):
     clip_fraction_high  share of images with a ratio above 1 + clip_range.
     ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update, where theta = theta_old: below 2e-6 in
                         fp32 on a CPU, else learning scores another policy than the one that sampled.
+   
     """
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
@@ -80,14 +86,16 @@ def ratio_info(log_probs, old_log_probs, clip_range):
 # ---- Rewards into advantages ----
 
 class PromptStatistics:
-    """Rewards -> advantages, by running mean and standard deviation per prompt (D.3; buffer and min_count: the authors' code).
+    """Rewards -> advantages, by running mean and standard deviation per prompt (D.3; buffer and min_count:
+    the authors' code).
 
-    Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep 32, their
-    PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would then share a shift, so their one-prompt
-    config takes the batch's statistics.)
-    A prompt with fewer than `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch,
-    most prompts do so for many epochs (`own_statistics` in the log).
-    For ablations the baseline may be "batch", the batch's statistics for all, or "none", the bare rewards.
+    Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep
+    32, their PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would then
+    share a shift, so their one-prompt config takes the batch's statistics.) A prompt with fewer than
+    `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch, most
+    prompts do so for many epochs (`own_statistics` in the log). For ablations the baseline may be "batch",
+    the batch's statistics for all, or "none", the bare rewards.
+   
     """
 
     def __init__(self, buffer, min_count, clip, baseline="prompt"):
@@ -95,35 +103,35 @@ class PromptStatistics:
         self.rewards = {}  # prompt -> its last rewards, the newest last
 
     def advantages(self, prompts, rewards):
-        """B prompts and B rewards -> advantages (B,) fp32, and the share of images with statistics of their own prompt.
+        """B prompts and B rewards -> advantages (B,) fp32, and the share of images with statistics of their
+        own prompt.
 
         The rewards are appended first, then whitened with the population's standard deviation, then clipped.
+       
         """
         rewards = np.asarray(rewards, np.float64)
         if self.baseline == "none":
-            return torch.tensor(rewards, dtype=torch.float32), 0.0  # not clipped: the clip is in standard deviations
+            # Not clipped: the clip is in standard deviations
+            return torch.tensor(rewards, dtype=torch.float32), 0.0
         for prompt, reward in zip(prompts, rewards):
             self.rewards.setdefault(prompt, []).append(float(reward))
         for prompt, count in Counter(prompts).items():
             del self.rewards[prompt][:-max(count, self.buffer)]
-        has_own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count for prompt in prompts]
+        has_own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count
+                   for prompt in prompts]
         groups = [np.array(self.rewards[prompt]) if own else rewards for prompt, own in zip(prompts, has_own)]
         advantages = [whiten(reward, group) for reward, group in zip(rewards, groups)]
-        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip, self.clip), float(np.mean(has_own))
-
-    def state_dict(self):
-        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
-
-    def load_state_dict(self, state):
-        self.rewards = {prompt: list(rewards) for prompt, rewards in state.items()}
+        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip,
+                                                                   self.clip), float(np.mean(has_own))
 
 
 def whiten(reward, group):
     """How many standard deviations of its group (n,) float64 a reward lies above the group's mean.
 
-    It is 0 if the group's rewards are equal up to rounding: that of float32, in which most networks compute, if all of them are
-    numbers of float32, else that of float64. The usual floor of 1e-6 under the deviation would turn rounding into advantages, and
-    would shrink those of rewards that truly differ by little.
+    It is 0 if the group's rewards are equal up to rounding: that of float32, in which most networks compute,
+    if all of them are numbers of float32, else that of float64. The usual floor of 1e-6 under the deviation
+    would turn rounding into advantages, and would shrink those of rewards that truly differ by little.
+   
     """
     rounding = 2e-7 if (group == group.astype(np.float32)).all() else 1e-14
     deviation = group.std()
@@ -132,61 +140,128 @@ def whiten(reward, group):
 
 # ---- One epoch of learning ----
 
-def ddpo_update(policy, trajectory, advantages, optimizer, scaler, rng, config, loss):
+def ddpo_update(policy, trajectory, advantages, learner, rng, config, loss):
     """One epoch of learning: config.updates_per_epoch optimizer steps on the recorded chains. Returns info.
 
-    advantages: (B,). rng: a CPU generator, which deals the images to the updates. loss: one of the two above. An update takes
-    B / updates images. It learns from each at all steps but the last config.skip_last_steps, or at config.learn_steps of these, drawn
-    at random, the same for all its images. Its loss is the mean over these images and steps. config.micro_batch is the largest number
-    of images at a time: a knob of memory and speed. Also read: config.clip_range, kl_weight, max_grad_norm.
-    info: means over all images and steps. Exceptions: ratio_deviation is the largest of the first update, grad_norm a mean over updates,
-    skipped_updates a count.
-    FloatingPointError, before the optimizer steps, if a gradient is not finite. (Under fp16 the scaler skips the step.)
+    advantages: (B,). learner: a Learner of the policy. rng: a CPU generator, which deals the images to the
+    updates. loss: one of the two above. An update takes B / updates images. It learns from each at all steps
+    but the last config.skip_last_steps, or at config.learn_steps of these, drawn at random, the same for all
+    its images. Its loss is the mean over these images and steps. Also read: config.clip_range, kl_weight.
+    info: see summary; ratio_deviation is the largest of the first update.
+   
     """
     B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
-    advantages, infos, stepped = advantages.to(policy.device), [], []
+    advantages, infos = advantages.to(policy.device), []
     learned = min(actions, len(policy.schedule.timesteps) - config.skip_last_steps)
-    with tqdm(desc="learning", total=B * (config.learn_steps or learned), leave=False, disable=None) as bar:
-        for images in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
-            steps = torch.randperm(learned, generator=rng)[:config.learn_steps or learned].tolist()
-            info = {}
-            for part in parallel.my_parts(len(images), config.micro_batch):
-                for k in steps:
-                    value, of_part = surrogate(policy, trajectory, advantages, images[part], k, loss, config)
-                    backward(value, of_part, len(images[part]) / len(images) / len(steps), scaler, info)
-                    bar.update(len(images[part]) * parallel.size())
-            infos.append(all_shares(info))
-            stepped.append(optimizer_step(policy.denoiser, optimizer, scaler, config.max_grad_norm))
-    return {**summary(infos, stepped), "ratio_deviation": infos[0]["ratio_deviation"]}
+    for images in torch.randperm(B, generator=rng).view(config.updates_per_epoch, -1):
+        steps = torch.randperm(learned, generator=rng)[:config.learn_steps or learned].tolist()
+        losses = [partial(surrogate, policy, trajectory, advantages, k, loss, config) for k in steps]
+        infos.append(learner.step(images, losses))
+    return {**summary(infos), "ratio_deviation": infos[0]["ratio_deviation"]}
 
 
-def surrogate(policy, trajectory, advantages, images, k, loss, config):
+def surrogate(policy, trajectory, advantages, k, loss, config, images):
     """The loss of N images (N,) at step k under the current weights. Returns loss, info.
 
-    With config.kl_weight the KL to the pretrained policy is added, in closed form, as the mean over images and dimensions (DPOK,
-    equation 9). DPOK's own code adds the squared difference of the guided predictions instead. At T = 50 the KL is 0.09 of that
-    at the median step, and 5.4 times that at the last step but one (`pytest test_ddpo.py -k dpok`). So a weight
-    from DPOK's code means something else here.
+    With config.kl_weight the KL to the pretrained policy is added, in closed form, as the mean over images
+    and dimensions (DPOK, equation 9). DPOK's own code adds the squared difference of the guided predictions
+    instead. At T = 50 the KL is 0.09 of that at the median step, and 5.4 times that at the last step but one
+    (`pytest test_ddpo.py -k dpok`). So a weight from DPOK's code means something else here.
+   
     """
-    log_probs, kl = score(policy, trajectory, images, k)                     # where grad log p_theta comes from
+    # Where grad log p_theta comes from
+    log_probs, kl = score(policy, trajectory, images, k)
     value, info = loss(log_probs, trajectory.log_probs[images, k], advantages[images], config.clip_range)
     value = value + config.kl_weight * kl.mean()
     return value, {**({"kl_pretrained": kl.detach().mean()} if policy.reference else {}), **info}
 
 
-def backward(loss, info, share, scaler, total):
-    """Add a part's gradient to the weights', and its figures to those of its update. share: of the part in the update's mean."""
-    scaler.scale(loss * share).backward()
-    add_info(total, {"loss": loss.detach(), **info}, share)
+def summary(infos):
+    """The infos of an epoch's updates -> the epoch's figures: means, and a count of skipped steps.
+
+    loss             minus the surrogate (RWR: the weighted denoising loss). DDPO's stays around 0, and its size
+                     says nothing.
+    kl_pretrained    with --kl-weight: KL to the pretrained policy, per step and dimension. Healthy: levels off.
+    grad_norm        norm of the gradient before clipping. Healthy: of one order of magnitude throughout.
+    skipped_updates  steps that the fp16 scaler skipped. Healthy: a few in the first epochs, then 0.
+   
+    """
+    norms = [info["grad_norm"] for info in infos if np.isfinite(info["grad_norm"])]  # a skipped step's is not
+    return {**{name: float(np.mean([info[name] for info in infos])) for name in infos[0]},
+            "grad_norm": float(np.mean(norms)) if norms else None,
+            "skipped_updates": sum(info["skipped_updates"] for info in infos)}
 
 
-def all_shares(info):
-    """The figures of an update, of which each process has its share."""
-    whole = {}
-    for one in parallel.gathered([{name: value.item() for name, value in info.items()}]):
-        add_info(whole, one, 1)
-    return whole
+class Learner:
+    """Optimizer steps on the weights of a policy that train: AdamW, micro-batches, fp16's scaler. It knows no
+    epoch.
+
+    Read: config.micro_batch, the largest number of rows at a time, a knob of memory and speed; max_grad_norm,
+    the settings of AdamW, precision. The optimizer works in fp32. (The authors' JAX code keeps the first
+    moment in bf16.)
+   
+    """
+
+    def __init__(self, policy, config):
+        self.weights = list(policy.trained.values())
+        # On a GPU torch's default AdamW would need one more copy of the weights: 3.4 GB of Stable Diffusion.
+        self.fused = policy.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=self.fused)
+        # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
+        self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100,
+                                           enabled=config.precision == "fp16")
+        self.micro_batch, self.max_grad_norm = config.micro_batch, config.max_grad_norm
+
+    def step(self, rows, losses):
+        """One optimizer step. Returns info, with grad_norm and skipped_updates.
+
+        rows: (n,) indices. losses: functions of some of the rows -> their mean loss, info. What is minimised
+        is the mean over all rows and losses. FloatingPointError, before the step, if the gradient is not
+        finite. (Under fp16 the scaler skips the step.)
+       
+        """
+        info, parts = {}, processes.my_parts(len(rows), self.micro_batch)
+        with tqdm(desc="learning", total=len(parts) * len(losses), leave=False, disable=None) as bar:
+            for part in parts:
+                for loss_of in losses:
+                    loss, figures = loss_of(rows[part])
+                    share = len(rows[part]) / len(rows) / len(losses)
+                    self.scaler.scale(loss * share).backward()
+                    add_info(info, {"loss": loss.detach(), **figures}, share)
+                    bar.update()
+        whole = {}
+        for one in processes.gathered([{name: value.item() for name, value in info.items()}]):
+            add_info(whole, one, 1)
+        return {**whole, **self.clipped_step()}
+
+    def clipped_step(self):
+        """Add up the processes' gradients, unscale once, clip the norm, step."""
+        processes.add_up([weight.grad for weight in self.weights if weight.grad is not None])
+        # After the sum: if one process has an inf, all of them skip the step
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm).item()
+        scale = self.scaler.get_scale()
+        if not np.isfinite(norm) and (not self.scaler.is_enabled() or scale < 1):  # it began at 65,536
+            raise FloatingPointError("the gradient is not finite: a smaller --learning-rate or --precision "
+                                     "fp32 may help")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "skipped_updates": int(self.scaler.get_scale() < scale)}
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        # The run may go on on another device, and torch puts the count of steps where the saved `fused` says.
+        # The copy leaves the checkpoint's own memory, which is the file's.
+        optimizer = copy.deepcopy(state["optimizer"])
+        optimizer["param_groups"] = [{**group, "fused": self.fused} for group in optimizer["param_groups"]]
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
 
 
 def add_info(total, info, share):
@@ -196,37 +271,3 @@ def add_info(total, info, share):
             total[name] = max(value, total.get(name, value))
         else:
             total[name] = total.get(name, 0) + share * value
-
-
-def optimizer_step(denoiser, optimizer, scaler, max_grad_norm):
-    """Add up the processes' gradients, unscale once, clip the norm, step. Returns the norm before clipping, and whether it stepped.
-
-    Raises FloatingPointError, before the step, if the norm is not finite and no fp16 scaler is there to skip the step; or if the scaler
-    has skipped so many that its scale is below 1, where it began at 65,536.
-    """
-    parallel.add_up([weight.grad for weight in denoiser.parameters() if weight.grad is not None])
-    scaler.unscale_(optimizer)  # after the sum: so if one process has an inf, all of them skip the step
-    norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), max_grad_norm).item()
-    if not scaler.is_enabled() and not np.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite")
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise FloatingPointError("the gradient is not finite at any scale of fp16")
-    optimizer.zero_grad(set_to_none=True)
-    return norm, scaler.get_scale() >= scale
-
-
-def summary(infos, steps):
-    """The infos and optimizer steps of an epoch's updates -> the epoch's figures: means, and a count of skipped steps.
-
-    loss             minus the surrogate (RWR: the weighted denoising loss). DDPO's stays around 0, and its size says nothing.
-    kl_pretrained    with --kl-weight: KL to the pretrained policy, per step and dimension. Healthy: levels off.
-    grad_norm        norm of the gradient before clipping. Healthy: of one order of magnitude throughout.
-    skipped_updates  steps that the fp16 scaler skipped. Healthy: a few in the first epochs, then 0.
-    """
-    finite = [norm for norm, _ in steps if np.isfinite(norm)]  # a skipped step's norm is not
-    return {**{name: float(np.mean([info[name] for info in infos])) for name in infos[0]},
-            "grad_norm": float(np.mean(finite)) if finite else None,
-            "skipped_updates": sum(not stepped for _, stepped in steps)}

@@ -2,13 +2,15 @@
 
     python prompts.py                  # the sets, with examples
 
-A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that returns the list, and
-name it in PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or JSON lines such as
+A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that
+returns the list, and name it in PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or
+JSON lines such as
 
-    {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "difficulty": 1}
+{"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "difficulty": 1}
 
-in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that are right answers),
-and all other fields are metadata for a reward of your own. Articles and plurals are made here, too.
+in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that
+are right answers), and all other fields are metadata for a reward of your own. Articles and plurals are made
+here, too.
 """
 import json
 import re
@@ -20,9 +22,11 @@ COMMON_ANIMALS = """
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
     butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat
     gorilla hedgehog kangaroo""".split()
-ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]  # section 5.3; the authors' code: "washing the dishes"
+# Section 5.3; the authors' code: "washing the dishes"
+ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
 
-# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects too, but does not name them all.
+# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects too, but does not name them
+# all.
 UNSEEN_EMOJI_ANIMALS = """
     elephant penguin octopus panda koala owl crab flamingo peacock parrot swan otter sloth skunk badger hippo rhino giraffe
     leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug rooster""".split()
@@ -34,12 +38,14 @@ OBJECTS = """
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
-                     **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose", "jellyfish")}}
+                     **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose",
+                                                "jellyfish")}}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked to draw. For a reward that asks about the image: (question, right answers) pairs."""
+    """What the policy is asked to draw. For a reward that asks about the image: (question, right answers)
+    pairs."""
     text: str
     questions: tuple = ()  # of (str, tuple of str)
     metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
@@ -71,7 +77,8 @@ def with_number(noun, number):
 # ---- The sets ----
 
 def common_animals():
-    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in both of the authors' repositories."""
+    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in both of the authors'
+    repositories."""
     return [Prompt(animal) for animal in COMMON_ANIMALS]
 
 
@@ -81,8 +88,9 @@ def emoji_animals():
 
 
 def imagenet_animals():
-    """JPEG size: the whole labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, as in the authors' code."""
-    return read_prompts(Path(__file__).parent / "imagenet_animals.txt")
+    """JPEG size: the whole labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, as in the
+    authors' code."""
+    return read_prompts(Path(__file__).parent / "support" / "imagenet_animals.txt")
 
 
 def painted_animals():
@@ -92,11 +100,13 @@ def painted_animals():
 
 def animal_activities():
     """Prompt-image alignment: the 45 animals in each of three activities, as in "an ant playing chess"."""
-    return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS for activity in ACTIVITIES]
+    return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS
+            for activity in ACTIVITIES]
 
 
 def two_to_eight_animals():
-    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with the questions for the VLM."""
+    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with the questions
+    for the VLM."""
     return [counting_prompt(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
 
 
@@ -113,8 +123,9 @@ def counting_prompt(animal, number):
 def counting_questions(animal, number):
     """The two questions of the counting reward, each with the words that are right answers.
 
-    The authors name the animal in the first ("How many cats are there in this image?"), and mark by substring. We mark by whole
-    words, since "fourteen" is not four.
+    The authors name the animal in the first ("How many cats are there in this image?"), and mark by
+    substring. We mark by whole words, since "fourteen" is not four.
+   
     """
     return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
             ("What animal is in this image?", (animal, plural(animal))))
@@ -137,7 +148,8 @@ def objects():
 
 
 def unseen_emoji_animals():
-    """Generalisation of the embedded model: 30 animals that it can draw and that no training prompt names, with an article."""
+    """Generalisation of the embedded model: 30 animals that it can draw and that no training prompt names,
+    with an article."""
     return [Prompt(with_article(animal)) for animal in UNSEEN_EMOJI_ANIMALS]
 
 
@@ -148,17 +160,20 @@ def two_to_four_unseen_emoji_animals():
 
 PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
     common_animals, emoji_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals,
-    two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals, two_to_four_unseen_emoji_animals)}
+    two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals,
+                                                            two_to_four_unseen_emoji_animals)}
 
 
 # ---- Files ----
 
 def load_prompts(name):
-    """The prompts of a set in PROMPT_SETS, or of a file. Raises ValueError, in one line, if it is neither or is malformed."""
+    """The prompts of a set in PROMPT_SETS, or of a file. Raises ValueError, in one line, if it is neither or
+    is malformed."""
     if name in PROMPT_SETS:
         return PROMPT_SETS[name]()
     if not Path(name).is_file():
-        raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text file")
+        raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text "
+                         "file")
     prompts = read_prompts(Path(name))
     if not prompts:
         raise ValueError(f"the prompt file {name!r} is empty: write one prompt a line")
@@ -166,7 +181,8 @@ def load_prompts(name):
 
 
 def read_prompts(path):
-    """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank. Raises ValueError."""
+    """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank. Raises
+    ValueError."""
     described_as = f"the prompt file {str(path)!r}"
     try:
         text = path.read_text(encoding="utf-8")
@@ -174,17 +190,18 @@ def read_prompts(path):
         raise ValueError(f"{described_as} is not UTF-8 text") from error
     if "\0" in text:
         raise ValueError(f"{described_as} is not UTF-8 text: it holds zero bytes")
-    # A byte-order mark, which Windows writes, is not part of a prompt. str.splitlines would also split at U+2028 and the like.
+    # A byte-order mark, which Windows writes, is not part of a prompt. str.splitlines would also split at
+    # U+2028 and the like.
     lines = [line.strip(" \t\ufeff") for line in re.split("\r\n|\n|\r", text)]
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix.lower() == ".jsonl":
         return [prompt_of_json(line, f"{described_as}, line {number}") for number, line in numbered]
     if path.suffix.lower() in (".json", ".csv", ".tsv"):
-        raise ValueError(f"{described_as} is a table or a JSON file: save it as text, one prompt a line, or as JSON lines (.jsonl, as in "
-                         "prompts.py)")
+        raise ValueError(f"{described_as} is a table or a JSON file: save it as text, one prompt a line, or "
+                         "as JSON lines (.jsonl, as in prompts.py)")
     if any(looks_like_json(line) for _, line in numbered):
-        raise ValueError(f"{described_as} looks like JSON: name it .jsonl if each line is an object with a field \"prompt\", or save it "
-                         "as text, one prompt a line")
+        raise ValueError(f"{described_as} looks like JSON: name it .jsonl if each line is an object with a "
+                         "field \"prompt\", or save it as text, one prompt a line")
     return [Prompt(line) for _, line in numbered]
 
 
@@ -213,20 +230,25 @@ def prompt_of_json(line, described_as):
         raise ValueError(f"{described_as} has no text in a field \"prompt\" or \"text\"")
     questions = fields.pop("questions", None) or []
     try:
-        questions = [(question, [right] if isinstance(right, (str, int)) else right) for question, right in questions]
-        questions = tuple((question, tuple(str(answer).lower() for answer in right)) for question, right in questions)
+        questions = [(question, [right] if isinstance(right, (str, int)) else right) for question,
+                     right in questions]
+        questions = tuple((question, tuple(str(answer).lower() for answer in right)) for question,
+                          right in questions)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{described_as}: questions must be a list of [question, [right answers]]") from error
     for question, right in questions:
         if not isinstance(question, str):
             raise ValueError(f"{described_as}: a question must be a text, not {question!r}")
-        wrong = [answer for answer in right if not re.fullmatch("[a-z0-9]+", answer)]  # the counting reward compares such words
+        # The counting reward compares such words
+        wrong = [answer for answer in right if not re.fullmatch("[a-z0-9]+", answer)]
         if not right or wrong:
-            raise ValueError(f"{described_as}: the right answers of a question must be single words, not {wrong or right!r}")
+            raise ValueError(f"{described_as}: the right answers of a question must be single words, not "
+                             f"{wrong or right!r}")
     return Prompt(text.strip(), questions, fields)
 
 
 if __name__ == "__main__":
     for name, function in PROMPT_SETS.items():
         texts = [prompt.text for prompt in function()]
-        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    {function.__doc__}")
+        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    "
+              f"{function.__doc__}")

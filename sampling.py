@@ -1,4 +1,5 @@
-"""The denoising chain as a Markov decision process (paper, section 4.3): its schedule, its step, drawing chains, scoring them.
+"""The denoising chain as a Markov decision process (paper, section 4.3): its schedule, its step, drawing
+chains, scoring them.
 
     MDP                    diffusion
     state s_t              (prompt c, timestep t, latent x_t)
@@ -17,17 +18,19 @@ One step covers diffusion and flow matching, since in both a noised latent is x_
 
     mean = a' x_0 + sqrt(b'^2 - sigma^2) eps,   sigma = eta b' sqrt(1 - rho^2),   rho = a b' / (a' b)
 
-With the coefficients of diffusion this is DDIM. At eta = 1 it is the posterior of the forward process in both. At eta = 0 it is the
-deterministic step, DDIM's or Euler's. A last step to the clean image (b' = 0) has no noise. It is drawn but it is no action: like the
-decoder it belongs to the environment.
+With the coefficients of diffusion this is DDIM. At eta = 1 it is the posterior of the forward process in
+both. At eta = 0 it is the deterministic step, DDIM's or Euler's. A last step to the clean image (b' = 0) has
+no noise. It is drawn but it is no action: like the decoder it belongs to the environment.
 
-Time runs as in diffusion: x_T is noise, x_0 is the image. A step is its index k in the chain: step 0 goes from x_T to x_{T-1}. The
-policy is written once, in `p_mean_sigma`, guidance included: `rollout` draws from it and `score` scores with it, under the same
-autocast and with the denoiser in eval mode. Otherwise the first update would have a ratio other than 1, and the estimators of ddpo.py
-would belong to another policy than the one that drew. The prediction and the decoding are the pipeline's own: policy.py.
+Time runs as in diffusion: x_T is noise, x_0 is the image. A step is its index k in the chain: step 0 goes
+from x_T to x_{T-1}. The policy is written once, in `p_mean_sigma`, guidance included: `rollout` draws from it
+and `score` scores with it, under the same autocast and with the denoiser in eval mode. Otherwise the first
+update would have a ratio other than 1, and the estimators of ddpo.py would belong to another policy than the
+one that drew. The prediction and the decoding are the pipeline's own: policy.py.
 
-B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N images that go through the network together.
-Latents have any shape behind the batch: (C, H, W) of Stable Diffusion, (tokens, channels) of FLUX. Below it is written D...
+B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N images that go
+through the network together. Latents have any shape behind the batch: (C, H, W) of Stable Diffusion, (tokens,
+channels) of FLUX. Below it is written D...
 """
 import math
 from dataclasses import dataclass
@@ -35,8 +38,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import parallel
-
+from support import processes
 
 # ---- The schedule: how much image and how much noise is in x_t, and how much noise a step adds ----
 
@@ -58,29 +60,37 @@ class Schedule:
 def make_schedule(timesteps, a, b, prediction_type, eta, noise="ddim", scored=True):
     """The Schedule of a chain of timesteps (T,), with a and b (T + 1,) in fp64.
 
-    noise: which sigma, one of NOISES. scored: False for a chain that is only drawn; eta may then be 0. ValueError if a step has no
-    density, so that it could not be scored.
+    noise: which sigma, one of NOISES. scored: False for a chain that is only drawn; eta may then be 0.
+    ValueError if a step has no density, so that it could not be scored.
+   
+   
     """
     if not (0 < eta <= 1 or not scored and eta == 0):
-        raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is deterministic, so its "
-                         "actions have no log-probability, and above 1 a variance would be negative")
+        raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is "
+                         "deterministic, so its actions have no log-probability, and above 1 a variance "
+                         "would be negative")
     sigma = NOISES[noise](a[:-1], b[:-1], a[1:], b[1:], eta)                 # (T,)
     without = [k for k in range(len(sigma)) if not sigma[k] > 0]
     if scored and without and (without != [len(sigma) - 1] or b[-1] > 0):
-        raise ValueError(f"sigma is 0 at timestep {timesteps[without[0]]:g}: the step is deterministic and has no log-probability")
+        raise ValueError(f"sigma is 0 at timestep {timesteps[without[0]]:g}: the step is deterministic and "
+                         "has no log-probability")
     if scored and len(without) == len(sigma):
-        raise ValueError("1 sampling step goes to the clean image without noise, so there is no action to learn from: take 2 or more")
-    return Schedule(timesteps, *(values.float().to(timesteps.device) for values in (a, b, sigma)), prediction_type)
+        raise ValueError("1 sampling step goes to the clean image without noise, so there is no action to "
+                         "learn from: take 2 or more")
+    return Schedule(timesteps, *(values.float().to(timesteps.device) for values in (a, b, sigma)),
+                    prediction_type)
 
 
 def ddim_sigma(a, b, a_prev, b_prev, eta):
-    """eta times the deviation of the forward process's posterior (Song et al. 2021, equation 16, for any a and b)."""
+    """eta times the deviation of the forward process's posterior (Song et al. 2021, equation 16, for any a
+    and b)."""
     rho = a * b_prev / (a_prev * b)
     return eta * b_prev * (1 - rho**2).clamp(min=0).sqrt()
 
 
 def cps_sigma(a, b, a_prev, b_prev, eta):
-    """Coefficients-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): x_{t-1} has new noise alone at eta = 1."""
+    """Coefficients-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): x_{t-1} has new noise alone at
+    eta = 1."""
     return b_prev * math.sin(eta * math.pi / 2)
 
 
@@ -90,9 +100,12 @@ NOISES = {"ddim": ddim_sigma, "cps": cps_sigma}
 # ---- The step ----
 
 def mean_sigma(x_t, prediction, k, schedule):
-    """Mean (N, D...) and standard deviation, a scalar, of x_{t-1} given x_t in step k (Song et al. 2021, equation 12, for any a and b).
+    """Mean (N, D...) and standard deviation, a scalar, of x_{t-1} given x_t in step k (Song et al. 2021,
+    equation 12, for any a and b).
 
     x_t and the network's prediction: (N, D...) fp32.
+   
+   
     """
     a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
     sigma = schedule.sigma[k]
@@ -113,32 +126,41 @@ def x_0_and_eps(x_t, prediction, a, b, prediction_type):
 
 def target_of(x_0, eps, a, b, prediction_type):
     """What the network should predict from x_t = a x_0 + b eps: the inverse of x_0_and_eps."""
-    return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "flow": eps - x_0, "sample": x_0}[prediction_type]
+    return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "flow": eps - x_0,
+            "sample": x_0}[prediction_type]
 
 
 def log_prob(x_prev, mean, sigma):
     """log p(x_{t-1} | x_t, c) of Normal(mean, sigma^2 I), per latent dimension: (N, D...) -> (N,).
 
-    This is the mean over the D dimensions, as in the authors' code, and not the sum. So a ratio of densities is the D-th root of the
-    true one. The sum's ratio would be 0 or infinite after the smallest step (D = 16,384 in Stable Diffusion). The clip range is per
-    dimension too: 1e-4 there lets the true density ratio move by a factor of 5.
+    This is the mean over the D dimensions, as in the authors' code, and not the sum. So a ratio of densities
+    is the D-th root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D =
+    16,384 in Stable Diffusion). The clip range is per dimension too: 1e-4 there lets the true density ratio
+    move by a factor of 5.
+   
+   
     """
     density = -(x_prev - mean) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
 def gaussian_kl(mean, mean_reference, sigma):
-    """KL(Normal(mean, sigma^2 I) || Normal(mean_reference, sigma^2 I)), per latent dimension: (N, D...) -> (N,)."""
+    """KL(Normal(mean, sigma^2 I) || Normal(mean_reference, sigma^2 I)), per latent dimension: (N, D...) ->
+    (N,)."""
     return ((mean - mean_reference) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
 
 
 # ---- The policy ----
 
 def p_mean_sigma(policy, x_t, k, prompts):
-    """The policy p_theta(x_{t-1} | x_t, c) in step k: mean (N, D...) and sigma, a scalar, for N latents and N texts.
+    """The policy p_theta(x_{t-1} | x_t, c) in step k: mean (N, D...) and sigma, a scalar, for N latents and N
+    texts.
 
-    Guidance is part of the policy, in learning as in sampling. An update without it would score another policy than the one that drew
-    the images. (For sparse RWR the paper saw performance fall after the first round without it, appendix E.1.)
+    Guidance is part of the policy, in learning as in sampling. An update without it would score another
+    policy than the one that drew the images. (For sparse RWR the paper saw performance fall after the first
+    round without it, appendix E.1.)
+   
+   
     """
     schedule = policy.schedule
     return mean_sigma(x_t, policy.predict(x_t, schedule.timesteps[k], prompts), k, schedule)
@@ -146,15 +168,20 @@ def p_mean_sigma(policy, x_t, k, prompts):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B recorded chains, in fp32: a latent that is rounded to half precision is not the action that was scored."""
-    latents: torch.Tensor    # (B, T + 1, D...) fp32, from x_T to x_0; without the chain (B, 1, D...), x_0 alone
-    log_probs: torch.Tensor  # (B, A) fp32, of the A actions under the policy that drew them; without the chain (B, 0)
+    """B recorded chains, in fp32: a latent that is rounded to half precision is not the action that was
+    scored."""
+    # (B, T + 1, D...) fp32, from x_T to x_0; without the chain (B, 1, D...), x_0 alone
+    latents: torch.Tensor
+    # (B, A) fp32, of the A actions under the policy that drew them; without the chain (B, 0)
+    log_probs: torch.Tensor
     prompts: tuple           # B texts
 
     def __post_init__(self):
         B, states = self.latents.shape[:2]
         assert len(self.prompts) == B, f"{len(self.prompts)} prompts for {B} chains"
-        assert self.log_probs.shape in ((B, states - 1), (B, states - 2)), f"log_probs {tuple(self.log_probs.shape)}, {states} states"
+        assert self.log_probs.shape in ((B, states - 1),
+                                        (B, states
+                                         - 2)), f"log_probs {tuple(self.log_probs.shape)}, {states} states"
         assert self.latents.dtype == self.log_probs.dtype == torch.float32, "a trajectory is kept in fp32"
 
     @property
@@ -167,21 +194,24 @@ class Trajectory:
 def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling"):
     """Draw one chain for each of B prompts. Returns the Trajectory; policy.decode turns its x_0 into images.
 
-    rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of its own, whatever
-    it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be scored. title: of the
-    progress bar. FloatingPointError if a latent is not finite.
+    rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of
+    its own, whatever it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the
+    trajectory cannot be scored. title: of the progress bar. FloatingPointError if a latent is not finite.
+   
+   
     """
     B, T, A = len(prompts), len(policy.schedule.timesteps), policy.schedule.actions
     rngs = generators(rng, B)
     latents = torch.zeros((B, T + 1 if keep_chain else 1, *policy.latent_shape), device=policy.device)
     log_probs = torch.zeros((B, A if keep_chain else 0), device=policy.device)
-    batches = parallel.my_parts(B, batch_size)
+    batches = processes.my_parts(B, batch_size)
     with tqdm(desc=title, total=len(batches) * T, leave=False, disable=None) as bar:
         for batch in batches:
             x_t = latents[batch, 0] = noise(policy, rngs[batch])                         # x_T ~ Normal(0, I)
             for k in range(T):
                 mean, sigma = p_mean_sigma(policy, x_t, k, prompts[batch])
-                x_prev = mean + sigma * noise(policy, rngs[batch])                       # x_{t-1} ~ p_theta(. | x_t, c)
+                # X_{t-1} ~ p_theta(. | x_t, c)
+                x_prev = mean + sigma * noise(policy, rngs[batch])
                 if keep_chain:
                     latents[batch, k + 1] = x_prev
                 if keep_chain and k < A:
@@ -191,17 +221,20 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
             if not x_t.isfinite().all():  # found here, and not after 10,000 images
                 raise FloatingPointError("a latent is not finite")
             latents[batch, -1] = x_t
-    parallel.add_up([latents, log_probs])
+    processes.add_up([latents, log_probs])
     return Trajectory(latents, log_probs, tuple(prompts))
 
 
 def generators(rng, count):
     """`count` generators of noise, one for each image, seeded from the CPU generator rng.
 
-    They make the noise of an image independent of batch_size, and let us draw it step by step: that of a whole chain is as large as
-    the chain.
+    They make the noise of an image independent of batch_size, and let us draw it step by step: that of a
+    whole chain is as large as the chain.
+   
+   
     """
-    return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,), generator=rng).tolist()]
+    return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,),
+                                                                          generator=rng).tolist()]
 
 
 def noise(policy, rngs):
@@ -210,15 +243,19 @@ def noise(policy, rngs):
 
 
 def score(policy, trajectory, images, k):
-    """The recorded actions of step k under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the KL to policy.reference (N,).
+    """The recorded actions of step k under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the
+    KL to policy.reference (N,).
 
-    images (N,): which chains. Both results are fp32. log p carries a gradient, and so does the KL if there is a reference; else the KL
-    is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely the weights make the
-    action that was taken.
+    images (N,): which chains. Both results are fp32. log p carries a gradient, and so does the KL if there is
+    a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the
+    policy gradient asks how likely the weights make the action that was taken.
+   
+   
     """
     prompts = [trajectory.prompts[i] for i in images.tolist()]
     x_t, x_prev = trajectory.latents[images, k], trajectory.latents[images, k + 1]
-    mean, sigma = p_mean_sigma(policy, x_t, k, prompts)                      # where grad log p_theta comes from
+    # Where grad log p_theta comes from
+    mean, sigma = p_mean_sigma(policy, x_t, k, prompts)
     if policy.reference is None:
         return log_prob(x_prev, mean, sigma), torch.zeros(len(images), device=policy.device)
     with torch.no_grad(), policy.with_weights(policy.reference):

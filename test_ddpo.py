@@ -14,25 +14,34 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
+import settings
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import baselines_rwr
 import ddpo
-import networks
 import prompts
 import rewards
 import runs
 import sampling
-import settings
 import train
+from conftest import (
+    EMOJI,
+    EMOJI_VLM,
+    ROOT,
+    STABLE_DIFFUSION,
+    learner,
+    rng,
+    run,
+    tiny_flags,
+    weights,
+    without_seconds,
+)
 from policy import Policy, chain_levels, load_policy, plain_scheduler, training_levels
-from conftest import (EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
-                      without_seconds)
-
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
 

@@ -21,11 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
 from networks import silence_libraries
+from settings import ALGORITHMS, PRESETS, build_config, check_compiler
+
 from policy import PRECISIONS
 from prompts import load_prompts
 from rewards import RewardError, load_reward, load_vlm
 from sampling import rollout, score
-from settings import ALGORITHMS, PRESETS, build_config, check_compiler
 from studies.random_networks import RANDOM_REWARDS, write_stable_diffusion
 from train import RUNS, UPDATES, Experiment, policy_of
 

@@ -33,10 +33,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
+from settings import ALGORITHMS, EMOJI, PRESET_REWARDS, ROOT, Config, build_config, shared_settings
+
 import runs
 from policy import PRECISIONS
 from rewards import REWARDS, RewardError, short_name, unit_of, user_function
-from settings import ALGORITHMS, EMOJI, PRESET_REWARDS, ROOT, Config, build_config, shared_settings
 from studies.report import report, without_drift
 from studies.variance import measure_variance
 from train import RUNS

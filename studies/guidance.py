@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
-import runs
 from baselines_guidance import guided_rollout
-from evaluate import finished_run, with_interval
 from networks import to_pil
+from settings import check, chosen_device, lowest, refuse
+
+import runs
+from evaluate import finished_run, with_interval
 from policy import PRECISIONS
 from prompts import load_prompts
 from rewards import RewardError
 from sampling import rollout
-from settings import check, chosen_device, lowest, refuse
 from train import EVAL_SEED, MAY_CHANGE, fixed_prompts, load_rewards, policy_of
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen

@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if this file is run as a script
-from ddpo import clipped_loss, ddpo_update
 from networks import silence_libraries
+from settings import Config, build_config
+
+from ddpo import clipped_loss, ddpo_update
 from policy import Policy, add_lora, guidance_options, networks_of, plain_scheduler
 from runs import checkpoint_file, load_checkpoint, remove, save_settings
 from sampling import Trajectory, rollout
-from settings import Config, build_config
 from studies.random_networks import noise_scheduler, stable_diffusion, write_stable_diffusion
 from train import RUNS, Experiment, adamw, policy_of
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import torch
-
-import runs
 from networks import scoring_head
 from settings import PRESET_REWARDS, PRESETS
+
+import runs
 
 # The embedded model's tokenizer, padded to the other's length: a random model reads any words alike.
 TOKENIZER = Path(PRESETS["emoji"]["model"]) / "tokenizer"
@@ -115,7 +115,13 @@ BLIP_NAMES = {"^embeddings.patch_embedding": "patch_embed.proj", "^embeddings.cl
 
 def write_counting(folder):
     """A LLaVA 1.5 7B in half precision, 14 GB. Its answers are as long as they may be; real ones cost less."""
-    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers import (
+        AutoModelForImageTextToText,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+    )
     vision, text = LLAVA["vision_config"], LLAVA["text_config"]
     tokenizer = LlavaProcessor.from_pretrained(PRESET_REWARDS["emoji"]["counting"]["reward_model"], backend="pil").tokenizer
     config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(

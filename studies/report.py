@@ -4,10 +4,10 @@ The policy of a run changes only when an epoch ends. So its reward is a step fun
 evaluation, its reward is interpolated.
 """
 import numpy as np
+from settings import DDPO, RWR, Config, learned_steps, lowest
 
 import runs
 from rewards import short_name, unit_of
-from settings import DDPO, RWR, Config, learned_steps, lowest
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]

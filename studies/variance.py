@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from settings import build_config, reward_options, shared_settings
 from tqdm import tqdm
 
 import runs
@@ -28,7 +29,6 @@ from ddpo import whiten
 from prompts import load_prompts
 from rewards import load_reward, short_name
 from sampling import rollout, score
-from settings import build_config, reward_options, shared_settings
 from train import policy_of
 
 STEPS = (5, 10, 20, 50)

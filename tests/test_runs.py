@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import process
 import pytest
+import settings
 import torch
 from safetensors.torch import load_file
 
 import evaluate
-import process
 import runs
-import settings
 import train
 from conftest import ROOT, edit_weights, forked, run, tiny_flags, without_seconds
 

@@ -1,16 +1,16 @@
 """The embedded model, its judge and its VLM: they do what their cards say."""
 import numpy as np
 import pytest
+import settings
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import prompts
-import settings
 import train
-from policy import load_policy
 from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, rng
 from emoji import judge, pretrain
+from policy import load_policy
 from rewards import load_reward
 
 

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel
+import process
 import pytest
 import torch
 
-import parallel
-import process
 import runs
 from conftest import ROOT, forked, run, tiny_flags, without_seconds
 

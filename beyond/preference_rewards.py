@@ -1,11 +1,13 @@
-"""Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. The contract is that of rewards.py.
+"""Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. The contract is that of
+rewards.py.
 
-Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a published network when
-it is made, and is then called with images and prompts. We have not run the published weights. The tests send tiny random networks
-through this very code, and compare with the packages hpsv2 and image-reward (oracles/).
+Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a
+published network when it is made, and is then called with images and prompts. We have not run the published
+weights. The tests send tiny random networks through this very code, and compare with the packages hpsv2 and
+image-reward (oracles/).
 
-Seconds an image: `python studies/benchmark.py --reward pickscore imagereward --images 8`, on two cores, with random weights of
-the published sizes.
+Seconds an image: `python studies/benchmark.py --reward pickscore imagereward --images 8`, on two cores, with
+random weights of the published sizes.
 
 To add one, write a class here and name it in `rewards.LEARNED`.
 """
@@ -14,45 +16,64 @@ import re
 import torch
 import torch.nn.functional as F
 
-from networks import (REWARD_MODEL, announce, clip_embedding, clip_pixels, from_pretrained, hub_file, image_embeddings,
-                      load_clip, load_weights, read_weights, scoring_head)
+from support.networks import (
+    REWARD_MODEL,
+    announce,
+    clip_embedding,
+    clip_pixels,
+    from_pretrained,
+    hub_file,
+    image_embeddings,
+    load_clip,
+    load_weights,
+    read_weights,
+    scoring_head,
+)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
-    """PickScore v1 (Kirstain et al. 2023): cosine of the embeddings of image and prompt, by a CLIP-H tuned on preferences.
+    """PickScore v1 (Kirstain et al. 2023): cosine of the embeddings of image and prompt, by a CLIP-H tuned on
+    preferences.
 
-    About 0.2. The published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an image.
-    The formula is that of the model card. There is no package to compare with.
-    reward_model: another CLIP with its processor and tokenizer, by hub name or folder.
+    About 0.2. The published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an
+    image. The formula is that of the model card. There is no package to compare with. reward_model: another
+    CLIP with its processor and tokenizer, by hub name or folder.
+   
     """
 
     def __init__(self, device, reward_model=""):
         from transformers import AutoTokenizer
         self.processor, self.clip = load_clip(
-            reward_model or "yuvalkirstain/PickScore_v1", device, REWARD_MODEL, processor=reward_model or CLIP_H)
+            reward_model or "yuvalkirstain/PickScore_v1", device, REWARD_MODEL,
+                                              processor=reward_model or CLIP_H)
         self.tokenizer = from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True, max_length=77,
+        tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True,
+                                max_length=77,
                                 return_tensors="pt").to(self.clip.device)
         texts = clip_embedding(self.clip.get_text_features(**tokens))        # (B, E)
         return F.cosine_similarity(image_embeddings(self.clip, clip_pixels(self.processor, images)), texts)
 
 
 class HPSv2(PickScore):
-    """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28. Its checkpoint has the names of open_clip.
+    """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28. Its checkpoint has the names of
+    open_clip.
 
-    Fetches 3.9 GB; needs 3.9 GB of memory (fp32). Its network has the size of PickScore's. Tested against the package hpsv2.
-    reward_model: a folder with HPS_v2_compressed.pt and with CLIP's config, processor and tokenizer, as transformers saves them.
+    Fetches 3.9 GB; needs 3.9 GB of memory (fp32). Its network has the size of PickScore's. Tested against the
+    package hpsv2. reward_model: a folder with HPS_v2_compressed.pt and with CLIP's config, processor and
+    tokenizer, as transformers saves them.
+   
     """
 
     def __init__(self, device, reward_model=""):
         announce("HPS v2", reward_model or "xswu/HPSv2")
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
-        self.processor = from_pretrained(AutoImageProcessor, reward_model or CLIP_H, REWARD_MODEL, backend="pil")
+        self.processor = from_pretrained(AutoImageProcessor, reward_model or CLIP_H, REWARD_MODEL,
+                                         backend="pil")
         self.tokenizer = from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
         config = from_pretrained(CLIPConfig, reward_model or CLIP_H, REWARD_MODEL)
         weights = read_weights(hub_file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt", REWARD_MODEL))
@@ -64,13 +85,17 @@ def from_open_clip(weights):
     """A CLIP's weights under the names of open_clip -> under those of transformers' CLIPModel."""
     names = {"^token_embedding": "text_model.embeddings.token_embedding",
              "^positional_embedding": "text_model.embeddings.position_embedding.weight",
-             "^ln_final": "text_model.final_layer_norm", "^transformer.resblocks": "text_model.encoder.layers",
+             "^ln_final": "text_model.final_layer_norm",
+             "^transformer.resblocks": "text_model.encoder.layers",
              "^visual.class_embedding": "vision_model.embeddings.class_embedding",
              "^visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-             "^visual.conv1": "vision_model.embeddings.patch_embedding", "^visual.ln_pre": "vision_model.pre_layrnorm",
-             "^visual.ln_post": "vision_model.post_layernorm", "^visual.transformer.resblocks": "vision_model.encoder.layers",
+             "^visual.conv1": "vision_model.embeddings.patch_embedding",
+             "^visual.ln_pre": "vision_model.pre_layrnorm",
+             "^visual.ln_post": "vision_model.post_layernorm",
+             "^visual.transformer.resblocks": "vision_model.encoder.layers",
              "^text_projection": "text_projection.weight", "^visual.proj": "visual_projection.weight",
-             "ln_([12])": r"layer_norm\1", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", r"\.attn\.": ".self_attn."}
+             "ln_([12])": r"layer_norm\1", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             r"\.attn\.": ".self_attn."}
     renamed = {}
     for name, weight in weights.items():
         ours = name
@@ -80,18 +105,22 @@ def from_open_clip(weights):
             for letter, third in zip("qkv", weight.chunk(3)):
                 renamed[ours.replace("in_proj_", f"{letter}_proj.")] = third
         else:
-            renamed[ours] = weight.T if ours in ("text_projection.weight", "visual_projection.weight") else weight
+            renamed[ours] = weight.T if ours in ("text_projection.weight",
+                                                 "visual_projection.weight") else weight
     return renamed
 
 
 class ImageReward:
-    """ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, and an MLP scores what it read.
+    """ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, and an MLP scores
+    what it read.
 
-    About 0 for an average image, with a standard deviation of 1. Fetches 1.8 GB; needs 1.8 GB of memory (fp32); 0.7 s an image.
-    Tested against the package image-reward.
-    reward_model: a folder with ImageReward.pt and BERT's tokenizer.
+    About 0 for an average image, with a standard deviation of 1. Fetches 1.8 GB; needs 1.8 GB of memory
+    (fp32); 0.7 s an image. Tested against the package image-reward. reward_model: a folder with
+    ImageReward.pt and BERT's tokenizer.
+   
     """
-    MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, from the package image-reward
+    # Of the published score, from the package image-reward
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
     def __init__(self, device, reward_model=""):
         announce("ImageReward", reward_model or "THUDM/ImageReward")
@@ -99,20 +128,25 @@ class ImageReward:
         self.tokenizer = from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", REWARD_MODEL)
         weights = read_weights(hub_file(reward_model or "THUDM/ImageReward", "ImageReward.pt", REWARD_MODEL))
         vision, text = new_blip(weights)
-        names = {"^patch_embed.proj": "embeddings.patch_embedding", "^cls_token": "embeddings.class_embedding",
-                 "^pos_embed": "embeddings.position_embedding", "^norm": "post_layernorm", "^blocks": "encoder.layers",
-                 "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm([12])": r"layer_norm\1"}
+        names = {"^patch_embed.proj": "embeddings.patch_embedding",
+                 "^cls_token": "embeddings.class_embedding",
+                 "^pos_embed": "embeddings.position_embedding", "^norm": "post_layernorm",
+                 "^blocks": "encoder.layers",
+                 "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
+                 "norm([12])": r"layer_norm\1"}
         self.vision = load_weights(vision, weights, "blip.visual_encoder.", REWARD_MODEL, names).to(device)
         self.text = load_weights(text, weights, "blip.text_encoder.", REWARD_MODEL).to(device)
         head = scoring_head(text.config.hidden_size)
         self.head = load_weights(head, weights, "mlp.layers.", REWARD_MODEL).to(device)
         side = vision.config.image_size
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side},
+                                               crop_size={"height": side, "width": side})
 
     @torch.no_grad()
     def __call__(self, images, prompts):
         pixels = clip_pixels(self.processor, images).to(self.vision.device)
-        tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True, max_length=35,
+        tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True,
+                                max_length=35,
                                 return_tensors="pt").to(self.vision.device)
         return torch.cat([self.rate(*part) for part in zip(
             pixels.split(32), tokens.input_ids.split(32), tokens.attention_mask.split(32))])
@@ -125,9 +159,11 @@ class ImageReward:
 
 
 def new_blip(weights):
-    """BLIP's vision and text networks, without weights yet. Their sizes are read from the shapes of ImageReward's weights.
+    """BLIP's vision and text networks, without weights yet. Their sizes are read from the shapes of
+    ImageReward's weights.
 
     Raises ValueError if these are not ImageReward's.
+   
     """
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -140,15 +176,19 @@ def new_blip(weights):
     def depth(prefix):
         return len({name.split(".")[prefix.count(".")] for name in weights if name.startswith(prefix)})
 
-    patch, patches = size("visual_encoder.patch_embed.proj.weight", 3), size("visual_encoder.pos_embed", 1) - 1
+    patch, patches = size("visual_encoder.patch_embed.proj.weight", 3), size("visual_encoder.pos_embed",
+                                                                             1) - 1
     width, words = size("visual_encoder.patch_embed.proj.weight"), size("text_encoder.embeddings.word_embeddings.weight", 1)
     vision = BlipVisionModel(BlipVisionConfig(
         image_size=round(patches**0.5) * patch, patch_size=patch, hidden_size=width, layer_norm_eps=1e-6,
-        num_attention_heads=width // 64, num_hidden_layers=depth("blip.visual_encoder.blocks."),  # BLIP's heads are 64 wide
+        # BLIP's heads are 64 wide
+        num_attention_heads=width // 64, num_hidden_layers=depth("blip.visual_encoder.blocks."),
         intermediate_size=size("visual_encoder.blocks.0.mlp.fc1.bias")))
     text = BlipTextModel(BlipTextConfig(
-        vocab_size=size("text_encoder.embeddings.word_embeddings.weight"), hidden_size=words, encoder_hidden_size=width,
+        vocab_size=size("text_encoder.embeddings.word_embeddings.weight"), hidden_size=words,
+                                        encoder_hidden_size=width,
         num_attention_heads=words // 64, num_hidden_layers=depth("blip.text_encoder.encoder.layer."),
         intermediate_size=size("text_encoder.encoder.layer.0.intermediate.dense.bias"),
-        max_position_embeddings=size("text_encoder.embeddings.position_embeddings.weight")), add_pooling_layer=False)
+        max_position_embeddings=size("text_encoder.embeddings.position_embeddings.weight")),
+                         add_pooling_layer=False)
     return vision, text

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import settings
 import torch
+from baselines_guidance import guided_rollout
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ddpo
 import rewards
 import runs
 import sampling
-import settings
 import train
-from baselines_guidance import guided_rollout
-from policy import load_policy
 from conftest import EMOJI, LAYERS, ROOT, TINY_CLIP, learner, rng, run, tiny_flags, tiny_pipeline
+from policy import load_policy
 from studies import benchmark, centred_ratio, compare, guidance, memory, random_networks, report, variance
-
 
 # ---- The comparison ----
 

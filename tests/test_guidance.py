@@ -1,10 +1,10 @@
 """baselines_guidance.py: universal guidance, against a plain loop and the policy's own chain."""
 import pytest
 import torch
+from baselines_guidance import guided_rollout
 
 import rewards
 import sampling
-from baselines_guidance import guided_rollout
 from conftest import EMOJI, rng
 from policy import load_policy
 

@@ -1,22 +1,18 @@
-"""Pretrained networks: files from a folder or from the hub, every weight of a network, and one clear line if something is wrong.
-
-Then what several rewards use: images for Pillow, CLIP, and a scoring head.
+"""Pretrained networks: files from a folder or from the hub, every weight of a network, one clear line if
+something is wrong. Then what several rewards use: CLIP and a scoring head.
 
 B images, patches of E features.
 """
 import contextlib
 import logging
-import pickle
 import re
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-
-from process import notify
 
 REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the network of a learned reward
 
@@ -24,15 +20,18 @@ REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the ne
 # ---- Files and errors ----
 
 def silence_libraries():
-    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the first loading.
+    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the
+    first loading.
 
     One warning is let through, once: that a text encoder cuts a prompt off.
+   
     """
     import diffusers
     import huggingface_hub
     import transformers
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too, and told in our one line
+        # Errors are raised, too, and told in our one line
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
     said = logging.getLogger("diffusers.pipelines")
@@ -49,18 +48,19 @@ class CutPrompts(logging.Handler):
     def emit(self, record):
         if "truncated" in record.getMessage() and not self.told:
             self.told = True
-            notify(record.getMessage())
+            print(record.getMessage(), file=sys.stderr)
 
 
 def announce(network, name):
     """Tell the user what is being loaded: it may take minutes, and gigabytes."""
     silence_libraries()
-    notify(f"loading {network}: {name}")
+    print(f"loading {network}: {name}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def one_line_errors(described_as, name):
-    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and the library's own words."""
+    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and
+    the library's own words."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -73,7 +73,8 @@ def one_line_errors(described_as, name):
 
 
 def from_pretrained(loader, name, described_as, **options):
-    """loader.from_pretrained(name, **options), for a hub name or a folder. described_as: see one_line_errors, which it raises."""
+    """loader.from_pretrained(name, **options), for a hub name or a folder. described_as: see one_line_errors,
+    which it raises."""
     with one_line_errors(described_as, name):
         return loader.from_pretrained(str(name), **options)
 
@@ -81,8 +82,9 @@ def from_pretrained(loader, name, described_as, **options):
 def load_network(loader, name, described_as, unused="", **options):
     """A network of transformers, by hub name or folder, with all of its weights. It is in eval mode.
 
-    The library leaves a weight random if the file lacks it; here that is a ValueError. unused: pattern of weights that nothing reads, so
-    that they may be missing. options: of from_pretrained.
+    The library leaves a weight random if the file lacks it; here that is a ValueError. unused: pattern of
+    weights that nothing reads, so that they may be missing. options: of from_pretrained.
+   
     """
     with one_line_errors(described_as, name):
         network, info = loader.from_pretrained(str(name), output_loading_info=True, **options)
@@ -92,7 +94,8 @@ def load_network(loader, name, described_as, unused="", **options):
 
 @contextlib.contextmanager
 def all_weights_loaded():
-    """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random, which it only logs."""
+    """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random,
+    which it only logs."""
     class Listener(logging.Handler):
         def emit(self, record):
             table = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())  # on a terminal it has colours
@@ -115,7 +118,8 @@ def all_weights_loaded():
 def refuse_weights(missing):
     """Raise ValueError if this list of weights' names is not empty."""
     if missing:
-        raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")  # transformers tells layers together
+        # Transformers tells layers together
+        raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")
 
 
 def hub_file(name, filename, described_as):
@@ -128,29 +132,26 @@ def hub_file(name, filename, described_as):
 
 
 def read_weights(path):
-    """A state dict, from a file of safetensors or of torch (weights only). Raises ValueError."""
-    try:
+    """A state dict, from a file of safetensors or of torch (weights only)."""
+    with one_line_errors("the weights", path):
         weights = load_file(path) if str(path).endswith(".safetensors") else torch.load(
             path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a missing file, safetensors' own, pickle's own
-        reason = type_and_message(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it is no file of weights, or holds other objects, too: save the state dict alone, best as .safetensors"
-        raise ValueError(f"the weights {str(path)!r} cannot be loaded: {reason}") from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"the weights {str(path)!r} are a {type(weights).__name__}, not a state dict")
+        if not isinstance(weights, dict):
+            raise ValueError(f"a {type(weights).__name__}, not a state dict")
     return weights
 
 
 def load_weights(network, weights, prefix, described_as, new_names=None):
     """Put into the network those weights whose published name begins with `prefix`. Returns it in eval mode.
 
-    `new_names` maps patterns of the published names to what the network calls them. Raises ValueError if a weight is missing,
-    is left over, or has another shape.
+    `new_names` maps patterns of the published names to what the network calls them. Raises ValueError if a
+    weight is missing, is left over, or has another shape.
+   
     """
     renamed = {}
     for name, weight in weights.items():
-        if name.startswith(prefix) and not name.endswith("position_ids"):  # a buffer that older versions saved
+        # A buffer that older versions saved
+        if name.startswith(prefix) and not name.endswith("position_ids"):
             name = name.removeprefix(prefix)
             for published, ours in (new_names or {}).items():
                 name = re.sub(published, ours, name)
@@ -162,42 +163,35 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
     return network.eval()
 
 
-def type_and_message(error):
-    """'KeyError: the first line of its message'."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-
-
-# ---- What several rewards use: images for Pillow, CLIP, a scoring head ----
+# ---- What several rewards use: CLIP, a scoring head ----
 
 def load_clip(model, device, described_as, processor=""):
-    """A CLIP's image processor and its network, in fp32, by hub name or folder. The processor may come from another model."""
+    """A CLIP's image processor and its network, in fp32, by hub name or folder. The processor may come from
+    another model."""
     announce("CLIP", model)
     from transformers import AutoImageProcessor, CLIPModel
     return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
             load_network(CLIPModel, model, described_as, dtype=torch.float32).to(device))
 
 
-def to_pil(image):
-    """An image (3, H, W), float in [0, 1] or uint8 -> 8-bit RGB image of Pillow, rounded, not truncated."""
-    if image.dtype != torch.uint8:
-        image = (image.float() * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
-
-
 def clip_pixels(processor, images):
-    """B images, each of Pillow or (3, H, W), uint8 or float in [0, 1] -> CLIP's input (B, 3, 224, 224).
+    """B images (3, H, W), uint8 or float in [0, 1] -> CLIP's input (B, 3, 224, 224).
 
-    All become 8-bit images first. A processor takes floats for bytes, and would divide [0, 1] by 255 once more.
+    All become 8-bit images first. A processor takes floats for bytes, and would divide [0, 1] by 255 once
+    more.
+   
     """
-    images = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
-    return processor(images, return_tensors="pt").pixel_values
+    images = [image if image.dtype == torch.uint8 else (image.float() * 255).round().clamp(0, 255).byte()
+              for image in images]
+    return processor([image.cpu() for image in images], return_tensors="pt").pixel_values
 
 
 def clip_pixels_with_gradient(processor, images):
     """clip_pixels of images (B, 3, H, W) in [0, 1], with a gradient to them.
 
-    The values are the processor's own. The gradient is that of a bicubic resize, which differs from Pillow's by the rounding to 8 bits.
+    The values are the processor's own. The gradient is that of a bicubic resize, which differs from Pillow's
+    by the rounding to 8 bits.
+   
     """
     exact = clip_pixels(processor, images.detach()).to(images.device)
     shorter, crop = processor.size["shortest_edge"], processor.crop_size
@@ -211,25 +205,32 @@ def clip_pixels_with_gradient(processor, images):
 
 def normalised(images, processor):
     """Images (B, 3, H, W) in [0, 1], normalised as the image processor does it."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1)
+                 for values in (processor.image_mean, processor.image_std))
     return (images - mean) / std
 
 
 def image_embeddings(clip, pixels):
-    """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised. 32 images go through at a time."""
-    parts = [clip_embedding(clip.get_image_features(part.to(clip.device, clip.dtype))) for part in pixels.split(32)]
+    """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised. 32 images go through at a
+    time."""
+    parts = [clip_embedding(clip.get_image_features(part.to(clip.device, clip.dtype)))
+             for part in pixels.split(32)]
     return torch.cat(parts).float()
 
 
 def clip_embedding(features):
-    """The tensor in what CLIP returns: older versions of transformers return it, newer ones an object that holds it."""
+    """The tensor in what CLIP returns: older versions of transformers return it, newer ones an object that
+    holds it."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
 def scoring_head(width):
     """The MLP of Aesthetic and ImageReward, on `width` features.
 
-    The dropout layers do nothing in eval mode. They are kept because the published weights are numbered with them.
+    The dropout layers do nothing in eval mode. They are kept because the published weights are numbered with
+    them.
+   
     """
-    return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(), nn.Linear(128, 64),
+    return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
+                         nn.Linear(128, 64),
                          nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))

@@ -2,15 +2,15 @@
 import shutil
 from pathlib import Path
 
+import networks
 import pytest
+import settings
 import torch
 
 import evaluate
-import networks
 import prompts
 import rewards
 import runs
-import settings
 import train
 from conftest import tiny_flags
 

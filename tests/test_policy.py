@@ -8,16 +8,44 @@ import diffusers
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import (AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, DPMSolverMultistepScheduler,
-                       FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel,
-                       PixArtSigmaPipeline, PixArtTransformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel, SanaPipeline,
-                       SanaTransformer2DModel, ZImagePipeline, ZImageTransformer2DModel)
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import (CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 import baselines_rwr
 import ddpo

@@ -11,16 +11,25 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import networks
 import numpy as np
+import preference_rewards
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel,
-                          CLIPTokenizer, DebertaConfig, DebertaModel)
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    DebertaConfig,
+    DebertaModel,
+)
 
-import networks
-import preference_rewards
 import prompts
 import rewards
 import train

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import settings
 import torch
 from safetensors import safe_open
 
 import evaluate
 import sampling
-import settings
 import train
 from conftest import rng, run, tiny_flags, without_seconds
 from policy import PRECISIONS, load_lora, load_policy

@@ -1,0 +1,99 @@
+"""Several processes as one training, each with a GPU of its own: torchrun --nproc-per-node 8 train.py ...
+
+Every process holds the whole policy and the same generator. So all draw the same prompts, noise and order,
+and each does its share of the work: it draws, judges and learns from its own rows. Then chains and gradients
+are added up over the processes, and rewards are gathered in a row. All processes therefore compute the same
+statistics, advantages and weights. Their number is a knob of speed: it changes the result in rounding only.
+(A reward that keeps a state of its own is an exception.)
+
+Without torchrun there is one process, which exchanges nothing. If one of several processes fails, torchrun
+ends the others.
+"""
+import functools
+import os
+import sys
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def start():
+    """Join the processes that torchrun started beside this one. Only the first of them writes to the
+    terminal."""
+    if int(os.environ.get("WORLD_SIZE", 1)) <= 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # a reward may take long
+    if not is_first():
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def finish():
+    """Wait until every process has done its work, then leave the group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first():
+    """Whether this is the process that writes files and speaks to the user."""
+    return rank() == 0
+
+
+def share(n):
+    """The slice of n rows that are this process's."""
+    return slice(n * rank() // size(), n * (rank() + 1) // size())
+
+
+def my_parts(n, at_once):
+    """This process's share of n rows, as slices of at most `at_once` rows."""
+    mine = share(n)
+    return [slice(first, min(first + at_once, mine.stop)) for first in range(mine.start, mine.stop, at_once)]
+
+
+def add_up(tensors):
+    """Add up each tensor over the processes, in place. A process has filled its own rows and left zeros in
+    the others'."""
+    if size() > 1:
+        for tensor in tensors:
+            total = tensor.contiguous()  # a gradient may be channels-last
+            dist.all_reduce(total)
+            tensor.copy_(total)
+
+
+def gathered(values):
+    """The values of all processes in a row, in the order of their shares. values: a list, or a tensor (n,
+    ...)."""
+    if size() == 1:
+        return values
+    parts = [None] * size()
+    dist.all_gather_object(parts, values.cpu() if isinstance(values, torch.Tensor) else values)
+    return torch.cat(parts) if isinstance(values, torch.Tensor) else sum(parts, [])
+
+
+def by_first(work):
+    """The function as it is in the first process; in the others it does nothing and returns None."""
+    return functools.wraps(work)(lambda *args, **options: work(*args, **options) if is_first() else None)
+
+
+def from_first(work):
+    """The result of work(), which the first process does for all."""
+    results = [work() if is_first() else None]
+    if size() > 1:
+        dist.broadcast_object_list(results)
+    return results[0]

@@ -1,0 +1,453 @@
+"""Every setting of a run: its default, the rules of the presets, the flags, and what is refused.
+
+A later rule overrides an earlier one, and a flag overrides all.
+"""
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from support import processes
+
+ROOT = Path(__file__).resolve().parents[1]
+EMOJI = ROOT / "emoji"
+DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
+FINE_TUNING, WITH_ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
+ALGORITHMS = (*DDPO, *RWR, "nft")
+PRESETS = ("emoji", "paper", "lora", "sdxl", "flow")
+VLM = ("alignment", "counting")  # rewards by a vision-language model
+
+
+def setting(default, text, **facts):
+    """A field of Config, with its help text and what else is known of it.
+
+    read_by: the algorithms that read it; others refuse it. choices. zero: it may be 0. below: it must be
+    smaller than this. of_reward: an option of rewards.load_reward. place: where something is. speed: it
+    changes the result in rounding only. resumable: it may be given with --resume, as may places and speed.
+   
+    """
+    return field(default=default, metadata={"help": text, **facts})
+
+
+@dataclass
+class Config:
+    """Every setting of a run.
+
+    The defaults are the paper's (appendix D.1, D.2, D.5), with these exceptions. From the authors' code: eta,
+    stats_buffer and stats_min_count, wording, advantage_clip (their JAX code: 10, their port: 5). Ours:
+    epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16
+    autocast), the settings of memory and speed, and how often to evaluate and to save.
+   
+    """
+    preset: str = setting("emoji", "emoji: the bundled toy model; paper: Stable Diffusion v1.4 with the "
+                          "paper's settings; lora: v1.5 and LoRA; sdxl; flow: any flow-matching model",
+                          choices=PRESETS)
+    reward: str = setting("compressibility", "a name of rewards.py, or your own as path/to/file.py:function",
+                          place=True)
+    watch: tuple = setting((), "a reward to evaluate and never to train on; may be repeated; none: nothing",
+                           place=True)
+    prompts: str = setting("common_animals", "a set of python prompts.py, or a file: one prompt a line, or "
+                           ".jsonl",
+                           place=True)
+    algorithm: str = setting("ddpo-is", "DDPO by importance sampling or score function, a baseline, or "
+                             "DiffusionNFT", choices=ALGORITHMS)
+    model: str = setting("CompVis/stable-diffusion-v1-4",
+                         "a text-to-image pipeline of diffusers: hub name, folder, "
+                         "or single file", place=True)
+    prediction_type: str = setting("", "what the network predicts, if its files say it wrongly or not at all",
+                                   choices=("", "epsilon", "v_prediction", "sample"))
+    t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (10 GB)")
+    lora_rank: int = setting(0, "train adapters of this rank beside the denoiser's attention; 0: all weights",
+                             zero=True)
+    lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank", zero=True)
+    height: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
+    width: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
+    call: str = setting("", 'JSON of other options of the pipeline\'s call, as {"clip_skip": 1}')
+    reward_model: str = setting("", "learned rewards: another network than the published one, by folder or "
+                                "hub name",
+                                of_reward=True, place=True)
+    aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch",
+                                  of_reward=True, place=True)
+    wording: str = setting("code", "alignment: whose question and reference sentence to use, the authors' "
+                           "code's or the paper's", of_reward=True, choices=("code", "paper"))
+    bert_model: str = setting("", "alignment: BERTScore's encoder instead of deberta-xlarge-mnli",
+                              of_reward=True,
+                              place=True)
+    bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score, taken as 0 "
+                                   "(deberta-xlarge-mnli: 0.517)", of_reward=True, zero=True, below=1)
+    name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
+    seed: int = setting(0, "of the training: prompts, noise, order", zero=True, below=2**32)
+    epochs: int = setting(196, "how often to sample and then learn; the paper calls an epoch of RWR a round",
+                          resumable=True)
+    samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
+    images_per_prompt: int = setting(1, "images of each prompt that an epoch draws; with --stats-buffer 1 "
+                                     "--stats-min-count 1 compared with each other alone, as in GRPO")
+    updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the "
+                                     "samples")
+    batch_size: int = setting(128, "images of an update", read_by=FINE_TUNING)
+    sampling_steps: int = setting(50, "denoising steps T")
+    eta: float = setting(1.0, "noise of the chain, in (0, 1]")
+    noise: str = setting("ddim", "sigma of a step, see sampling.py", choices=("ddim", "cps"))
+    guidance_scale: float = setting(0.0, "guidance weight of the pipeline's call; 1: none. 0: --sd-guidance "
+                                    "if the model is Stable Diffusion 1 or 2, else the call's own default",
+                                    zero=True)
+    sd_guidance: float = setting(5.0, "guidance weight of Stable Diffusion 1 and 2 without --guidance-scale")
+    training_guidance: float = setting(0.0, "guidance weight in the loss; 0: as in sampling; 1: none",
+                                       zero=True,
+                                       read_by=FINE_TUNING)
+    learning_rate: float = setting(1e-5, "of AdamW")
+    adam_beta1: float = setting(0.9, "of AdamW", zero=True, below=1)
+    adam_beta2: float = setting(0.999, "of AdamW", zero=True, below=1)
+    adam_epsilon: float = setting(1e-8, "of AdamW")
+    weight_decay: float = setting(1e-4, "of AdamW", zero=True)
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
+    clip_range: float = setting(1e-4, "trust region: the ratio, per latent dimension, stays in 1 +- this",
+                                read_by=("ddpo-is",))
+    advantage_clip: float = setting(10.0, "advantages are clipped to +- this", read_by=DDPO)
+    stats_buffer: int = setting(32, "a prompt's mean and deviation are over this many of its last rewards",
+                                read_by=WITH_ADVANTAGES)
+    stats_min_count: int = setting(16, "with fewer rewards than this a prompt takes the batch's mean and "
+                                   "deviation",
+                                   read_by=WITH_ADVANTAGES)
+    skip_last_steps: int = setting(0, "number of last steps that are not learned from (ddpo.py says why)",
+                                   zero=True,
+                                   read_by=DDPO)
+    learn_steps: int = setting(0, "steps that an update learns from, drawn at random; 0: all that are not "
+                               "skipped",
+                               zero=True, read_by=DDPO)
+    baseline: str = setting("prompt", "what a reward is compared with; none: the bare reward",
+                            read_by=WITH_ADVANTAGES,
+                            choices=("prompt", "batch", "none"))
+    kl_weight: float = setting(0.0, "penalty on the KL to the pretrained policy, per step and latent "
+                               "dimension",
+                               zero=True, read_by=DDPO)
+    beta: float = setting(0.2, "inverse temperature, by which rewards are multiplied", zero=True,
+                          read_by=("rwr",))
+    nft_strength: float = setting(1.0, "b, how far v+ and v- lie from the old prediction, in units of the "
+                                  "change",
+                                  read_by=("nft",))
+    percentile: float = setting(0.9, "rewards of a prompt below this percentile are dropped", zero=True,
+                                below=1,
+                                read_by=("rwr-sparse",))
+    precision: str = setting("fp16", "of the networks; weights that train stay in fp32",
+                             choices=("fp32", "fp16", "bf16"))
+    sample_batch: int = setting(16, "images drawn at a time: memory and speed only", speed=True)
+    micro_batch: int = setting(4, "images in a forward pass of learning: memory and speed only", speed=True)
+    gradient_checkpointing: bool = setting(False, "compute activations twice instead of keeping them",
+                                           speed=True)
+    compile: bool = setting(False, "compile the denoiser by torch.compile: minutes at the start", speed=True)
+    eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is "
+                              "evaluated, too")
+    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as many as in training", zero=True)
+    eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt "
+                                "set")
+    stop_below: tuple = setting((), "a watched reward's value, as animal=0.9, or a share of its start, as "
+                                "animal=90%%: the first evaluation below it ends the run, with the weights "
+                                "of the last one that passed; may be repeated; none: never", resumable=True)
+    checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB with all weights of Stable "
+                                    "Diffusion)")
+    tracker: str = setting("none", "where else to show the run", choices=("none", "tensorboard", "wandb"),
+                           resumable=True)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)", resumable=True)
+
+
+# ---- The rules: where they hold, and what they set ----
+
+# An image is compared with the others of its prompt in the same epoch: a baseline from the first epoch on.
+_GROUPS = {"images_per_prompt": 8, "stats_buffer": 1, "stats_min_count": 1}
+_TOY_VLM = {"preset": ("emoji",), "reward": VLM}
+RULES = [
+    # RWR's numbers are appendix D.2's. Five epochs of 10,000 samples spend as many queries as DDPO; the
+    # authors' code has ten.
+    ({"algorithm": RWR}, {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400,
+                          "eval_every": 1}),
+    ({"algorithm": ("ddpo-sf",)}, {"updates_per_epoch": 1}),
+    ({"reward": ("compressibility", "incompressibility")}, {"prompts": "imagenet_animals"}),  # the paper's
+    ({"reward": ("pickscore", "hpsv2")}, {"prompts": "painted_animals"}),
+    ({"reward": ("imagereward",)}, {"prompts": "dpok"}),
+    ({"reward": ("alignment",)}, {"prompts": "animal_activities"}),
+    ({"reward": ("counting",)}, {"prompts": "two_to_eight_animals"}),
+    ({"lora": (True,)}, {"learning_rate": 3e-4}),  # of the authors' port; 1e-5 moves adapters too little
+    # Appendix C, and the authors' port.
+    ({"preset": ("lora",)}, {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}),
+    # Untested by us at full size.
+    ({"preset": ("sdxl",)}, {
+        "model": "stabilityai/stable-diffusion-xl-base-1.0", "lora_rank": 32, "precision": "bf16",
+        "sampling_steps": 20, "eval_steps": 40, **_GROUPS, "sample_batch": 4, "micro_batch": 1,
+        "gradient_checkpointing": True}),
+    # Steps, size of the groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv
+    # 2505.05470). The last action of such a chain adds hardly any noise, so its gradient would drown the
+    # others': with the last step, which is no action, it is skipped. Untested by us at full size.
+    ({"preset": ("flow",)}, {
+        "model": "stabilityai/stable-diffusion-3.5-medium", "lora_rank": 32, "lora_alpha": 64,
+                             "precision": "bf16",
+        "sampling_steps": 10, "eval_steps": 40, "height": 512, "width": 512, "skip_last_steps": 2,
+        "samples_per_epoch": 240, **_GROUPS, "images_per_prompt": 24, "sample_batch": 8, "micro_batch": 1,
+        "gradient_checkpointing": True}),
+    # Fewer and larger steps than the paper's, for a smaller model. How they were found, and what the
+    # algorithms below have from studies/compare.py --sweep: studies/results/README.md. All spend 512 queries.
+    # The clip range is per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has
+    # 16,384.
+    ({"preset": ("emoji",)}, {
+        "model": str(EMOJI / "model"), "prompts": "emoji_animals", "precision": "fp32",
+        "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
+        "epochs": 8, "samples_per_epoch": 64, "updates_per_epoch": 4, "sampling_steps": 10, **_GROUPS,
+        "learning_rate": 2e-4, "clip_range": 2e-3, "skip_last_steps": 2, "sample_batch": 64,
+                              "micro_batch": 64,
+        "eval_every": 1, "eval_prompts": 45,
+        # Of 1, 2, 3, 5 the largest whose images are near the scenes: emoji/model/README.md
+        "sd_guidance": 3.0}),
+    # In 10 guided steps the toy model nearly always draws what it is asked for, so a VLM has nothing to teach
+    # it. In 4 unguided steps a sixth of the images show another animal. A single image tells little then, so
+    # the batches are larger. The encoder is the model's own and has read captions alone, so the bare prompt
+    # is compared. All algorithms spend 3,072 queries.
+    (_TOY_VLM, {
+        "prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "sampling_steps": 4,
+        "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 5e-5,
+                "eval_every": 2,
+        "eval_prompts": 135, "sd_guidance": 1.0}),
+    ({**_TOY_VLM, "reward": ("alignment",)}, {"wording": "paper", "bert_model": str(EMOJI / "model")}),
+    ({"preset": ("emoji",), "algorithm": ("ddpo-sf",)}, {
+        "epochs": 32, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 1e-4,
+                                                         "eval_every": 4}),
+    # At this training guidance rounds without a reward change the images least (results, "Rounds without a
+    # reward"). For a VLM's reward no such weight was found.
+    ({"preset": ("emoji",), "algorithm": RWR}, {
+        "epochs": 4, "samples_per_epoch": 128, "updates_per_epoch": 20, "batch_size": 32,
+                                                "learning_rate": 1e-4,
+        "training_guidance": 1.4, "eval_every": 1}),
+    ({"preset": ("emoji",), "algorithm": ("rwr",)}, {"beta": 60.0}),
+    ({"preset": ("emoji",), "algorithm": ("nft",)}, {
+        "updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}),
+    ({**_TOY_VLM, "algorithm": ("ddpo-sf",)}, {
+        "epochs": 12, "samples_per_epoch": 256, "learning_rate": 1e-4, "eval_every": 2}),
+    ({**_TOY_VLM, "algorithm": RWR}, {
+        "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 1.0}),
+    ({**_TOY_VLM, "algorithm": ("rwr-sparse",)}, {"learning_rate": 2e-4}),
+    ({**_TOY_VLM, "algorithm": ("nft",)}, {
+        "epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "learning_rate": 3e-4,
+                                           "eval_every": 1}),
+    ({"preset": ("emoji",), "lora": (True,)}, {"learning_rate": 3e-3}),  # studies/results/README.md
+]
+
+
+def chosen(**asked):
+    """What the rules say for a preset, an algorithm, a reward, and lora: whether adapters train."""
+    values = {}
+    for where, what in RULES:
+        if all(asked[name] in wanted for name, wanted in where.items()):
+            values |= what
+    return values
+
+
+# ---- Making a Config ----
+
+def build_config(flags):
+    """The Config of a dict of flags. ValueError: see check."""
+    asked = {name: flags.get(name, getattr(Config, name)) for name in ("preset", "algorithm", "reward")}
+    rank = flags.get("lora_rank", chosen(**asked, lora=False).get("lora_rank"))
+    config = Config(**{**chosen(**asked, lora=bool(rank)), **flags})
+    for item in fields(Config):
+        if item.name in flags and config.algorithm not in item.metadata.get("read_by", ALGORITHMS):
+            raise ValueError(f"{flag_of(item.name)} is read by {', '.join(item.metadata['read_by'])}, not by "
+                             f"{config.algorithm}")
+    if "training_guidance" not in flags and config.guidance_scale not in (0, config.sd_guidance):
+        config.training_guidance = Config.training_guidance  # the rule's goes with the rule's guidance
+    if "watch" not in flags:  # the rule's choice may have the name of the reward that is trained
+        config.watch = tuple(name for name in config.watch if short_name(name) != short_name(config.reward))
+    return completed(config)
+
+
+def completed(config):
+    """The Config with the device that "auto" means here, absolute paths, and "none" as nothing; checked."""
+    config.watch, config.stop_below = (() if list(value) == ["none"] else tuple(value)
+                                       for value in (config.watch, config.stop_below))
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in facts("place"):
+        value = getattr(config, name)
+        setattr(config, name, tuple(map(absolute, value)) if isinstance(value, tuple) else absolute(value))
+    check(config)
+    return config
+
+
+def absolute(name, start="."):
+    """A path, or a reward's path/to/file.py:function, in full if there is such a file. Other names stay."""
+    path, colon, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+    place = (Path(start) / path).resolve()
+    return f"{place}{colon}{function}" if path and place.exists() else name
+
+
+def saved_settings(config):
+    """The settings as a dict of plain values. Paths inside the project are relative to it, so that it may
+    move."""
+    def saved(value):
+        return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+
+    return {name: [saved(one) for one in value] if isinstance(value, tuple) else saved(value)
+            for name, value in asdict(config).items()}
+
+
+def load_settings(settings, flags):
+    """The Config of saved settings, with the flags of --resume. ValueError if one of these may not be
+    given."""
+    allowed = [*facts("resumable"), *facts("place"), *facts("speed")]
+    others = [flag_of(name) for name in flags if name not in allowed]
+    if others:
+        raise ValueError(f"--resume uses the run's own settings, so {', '.join(others)} cannot be given; "
+                         f"only {', '.join(map(flag_of, allowed))} can")
+    for name in facts("place"):
+        value = settings[name]
+        settings[name] = ([absolute(one, ROOT) for one in value] if isinstance(value, list)
+                          else absolute(value, ROOT))
+    return completed(Config(**{**settings, **flags}))
+
+
+def shared_settings(config):
+    """The settings that make a result what it is and that its algorithm reads, as they may be published."""
+    left_out = ("name", "seed", "device", "checkpoint_every", "tracker", *facts("speed"))
+    read = [item.name for item in fields(Config)
+            if config.algorithm in item.metadata.get("read_by", ALGORITHMS) and item.name not in left_out]
+    return {name: value for name, value in saved_settings(config).items() if name in read}
+
+
+def reward_settings(config, name):
+    """The options of a reward: the run's settings, but the rules' for one that it neither trains nor watches."""
+    own = chosen(preset=config.preset, algorithm=config.algorithm, reward=name, lora=bool(config.lora_rank))
+    values = vars(config) if name in (config.reward, *config.watch) else {**vars(Config), **own}
+    return {option: values[option] for option in facts("of_reward")}
+
+
+def facts(name):
+    """The settings of which that is known: "place", "speed", "of_reward", "resumable"."""
+    return [item.name for item in fields(Config) if item.metadata.get(name)]
+
+
+def flag_of(name):
+    """'--clip-range'."""
+    return "--" + name.replace("_", "-")
+
+
+def short_name(reward):
+    """'compressibility', or the function's name of 'path/to/file.py:function'."""
+    return reward.rpartition(":")[2]
+
+
+# ---- What is refused ----
+
+def check(config):
+    """ValueError, in one line, if settings cannot run or do not go together."""
+    for item in fields(Config):
+        value, known, limit = getattr(config, item.name), item.metadata, item.metadata.get("below", math.inf)
+        if value not in known.get("choices", (value,)):
+            raise ValueError(f"{flag_of(item.name)} {value}: choose "
+                             f"{', '.join(filter(None, known['choices']))}")
+        if item.type in (int, float) and not (0 < value < limit or known.get("zero") and value == 0):
+            raise ValueError(f"{flag_of(item.name)} {value}: must be "
+                             f"{'at least' if known.get('zero') else 'above'} 0"
+                             + (f" and below {limit}" if "below" in known else ""))
+    for wrong, message in refusals(config):
+        if wrong:
+            raise ValueError(message)
+    call_options(config)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+
+
+def refusals(c):
+    """Pairs: whether something is wrong with a Config, and what to say then."""
+    ddpo, names = c.algorithm in DDPO, [short_name(name) for name in (c.reward, *c.watch)]
+    twice = [name for name in names if names.count(name) > 1]
+    images = c.batch_size if c.algorithm in FINE_TUNING else c.samples_per_epoch // c.updates_per_epoch
+    learned = c.sampling_steps - c.skip_last_steps
+    yield c.name != Path(c.name).name or c.name == "..", f"--name {c.name}: must be a plain name, as runs/NAME"
+    yield twice, f"two rewards are called {twice[:1]}: they would be one in the log"
+    yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
+    yield c.precision == "fp16" and not c.device.startswith("cuda"), "--precision fp16 needs a GPU with CUDA"
+    # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 there.
+    yield c.compile and (c.device, c.precision) == ("cpu", "bf16"), (
+        "--compile with --precision bf16 trains only the outer level of the U-Net on a CPU: use fp32")
+    yield c.algorithm == "nft" and c.baseline == "none", (
+        "--baseline none: nft asks whether an image is better than others; choose prompt or batch")
+    yield c.stats_min_count > max(c.stats_buffer, c.images_per_prompt), (
+        f"--stats-min-count {c.stats_min_count} is more than --stats-buffer or --images-per-prompt can give")
+    yield c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1, (
+        f"--updates-per-epoch {c.updates_per_epoch}: ddpo-sf takes one update an epoch, since its samples "
+                                                                 "must "
+        "come from the current weights; use --algorithm ddpo-is for more")
+    yield c.samples_per_epoch % c.images_per_prompt, (
+        f"--samples-per-epoch {c.samples_per_epoch} does not divide into --images-per-prompt "
+                                                      f"{c.images_per_prompt}")
+    yield c.algorithm in WITH_ADVANTAGES and c.baseline == "prompt" and c.images_per_prompt == c.stats_buffer == 1, (
+        "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone: give "
+                                                                                                                     "--stats-buffer 16 "
+        "--stats-min-count 8, too")
+    yield ddpo and c.samples_per_epoch % c.updates_per_epoch, (
+        f"--samples-per-epoch {c.samples_per_epoch} does not divide into --updates-per-epoch "
+                                                               f"{c.updates_per_epoch} "
+        "equal shares")
+    yield ddpo and learned < 1, f"--skip-last-steps {c.skip_last_steps} leaves none of --sampling-steps"
+    yield ddpo and c.learn_steps > learned, (
+        f"--learn-steps {c.learn_steps}: only {learned} steps are learned from (--sampling-steps less "
+        "--skip-last-steps)")
+    yield processes.size() > min(images, c.eval_prompts, c.samples_per_epoch), (
+        f"{processes.size()} processes are too many: an update has {images} images to share, an evaluation "
+        f"{c.eval_prompts} prompts")
+
+
+def call_options(config):
+    """--call as a dict. ValueError if it is not a JSON object, or holds what a flag of its own says."""
+    try:
+        options = dict(json.loads(config.call or "{}"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--call {config.call}: must be a JSON object: {error}") from error
+    twice = [name for name in ("height", "width", "guidance_scale")
+             if getattr(config, name) and name in options]
+    if twice:
+        raise ValueError(f"--call and {flag_of(twice[0])} both say {twice[0]}")
+    return options
+
+
+# ---- The command line ----
+
+def parse(argv, description):
+    """The flags that were given, as a dict. ValueError if one is unknown or malformed."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse  # one line, not the usage of sixty flags
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME")
+    for item in fields(Config):
+        kind = {"type": item.type, "choices": item.metadata.get("choices"),
+                "metavar": item.name.split("_")[-1].upper()}
+        if item.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        if item.type is tuple:
+            kind = {"action": "append", "metavar": "NAME"}
+        if "choices" in item.metadata:
+            kind.pop("metavar")
+        only = f" ({', '.join(item.metadata['read_by'])})" if "read_by" in item.metadata else ""
+        parser.add_argument(flag_of(item.name), **kind, help=item.metadata["help"] + only + defaults_of(item))
+    return vars(parser.parse_args(argv))
+
+
+def refuse(message):
+    """What argparse is to do with a mistake."""
+    raise ValueError(message)
+
+
+def defaults_of(item):
+    """'; default 196; rwr, rwr-sparse: 5; emoji: 8': a setting's default, and what the rules say instead."""
+    texts = [f"default {item.default}"] if item.default not in ("", ()) else []
+    for where, what in RULES:
+        if item.name in what:
+            places = [", ".join(map(str, names)).replace("True", "LoRA") for names in where.values()]
+            value = what[item.name]
+            value = " and ".join(value) if isinstance(value, tuple) else str(value)
+            texts.append(f"{' with '.join(places)}: {value.replace(f'{ROOT}/', '')}")
+    return "".join(f"; {text}" for text in texts)

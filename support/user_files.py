@@ -1,0 +1,44 @@
+"""A user's reward file: its function, called as the contract of rewards.py says."""
+import functools
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+
+@functools.cache
+def user_function(name, known=()):
+    """The function of 'path/to/file.py:function', in the shape of this project's rewards.
+
+    The file runs once, as a module. Its folder is appended to sys.path, so that it may import what lies
+    beside it. ValueError if there is no such function. known: the names that could have been given instead.
+   
+    """
+    path, _, function = name.rpartition(":")
+    if not path:
+        raise ValueError(f"no reward {name!r}: choose {', '.join(known)}, or your own as "
+                         "path/to/file.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"no reward file {path!r}")
+    function = getattr(module_of(Path(path).resolve()), function, None)
+    if not callable(function):
+        raise ValueError(f"the reward file {path!r} has no function {name.rpartition(':')[2]!r}")
+    asks = len(inspect.signature(function).parameters) > 2
+
+    def reward(images, prompts):
+        metadata = [[prompt.metadata for prompt in prompts]] if asks else []
+        return function(images, [prompt.text for prompt in prompts], *metadata)
+
+    return functools.wraps(function)(reward)  # it keeps the function's unit, and whether it is differentiable
+
+
+@functools.cache
+def module_of(path):
+    """The module of a Python file. Two functions of one file share it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_user", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
