@@ -1,6 +1,6 @@
 """Reward-weighted regression (paper, section 4.2): what DDPO is compared with, in the same call shape.
 
-    minimise     L = E[ w(x_0, c) ||eps - eps_theta(x_t, c, t)||^2 ],   x_0 ~ p_old, t uniform, x_t = x_0 noised by eps to t
+    minimise     L = E[ w(x_0, c) ||eps - eps_theta(x_t, c, t)||^2 ],   x_0 ~ p_old, t uniform
     RWR          w(x_0, c) = exp(beta r(x_0, c)) / Z
     sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C]
 
@@ -10,12 +10,14 @@ makes the image more likely. The paper calls an epoch of RWR a round. With one r
 earlier work (Lee et al. 2023). More rounds interleave sampling and training.
 
 Where we depart from these lines:
- 1. Weights are per prompt, as the paper says (D.3). In the authors' code this is true of RWR on aesthetic quality. Their RWR on
-    JPEG size takes one softmax over all samples.
- 2. The weights of a prompt's samples average 1, in both forms: beta and the percentile decide which samples count, not how large
-    the loss is. The authors scale their softmax in the same way. In their sparse version every kept sample has the weight 1. In
-    ours a prompt counts as often as it was drawn, however many of its samples are kept.
- 3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.training_guidance 1 takes the plain one.
+ 1. Weights are per prompt, as the paper says (D.3). In the authors' code this is true of RWR on aesthetic
+    quality. Their RWR on JPEG size takes one softmax over all samples.
+ 2. The weights of a prompt's samples average 1, in both forms: beta and the percentile decide which samples
+    count, not how large the loss is. The authors scale their softmax in the same way. In their sparse
+    version every kept sample has the weight 1. In ours a prompt counts as often as it was drawn, however
+    many of its samples are kept.
+ 3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.training_guidance 1 takes the
+    plain one.
  4. The norm is a mean over the latent dimensions, a constant factor.
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
 """
@@ -26,32 +28,27 @@ import torch
 from ddpo import summary
 from sampling import target_of
 
-# Noise levels of an update, where the network takes one timestep a call (Z-Image): each costs a call
-LEVELS = 8
+LEVELS = 8  # noise levels of an update, where the network takes one timestep a call: each costs a call
 
 
 # ---- Rewards into weights ----
 
 def rwr_weights(prompts, rewards, beta):
-    """B prompts and B rewards -> weights (B,) fp32: the softmax of beta r over each prompt's n samples, times
-    n.
+    """B prompts and B rewards -> weights (B,): the softmax of beta r over each prompt's n samples, times n.
 
     beta multiplies the reward in its own unit. It is an inverse temperature, though the authors' code calls
     it a temperature. At 0 all weights are 1, plain fine-tuning. At a large beta only a prompt's best sample
     counts. A prompt with one sample, or with equal rewards, has weights of 1.
-   
     """
     return weights_per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
 
 
 def sparse_weights(prompts, rewards, percentile):
-    """B prompts and B rewards -> weights (B,) fp32: equal for each prompt's rewards >= C, else 0; their
-    average is 1.
+    """B prompts and B rewards -> weights (B,): equal for each prompt's rewards >= C, else 0; average 1.
 
     C is the prompt's own percentile, in [0, 1), interpolated linearly between neighbours. So the best sample
     is always kept, alone if a prompt has at most ten and the percentile is 0.9. Ties stay together: a prompt
     with one sample, or with equal rewards, keeps all. At 0 all weights are 1, plain fine-tuning.
-   
     """
     def weights(r):
         kept = (r >= r.quantile(percentile)).double()
@@ -61,8 +58,7 @@ def sparse_weights(prompts, rewards, percentile):
 
 
 def weights_per_prompt(prompts, rewards, weights_of):
-    """B prompts and B rewards -> weights (B,) fp32; weights_of(rewards (n,) of one prompt) gives those of a
-    prompt."""
+    """B prompts, B rewards -> weights (B,) fp32. weights_of: rewards (n,) of one prompt -> its weights."""
     rewards = torch.as_tensor(rewards).cpu().double()
     assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
     weights = torch.empty_like(rewards)
@@ -77,11 +73,9 @@ def weights_per_prompt(prompts, rewards, weights_of):
 # ---- The loss ----
 
 def weighted_denoising_loss(prediction, target, weights):
-    """Two (N, D...) and weights (N,) -> scalar loss, info. With weights of 1 and no guidance it is the loss
-    of pretraining.
+    """Two (N, D...) and weights (N,) -> loss, info. With weights of 1, unguided: that of pretraining.
 
     denoising_error  the mean error before weighting. Healthy: about constant.
-   
     """
     errors = ((prediction - target) ** 2).flatten(1).mean(1)                 # (N,)
     return (weights * errors).mean(), {"denoising_error": errors.detach().mean()}  # section 4.2
@@ -90,17 +84,15 @@ def weighted_denoising_loss(prediction, target, weights):
 # ---- One epoch of learning ----
 
 def rwr_update(policy, trajectory, weights, learner, rng, config):
-    """One epoch of learning (a round): config.updates_per_epoch optimizer steps on the final latents x_0.
-    Returns info.
+    """One epoch of learning (a round): config.updates_per_epoch optimizer steps on x_0. Returns info.
 
     weights: (B,). learner: a ddpo.Learner of the policy. rng: a CPU generator, which draws order, timesteps
     and noise. An update takes config.batch_size images, from reshuffled passes over those with a weight above
     0. Each is noised to one timestep, drawn uniformly from the model's training timesteps, with the shift
     that the chain has. (A network that takes one timestep a call, as Z-Image's, gets LEVELS of them an
     update.) The loss is their mean. Also read: config.training_guidance. info: see ddpo.summary.
-   
     """
-    assert weights.shape == (len(trajectory.x_0),), f"{tuple(weights.shape)} weights for {len(trajectory.x_0)} images"
+    assert weights.shape == (len(trajectory.x_0),), f"{len(weights)} weights, {len(trajectory.x_0)} images"
     kept = weights.nonzero().flatten()
     # Images of weight 0 are never drawn, so the weights of the others must average 1.
     weights = (weights / weights[kept].mean()).to(policy.device)
@@ -114,9 +106,7 @@ def rwr_update(policy, trajectory, weights, learner, rng, config):
 def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of):
     """The optimizer steps of an epoch on the images `rows` of a trajectory, as rwr_update says. Returns info.
 
-    loss_of(policy, images (N,), noised, target (N, D...)) -> loss, info: of those images, noised: x_t (N,
-    D...), t (N,), N texts.
-   
+    loss_of(policy, images (N,), (x_t (N, D...), t (N,), N texts), target (N, D...)) -> loss, info.
     """
     if config.training_guidance:
         policy = policy.with_guidance(config.training_guidance)
@@ -140,8 +130,7 @@ def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of):
 
 
 def reshuffled_passes(rows, batches, batch_size, rng):
-    """`batches` batches of `batch_size` rows: (batches, batch_size). How often two rows come differs by at
-    most one."""
+    """`batches` batches of rows: (batches, batch_size). How often two rows come differs by at most one."""
     passes = math.ceil(batches * batch_size / len(rows))
     order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
     return order[:batches * batch_size].view(batches, batch_size)

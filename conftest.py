@@ -11,41 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import (AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler,
+                       SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel, UniPCMultistepScheduler)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel,
+                          CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, LlamaConfig,
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
+                          T5Config, T5EncoderModel)
 
 import train
 from ddpo import Learner
@@ -66,15 +44,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def with_a_lock_of_its_own():
-    """For tqdm: a test that interrupts a run amid the drawing of a bar leaves the lock locked, and a later
-    test's threads would wait."""
+    """For tqdm: an interrupted test may leave its lock locked, and a later test's threads would wait."""
     tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture
 def with_drawings():
-    """For tests that look at the curve or the animation. In the others they are left out: they are a third of
-    a tiny run."""
+    """For tests that look at curve or animation. In others these are left out: a third of a tiny run."""
 
 
 @pytest.fixture(autouse=True)
@@ -169,8 +145,7 @@ def tiny_sdxl(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory):
-    """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents of 16 channels, flow
-    matching, three text encoders."""
+    """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents, three text encoders."""
     torch.manual_seed(0)
     part, (small, large) = tiny_pipeline(), tiny_clips()
     vae = AutoencoderKL(**{**part.vae.config, "latent_channels": 16, "shift_factor": 0.06,
@@ -229,8 +204,7 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory):
-    """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a tokenizer of a few
-    words."""
+    """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a small tokenizer."""
     torch.manual_seed(0)
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
              *"user : assistant ? . how many animals are in this image what animal "
@@ -265,7 +239,6 @@ def learner(policy, learning_rate=1e-3, sgd=None, **changes):
     """What ddpo_update and rwr_update take besides a trajectory and advantages or weights.
 
     sgd: learning rate of plain SGD in AdamW's place, which would hide a wrong scale of the gradient.
-   
     """
     config = replace(build_config({"precision": "fp32"}), **{
         "learning_rate": learning_rate, "updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2,
@@ -335,7 +308,6 @@ def forked(count, *flags, send=None):
     each said on stderr.
 
     send: (signal, rank, folder): sent to that process, twice, once the folder's log has three rows.
-   
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

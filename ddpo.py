@@ -1,29 +1,34 @@
 """The DDPO estimators (paper, section 4.3): rewards and recorded chains into policy updates.
 
     DDPO-SF   grad J = E[ sum_t                  grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ]
-    DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],   with PPO's clip
+    DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],  clipped
 
 Where we depart from these two lines. The authors' code does 1 to 3, too.
- 1. r becomes an advantage: it is whitened per prompt (D.3). A constant baseline does not bias the gradient, and it makes the
-    variance smaller.
- 2. log p is the mean over the D latent dimensions (sampling.log_prob says why). So p_theta / p_old becomes its D-th root, and
-    the clip range is one per dimension. The sum over t becomes a mean: a constant factor, which AdamW does not see. (The norm
-    at which gradients are clipped does see it.)
+ 1. r becomes an advantage: it is whitened per prompt (D.3). A constant baseline does not bias the gradient,
+    and it makes the variance smaller.
+ 2. log p is the mean over the D latent dimensions (sampling.log_prob says why). So p_theta / p_old becomes
+    its D-th root, and the clip range is one per dimension. The sum over t becomes a mean: a constant
+    factor, which AdamW does not see. (The norm at which gradients are clipped does see it.)
  3. Advantages are clipped, so that one lucky image cannot rule the update.
  4. Equal rewards give an advantage of 0 (see whiten). The authors divide by the deviation + 1e-6.
- 5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The gradient of a step's
-    log p with respect to epsilon is noise of size c / sigma, where c = d mean / d epsilon. The last step but one has a large c at a
-    tiny sigma: it alone makes 86 % of the gradient's variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`),
-    though the image hardly changes there. The estimate becomes slightly biased, and learns: 24 % in 512 queries, where updates from 8 steps
-    that may be any of the 10 gain 2 % (three seeds: studies/results/README.md, "More reward per second").
+ 5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The
+    gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
+    epsilon. The last step but one has a large c at a tiny sigma: it alone makes 86 % of the gradient's
+    variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image
+    hardly changes there. Leaving them out is slightly biased, and pays: +24 % in 512 queries, against +2 %
+    when as many steps are drawn from all ten (three seeds: studies/results/README.md, "More reward per
+    second").
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
- 7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is (see PromptStatistics). With a buffer of 1 and
-    several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of the group alone, as in GRPO:
-    a baseline from the first epoch on. It learned twice as fast (studies/results/README.md).
- 8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy moves, the ratio falls,
-    whatever the advantage. So the low side of the clip is in effect a bound on the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back
-    in. Here that was no gain, and an earlier policy was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
- 9. An update may learn from some of the steps, drawn at random (learn_steps). That does not bias the gradient.
+ 7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
+    and several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of
+    the group alone, as in GRPO: a baseline from the first epoch on. It learned twice as fast
+    (studies/results/README.md).
+ 8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
+    moves, the ratio falls, whatever the advantage. So the low side of the clip is in effect a bound on the
+    KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an earlier policy
+    was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
+ 9. An update may learn from some of the steps, drawn at random (learn_steps). That does not bias the
+    gradient.
 """
 import copy
 from collections import Counter
@@ -39,41 +44,34 @@ from support import processes
 # ---- The two losses ----
 
 def score_function_loss(log_probs, old_log_probs, advantages, clip_range):
-    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Its gradient is right only where theta =
-    theta_old.
+    """DDPO-SF, REINFORCE: three (N,) tensors -> scalar loss, info. Right only where theta = theta_old.
 
     clip_range is read by the info alone.
-   
     """
     loss = -(advantages * log_probs).mean()                                  # section 4.3, DDPO_SF
     return loss, ratio_info(log_probs, old_log_probs, clip_range)
 
 
 def clipped_loss(log_probs, old_log_probs, advantages, clip_range):
-    """DDPO-IS, PPO's clipped surrogate: three (N,) tensors -> scalar loss, info. Why the ratio is not
-    centred: 8 above."""
-    # (N,)  p_theta / p_old, per dimension
-    ratio = (log_probs - old_log_probs).exp()
+    """DDPO-IS, PPO's clipped surrogate: three (N,) -> scalar loss, info. Why it is not centred: 8 above."""
+    ratio = (log_probs - old_log_probs).exp()                                # p_theta / p_old, per dimension
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    # Section 4.3, DDPO_IS; PPO, equation 7
-    loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
+    loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()   # section 4.3; PPO, equation 7
     return loss, ratio_info(log_probs, old_log_probs, clip_range)
 
 
 @torch.no_grad()
 def ratio_info(log_probs, old_log_probs, clip_range):
-    """How far the policy has moved from the one that sampled: figures over N images at a step, per latent
-    dimension.
+    """How far the policy has moved from the one that sampled: figures over N images at a step, per dimension.
 
-    approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If it grows, lower
-                        the learning rate.
+    approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If
+                        it grows, lower the learning rate.
     ratio_mean          mean of p_theta / p_old. Healthy: a little below 1.
-    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually much larger than the other, since the mean is
-                        below 1: 0.25 in the first epoch of a default run, 0.03 in the last.
+    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually much larger than the other,
+                        since the mean is below 1: 0.25 in a default run's first epoch, 0.03 in its last.
     clip_fraction_high  share of images with a ratio above 1 + clip_range.
-    ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update, where theta = theta_old: below 2e-6 in
-                        fp32 on a CPU, else learning scores another policy than the one that sampled.
-   
+    ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update: below 2e-6 in fp32
+                        on a CPU, else learning scores another policy than the one that sampled.
     """
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
@@ -86,8 +84,7 @@ def ratio_info(log_probs, old_log_probs, clip_range):
 # ---- Rewards into advantages ----
 
 class PromptStatistics:
-    """Rewards -> advantages, by running mean and standard deviation per prompt (D.3; buffer and min_count:
-    the authors' code).
+    """Rewards -> advantages, by running mean and deviation per prompt (D.3, and the authors' code).
 
     Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep
     32, their PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would then
@@ -95,7 +92,6 @@ class PromptStatistics:
     `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch, most
     prompts do so for many epochs (`own_statistics` in the log). For ablations the baseline may be "batch",
     the batch's statistics for all, or "none", the bare rewards.
-   
     """
 
     def __init__(self, buffer, min_count, clip, baseline="prompt"):
@@ -103,26 +99,22 @@ class PromptStatistics:
         self.rewards = {}  # prompt -> its last rewards, the newest last
 
     def advantages(self, prompts, rewards):
-        """B prompts and B rewards -> advantages (B,) fp32, and the share of images with statistics of their
-        own prompt.
+        """B prompts, B rewards -> advantages (B,) fp32, and the share of images with statistics of their own.
 
         The rewards are appended first, then whitened with the population's standard deviation, then clipped.
-       
         """
         rewards = np.asarray(rewards, np.float64)
         if self.baseline == "none":
-            # Not clipped: the clip is in standard deviations
-            return torch.tensor(rewards, dtype=torch.float32), 0.0
+            return torch.tensor(rewards, dtype=torch.float32), 0.0  # the clip is in standard deviations
         for prompt, reward in zip(prompts, rewards):
             self.rewards.setdefault(prompt, []).append(float(reward))
         for prompt, count in Counter(prompts).items():
             del self.rewards[prompt][:-max(count, self.buffer)]
-        has_own = [self.baseline == "prompt" and len(self.rewards[prompt]) >= self.min_count
-                   for prompt in prompts]
+        enough = self.min_count if self.baseline == "prompt" else np.inf
+        has_own = [len(self.rewards[prompt]) >= enough for prompt in prompts]
         groups = [np.array(self.rewards[prompt]) if own else rewards for prompt, own in zip(prompts, has_own)]
-        advantages = [whiten(reward, group) for reward, group in zip(rewards, groups)]
-        return torch.tensor(advantages, dtype=torch.float32).clamp(-self.clip,
-                                                                   self.clip), float(np.mean(has_own))
+        advantages = torch.tensor([whiten(reward, group) for reward, group in zip(rewards, groups)]).float()
+        return advantages.clamp(-self.clip, self.clip), float(np.mean(has_own))
 
 
 def whiten(reward, group):
@@ -131,7 +123,6 @@ def whiten(reward, group):
     It is 0 if the group's rewards are equal up to rounding: that of float32, in which most networks compute,
     if all of them are numbers of float32, else that of float64. The usual floor of 1e-6 under the deviation
     would turn rounding into advantages, and would shrink those of rewards that truly differ by little.
-   
     """
     rounding = 2e-7 if (group == group.astype(np.float32)).all() else 1e-14
     deviation = group.std()
@@ -148,7 +139,6 @@ def ddpo_update(policy, trajectory, advantages, learner, rng, config, loss):
     but the last config.skip_last_steps, or at config.learn_steps of these, drawn at random, the same for all
     its images. Its loss is the mean over these images and steps. Also read: config.clip_range, kl_weight.
     info: see summary; ratio_deviation is the largest of the first update.
-   
     """
     B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
@@ -168,10 +158,8 @@ def surrogate(policy, trajectory, advantages, k, loss, config, images):
     and dimensions (DPOK, equation 9). DPOK's own code adds the squared difference of the guided predictions
     instead. At T = 50 the KL is 0.09 of that at the median step, and 5.4 times that at the last step but one
     (`pytest test_ddpo.py -k dpok`). So a weight from DPOK's code means something else here.
-   
     """
-    # Where grad log p_theta comes from
-    log_probs, kl = score(policy, trajectory, images, k)
+    log_probs, kl = score(policy, trajectory, images, k)                   # where grad log p_theta comes from
     value, info = loss(log_probs, trajectory.log_probs[images, k], advantages[images], config.clip_range)
     value = value + config.kl_weight * kl.mean()
     return value, {**({"kl_pretrained": kl.detach().mean()} if policy.reference else {}), **info}
@@ -180,12 +168,10 @@ def surrogate(policy, trajectory, advantages, k, loss, config, images):
 def summary(infos):
     """The infos of an epoch's updates -> the epoch's figures: means, and a count of skipped steps.
 
-    loss             minus the surrogate (RWR: the weighted denoising loss). DDPO's stays around 0, and its size
-                     says nothing.
-    kl_pretrained    with --kl-weight: KL to the pretrained policy, per step and dimension. Healthy: levels off.
+    loss             minus the surrogate (RWR: the weighted denoising loss). DDPO's stays around 0.
+    kl_pretrained    with --kl-weight: KL to the pretrained policy, per step, dimension. Healthy: levels off.
     grad_norm        norm of the gradient before clipping. Healthy: of one order of magnitude throughout.
     skipped_updates  steps that the fp16 scaler skipped. Healthy: a few in the first epochs, then 0.
-   
     """
     norms = [info["grad_norm"] for info in infos if np.isfinite(info["grad_norm"])]  # a skipped step's is not
     return {**{name: float(np.mean([info[name] for info in infos])) for name in infos[0]},
@@ -194,13 +180,11 @@ def summary(infos):
 
 
 class Learner:
-    """Optimizer steps on the weights of a policy that train: AdamW, micro-batches, fp16's scaler. It knows no
-    epoch.
+    """Optimizer steps on the weights that train: AdamW, micro-batches, fp16's scaler. It knows no epoch.
 
     Read: config.micro_batch, the largest number of rows at a time, a knob of memory and speed; max_grad_norm,
     the settings of AdamW, precision. The optimizer works in fp32. (The authors' JAX code keeps the first
     moment in bf16.)
-   
     """
 
     def __init__(self, policy, config):
@@ -211,8 +195,8 @@ class Learner:
             self.weights, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=self.fused)
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
-        self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100,
-                                           enabled=config.precision == "fp16")
+        half = config.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=half)
         self.micro_batch, self.max_grad_norm = config.micro_batch, config.max_grad_norm
 
     def step(self, rows, losses):
@@ -221,7 +205,6 @@ class Learner:
         rows: (n,) indices. losses: functions of some of the rows -> their mean loss, info. What is minimised
         is the mean over all rows and losses. FloatingPointError, before the step, if the gradient is not
         finite. (Under fp16 the scaler skips the step.)
-       
         """
         info, parts = {}, processes.my_parts(len(rows), self.micro_batch)
         with tqdm(desc="learning", total=len(parts) * len(losses), leave=False, disable=None) as bar:
@@ -240,13 +223,11 @@ class Learner:
     def clipped_step(self):
         """Add up the processes' gradients, unscale once, clip the norm, step."""
         processes.add_up([weight.grad for weight in self.weights if weight.grad is not None])
-        # After the sum: if one process has an inf, all of them skip the step
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # after the sum: if one process has an inf, all skip the step
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm).item()
         scale = self.scaler.get_scale()
         if not np.isfinite(norm) and (not self.scaler.is_enabled() or scale < 1):  # it began at 65,536
-            raise FloatingPointError("the gradient is not finite: a smaller --learning-rate or --precision "
-                                     "fp32 may help")
+            raise FloatingPointError("the gradient is not finite: a smaller --learning-rate may help")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,12 @@
-"""What training did to the images: the base model and the trained one, on the same prompts and the same noise.
+"""What training did to the images: the base model and the trained one, on the same prompts and the same
+noise.
 
     python evaluate.py runs/compressibility-ddpo-is-1 [more runs]
     python evaluate.py runs/NAME --prompts unseen_emoji_animals --images 90 --reward incompressibility
-    python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does the gain remain when sampling without noise?
+    python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does the gain remain without noise?
 
-Prints a row for each run and reward. The rewards are the run's own or those of --reward, and then the watched ones:
+Prints a row for each run and reward. The rewards are the run's own or those of --reward, and then the watched
+ones:
 
     before, after, change  means over the images that the reward can judge, each with a 95 % interval
     improved               share of these images with a higher reward than before
@@ -13,7 +15,6 @@ The images, before above after, go to before_after.png in the run's folder.
 """
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,17 +31,16 @@ HEADER = ["run", "reward", "prompts", "images", "before", "after", "change", "im
 
 def evaluate(folder, args):
     """The table's rows of one run."""
-    config, model = finished_run(folder)
-    changes = {"prompts": args.prompts and absolute(args.prompts), "sampling_steps": args.sampling_steps
-               or config.eval_steps, "eval_prompts": args.images, "device": args.device, "eta": args.eta}
-    config = replace(config, **{name: value for name, value in changes.items() if value not in (None, "", 0)})
-    if args.eta is not None:
-        config.eta = args.eta  # 0, too: such a policy cannot be trained, but it can be drawn from
+    config, model = finished_run(folder, args.device)
+    config.prompts = absolute(args.prompts or config.prompts)
+    config.sampling_steps = args.sampling_steps or config.eval_steps or config.sampling_steps
+    config.eval_prompts = args.images or config.eval_prompts
+    config.eta = config.eta if args.eta is None else args.eta  # 0, too: nothing is scored
     asked = [absolute(name) for name in args.reward or [config.reward]]
     rewards = [reward_of(config, name, nan_allowed=True) for name in dict.fromkeys([*asked, *config.watch])]
     prompts = load_prompts(config.prompts)
-    # One after the other: two large models would not fit on a GPU.
-    drawn = [draw_fixed(policy_of(config, source, scored=False), prompts, config) for source in (config.model, model)]
+    drawn = [draw_fixed(policy_of(config, source, scored=False), prompts, config)
+             for source in (config.model, model)]  # one after the other: two would not fit on a GPU
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]
     rows, labels = [], texts * 2
     for reward in rewards:
@@ -57,43 +57,45 @@ def evaluate(folder, args):
     return rows
 
 
-def finished_run(folder):
-    """The settings of a run and the folder of its trained model. ValueError if it has none yet."""
-    config, model = load_settings(run_folder.load_checkpoint(folder)["settings"], {}), folder / "model"
+def finished_run(folder, device=None):
+    """The settings of a run, on another device if one is given, and the folder of its trained model."""
+    settings, model = run_folder.load_checkpoint(folder)["settings"], folder / "model"
     if not model.exists():
         raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
-    return config, model
+    return load_settings(settings, {"device": device} if device else {}), model
 
 
 def reward_cells(before, after, unit):
-    """The cells before, after, change and improved, of a reward's values (B,) on B images; '-' if it can judge none."""
+    """The cells before, after, change and improved, of a reward's values (B,); '-' if it can judge none."""
     known = ~(before.isnan() | after.isnan())
     if not known.any():
         return ["-"] * 4
     before, after = before[known], after[known]
-    change = with_interval(after - before, unit)
-    if unit[1] not in ("", "%") and before.mean():  # of a reward with a unit, such as a size: also in % of the start
-        change += f" ({unit[0] * (after - before).mean() / before.mean().abs():+.0%})"
-    return [with_interval(before, unit), with_interval(after, unit), change, f"{(after > before).float().mean():.0%}"]
+    change, improved = with_interval(after - before, unit), (after > before).float().mean()
+    if unit[1] not in ("", "%") and before.mean():  # of a reward with a unit, such as a size
+        change += f" ({unit[0] * (after - before).mean() / before.mean().abs():+.0%} of the start)"
+    return [with_interval(before, unit), with_interval(after, unit), change, f"{improved:.0%}"]
 
 
 def with_interval(values, unit):
-    """The mean of a reward over B images in its unit, and half its 95 % interval (normal: the images are many)."""
-    half = 1.96 * abs(unit[0]) * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    """The mean of a reward over B images in its unit, and half its 95 % interval (normal: B is large)."""
+    half = 1.96 * abs(unit[0]) * values.std(correction=int(len(values) > 1)).item() / len(values) ** 0.5
     mean, _, name = display(values.mean().item(), unit).partition(" ")
     return f"{mean} ± {half:.2g} {name}".rstrip()
 
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="By default all is as in the run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders under runs/")
-    parser.add_argument("--reward", action="append", help="as in train.py; may be repeated (default: the run's)")
-    parser.add_argument("--prompts", help="a set of python prompts.py, or a file (default: the run's)")
-    parser.add_argument("--images", type=int, help="how many, spread evenly over the prompts (default: the run's)")
-    parser.add_argument("--sampling-steps", type=int, help="denoising steps T (default: the run's)")
-    parser.add_argument("--eta", type=float, help="noise of the chain, from 0 (default: the run's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the run's)")
+    parser.add_argument("--reward", action="append", help="as in train.py; may be repeated")
+    parser.add_argument("--prompts", help="a set of python prompts.py, or a file")
+    parser.add_argument("--images", type=int, help="how many, spread evenly over the prompts")
+    parser.add_argument("--sampling-steps", type=int, help="denoising steps T")
+    parser.add_argument("--eta", type=float, help="how random the chain is, from 0")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps")
     parser.error = refuse  # one line, not the usage of all flags
     try:
         args = parser.parse_args(argv)

@@ -1,18 +1,16 @@
-"""The policy: a text-to-image pipeline of diffusers, whose own call predicts and decodes. Only its scheduler
-is ours.
+"""The policy: a text-to-image pipeline of diffusers, whose own call predicts and decodes.
 
 The `__call__` of each such pipeline encodes the prompts, prepares the latents, sets the timesteps, then for
 each timestep makes a guided prediction and hands it to `scheduler.step`, then decodes. One call, with a
 stand-in for its scheduler (a tap), gives all that we need:
 
-    the guided prediction for x_t at t    one timestep in the chain: prepare_latents hands in x_t, and the tap's step
-                                          keeps the prediction
+    the guided prediction for x_t at t    one timestep in the chain: prepare_latents hands in x_t, and the
+                                          tap keeps what its step gets
     the image of x_0                      no timestep in the chain: prepare_latents hands in x_0
-    the chain: T timesteps, a and b       what the pipeline itself set in the tap, resolution-dependent shifts included
+    the chain: T timesteps, a and b       what the pipeline itself set in the tap, shifts included
 
 So an architecture costs no code here. Three functions alone read diffusers' internals: `Policy._call`,
-`tapped`, and `cached_encoding` of support/loading.py. requirements.txt pins the version for their sake:
-whoever raises it runs tests/test_policy.py.
+`tapped`, and `cached_encoding` of support/loading.py. requirements.txt pins diffusers for their sake.
 
 N images that go through the network together. Latents (N, D...) are as the scheduler sees them: see
 sampling.py.
@@ -30,21 +28,18 @@ from support.loading import PRECISIONS, add_lora, denoiser_of, load_pipeline, sa
 from support.networks import one_line_errors
 
 PROBE = "a photo"  # a prompt for calls whose image nobody looks at
-# Their prediction depends on timestep, latent and prompts alone (tests/test_policy.py). load_policy tries any
-# other.
+# Their prediction depends on timestep, latent and prompts alone: tests/test_policy.py. Any other is tried.
 TESTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
           "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline", "SanaPipeline", "PixArtSigmaPipeline")
 
 
 class Policy:
-    """A pipeline with a chain to draw. Only weights of its denoiser (U-Net or transformer) train: all, or
-    LoRA's.
+    """A pipeline with a chain to draw. Only weights of its denoiser train: all, or LoRA's.
 
-    pipeline: as load_pipeline returns it. options: of its call, guidance included. precision: of the autocast
-    of the denoiser; weights that train, latents and the step's arithmetic are fp32. schedule: a
-    sampling.Schedule, see with_chain. reference: the weights of the pretrained policy, for a penalty on the
-    KL to it. training_levels: see the function. latent_shape: D... of a latent. image_size: [height, width]
-    in pixels.
+    pipeline: as load_pipeline returns it. options: of its call. precision: of the denoiser's autocast;
+    trained weights, latents and the step's arithmetic are fp32. schedule: a sampling.Schedule. reference: the
+    weights of the pretrained policy, for a penalty on the KL to it. training_levels: see the function.
+    latent_shape: D... of a latent. image_size: [height, width] in pixels.
     """
 
     def __init__(self, pipeline, options, precision="fp32"):
@@ -77,9 +72,7 @@ class Policy:
             raise ValueError(f"a {name} draws no image of three colours")
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
-            raise ValueError(f"{steps} sampling steps: with this model's spacing diffusers makes "
-                             f"{len(timesteps)} of "
-                             "them; take one more")
+            raise ValueError(f"{steps} sampling steps: diffusers makes {len(timesteps)}; take one more")
         kind, *levels = training_levels(scheduler, tap.mu)
         policy.schedule = make_schedule(timesteps, *chain_levels(tap, timesteps), kind, eta, noise, scored)
         policy.training_levels = [values.to(self.device) for values in levels]
@@ -97,8 +90,7 @@ class Policy:
     def predict(self, x_t, t, prompts):
         """The denoiser's prediction, guided as the pipeline guides it (Ho and Salimans 2021): (N, D...) fp32.
 
-        x_t: (N, D...). t: a timestep, or (N,) of them. prompts: N texts. It has a gradient if gradients are
-        enabled.
+        x_t: (N, D...). t: a timestep, or (N,) of them. prompts: N texts. With a gradient, if it is enabled.
         """
         if t.dim() and not self.copies_of_timesteps:  # this network takes one timestep a call
             rows = [(t == level).nonzero().flatten() for level in t.unique()]
@@ -115,11 +107,7 @@ class Policy:
 
     @functools.cached_property
     def copies_of_timesteps(self):
-        """How the network takes N timesteps at once: 1, as they are; 2, twice, where guidance doubles the
-        batch; 0, not.
-
-        The wrong one raises.
-        """
+        """How the network takes N timesteps at once: 1, as they are; 2, twice, if guided; 0, not."""
         x_t, t = torch.zeros(2, *self.latent_shape, device=self.device), self.training_levels[0][[0, -1]]
         for copies in (1, 2):
             self.__dict__["copies_of_timesteps"] = copies
@@ -129,63 +117,50 @@ class Policy:
                 return copies
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
-                pass
-            finally:
+            except Exception:  # the wrong number raises one of many
                 del self.__dict__["copies_of_timesteps"]
         return 0
 
     @torch.no_grad()
     def decode(self, x_0):
-        """Latents (B, D...) -> images (B, 3, height, width), fp32 in [0, 1]. FloatingPointError if one is not
-        finite.
+        """Latents (B, D...) -> images (B, 3, height, width), fp32 in [0, 1].
 
-        As 8-bit pixels it would look like a black one.
+        FloatingPointError if one is not finite: as 8-bit pixels it would look like a black one.
         """
         height, width = self.image_size
-        # Activations take 1 GB an image of 512 x 512 pixels
-        at_once = min(8, max(1, 2**19 // (height * width)))
+        at_once = min(8, max(1, 2**19 // (height * width)))  # 1 GB of activations for 512 x 512 pixels
         return torch.cat([self.decode_with_gradient(part) for part in x_0.split(at_once)])
 
     def decode_with_gradient(self, x_0):
-        """As decode, all at once, and with a gradient to the latents: beyond/universal_guidance.py follows
-        it."""
+        """As decode, all at once, with a gradient to the latents, for beyond/universal_guidance.py."""
         vae = getattr(self.pipeline, "vae", None)
         x_0 = x_0 if vae is None else x_0.to(vae.dtype)
         _, images = self._call([PROBE] * len(x_0), x_0, timesteps=[], output="pt")
         if not images.isfinite().all():
-            raise FloatingPointError("an image is not finite; --precision fp32 may help, or another model or "
-                                     "VAE")
+            raise FloatingPointError("an image is not finite: --precision fp32 may help, or another VAE")
         return images.float()
 
     def _call(self, prompts, latents=None, timesteps=None, output="latent"):
-        """One call of the pipeline, with our latents and timesteps in the place of its own. Returns tap and
-        images.
+        """One call of the pipeline, with our latents and timesteps for its own. Returns tap and images.
 
-        latents: None leaves the pipeline its own. timesteps: None leaves it the whole chain, with its
-        scheduler's steps.
+        latents: None leaves its own. timesteps: None leaves the whole chain, with its scheduler's steps.
         """
         pipeline, scheduler, tap = self.pipeline, self.pipeline.scheduler, copy.copy(self.pipeline.scheduler)
         tap.__class__, tap.wanted, tap.steps = tapped(type(scheduler)), timesteps, []
 
         def prepare_latents(*args, **options):
-            # It may return position ids, too
             made = type(pipeline).prepare_latents(pipeline, *args, **options)
-            first, *rest = made if isinstance(made, tuple) else (made,)
+            first, *rest = made if isinstance(made, tuple) else (made,)  # with position ids, or without
             tap.latents = first if latents is None else latents
             return (tap.latents, *rest) if isinstance(made, tuple) else tap.latents
 
-        def for_each(name, value):
-            return [value] * len(prompts) if name.startswith("negative_prompt") and isinstance(value,
-                                                                                               str) else value
-
-        options = {name: for_each(name, value) for name, value in self.options.items()}
+        negatives = {name: [text] * len(prompts) for name, text in self.options.items()
+                     if name.startswith("negative_prompt") and isinstance(text, str)}
         vars(pipeline).update(scheduler=tap, prepare_latents=prepare_latents)
-        # Without the no_grad that decorates it; with a generator of its own: the global one is the rewards'
-        try:
+        try:  # without its no_grad; with a generator of its own: the global one is the rewards'
             made = type(pipeline).__call__.__wrapped__(
                 pipeline, prompt=list(prompts), num_inference_steps=self.steps, output_type=output,
-                generator=torch.Generator().manual_seed(0), **options)
+                generator=torch.Generator().manual_seed(0), **{**self.options, **negatives})
         except UnboundLocalError as error:  # Sana's catches the lack of memory in its decoding, and goes on
             raise torch.OutOfMemoryError(str(error)) from error
         finally:
@@ -201,8 +176,7 @@ class Policy:
 
     @contextlib.contextmanager
     def with_weights(self, weights):
-        """The context in which the policy predicts with other weights, as weights() returns them. No gradient
-        in it."""
+        """The context in which the policy predicts with other weights. No gradient in it."""
         mine = {name: weight.data for name, weight in self.trained.items()}
         for name, weight in self.trained.items():
             weight.data = weights[name]
@@ -219,8 +193,7 @@ class Policy:
 
 @functools.cache
 def tapped(kind):
-    """The class of a tap: a scheduler's own class, whose step keeps the prediction and returns the latents as
-    they came.
+    """The class of a tap: a scheduler's class, whose step keeps the prediction and returns the latents.
 
     If the tap wants the whole chain, it goes the scheduler's own steps, in fp32, and records them.
     """
@@ -240,13 +213,11 @@ def tapped(kind):
         tap.steps.append((sample.float(), model_output.float(), x_prev))
         return x_prev, *rest
 
-    # U-Nets ask a scheduler of flow matching, too, to scale their input, and for the deviation of x_T.
-    def scale_model_input(tap, sample, timestep=None):
+    def scale_model_input(tap, sample, timestep=None):  # a U-Net's pipeline asks a flow's scheduler, too
         return sample
 
-    return type("Tap", (kind,), dict(set_timesteps=set_timesteps, step=step,
-                                     scale_model_input=scale_model_input,
-                                     init_noise_sigma=1.0))
+    return type("Tap", (kind,), dict(init_noise_sigma=1.0, scale_model_input=scale_model_input,
+                                     set_timesteps=set_timesteps, step=step))
 
 
 # ---- The noise levels of a scheduler ----
@@ -257,27 +228,24 @@ def is_flow(scheduler):
 
 
 def chain_levels(scheduler, timesteps):
-    """a and b (T + 1,), fp64, of x_t = a x_0 + b eps, in the chain of T timesteps that a scheduler has
-    set."""
+    """a and b (T + 1,), fp64, of x_t = a x_0 + b eps, in the chain that a scheduler has set."""
     if is_flow(scheduler):
         return 1 - scheduler.sigmas.double(), scheduler.sigmas.double()
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()],
-                           scheduler.final_alpha_cumprod.reshape(1)]).double()
+    final = scheduler.final_alpha_cumprod.reshape(1)
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], final]).double()
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def training_levels(scheduler, mu=None):
-    """What a model was trained with: its prediction type, and timesteps, a, b (1000,) fp32 of x_t = a x_0 + b
-    eps.
+    """What a model was trained with: prediction type, and timesteps, a, b (1000,) of x_t = a x_0 + b eps.
 
-    Each level as often as the others. With flow matching they are shifted as the chain is: by mu, or by the
-    scheduler's own shift.
+    With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift.
     """
     N = scheduler.config.num_train_timesteps
     if not is_flow(scheduler):
         alpha_bar = scheduler.alphas_cumprod.double()
-        return scheduler.config.prediction_type, torch.arange(N), alpha_bar.sqrt().float(), (1
-                                                                                             - alpha_bar).sqrt().float()
+        a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        return scheduler.config.prediction_type, torch.arange(N), a, b
     scheduler = copy.copy(scheduler)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / N, N), **({} if mu is None else {"mu": mu}))
     s = scheduler.sigmas[:-1].flip(0).double()
@@ -288,11 +256,9 @@ def training_levels(scheduler, mu=None):
 
 def guidance_name(pipeline):
     """Which option of the pipeline's call is the guidance weight; None if none is."""
-    options, names = inspect.signature(type(pipeline).__call__).parameters, ("true_cfg_scale",
-                                                                             "guidance_scale")
-    if is_distilled(pipeline):
-        names = names[::-1]
-    return next((name for name in names if name in options), None)
+    options = inspect.signature(type(pipeline).__call__).parameters
+    names = sorted({"guidance_scale", "true_cfg_scale"} & set(options), reverse=not is_distilled(pipeline))
+    return names[0] if names else None
 
 
 def is_distilled(pipeline):
@@ -309,28 +275,23 @@ def guidance_options(pipeline, scale):
         return {}
     scale = scale or inspect.signature(type(pipeline).__call__).parameters[name].default
     if 0 < scale < 1 and not is_distilled(pipeline):
-        raise ValueError(f"guidance weight {scale:g}: most pipelines guide only above 1; take 1, or for one "
-                         "that does "
-                         "not give it by --call")
+        raise ValueError(f"guidance weight {scale:g}: pipelines guide above 1; for others use --call")
     return {name: scale, **({"negative_prompt": " "} if name == "true_cfg_scale" and scale > 1 else {})}
 
 
 # ---- A policy by the name of its model ----
 
 def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precision="fp32", noise="ddim",
-                scored=True,
-                height=0, width=0, call=None, t5=True, prediction_type="", sd_guidance=5.0, trains=True,
-                lora_rank=0,
-                lora_alpha=0, seed=0, keep_reference=False, gradient_checkpointing=False, compiled=False):
+                scored=True, height=0, width=0, call=None, t5=True, prediction_type="", sd_guidance=5.0,
+                trains=True, lora_rank=0, lora_alpha=0, seed=0, keep_reference=False,
+                gradient_checkpointing=False, compiled=False):
     """A model by hub name, folder or single file, as a policy with a chain of `steps` steps.
 
-    eta, noise, scored: see sampling.make_schedule. guidance_scale: 0 is the default of the pipeline's call,
-    and of Stable Diffusion 1 and 2 sd_guidance. height, width: of the images in pixels; 0 is the model's own.
-    call: other options of the pipeline's call. precision, t5, prediction_type: see load_pipeline. trains:
-    False for a policy that only draws. lora_rank: adapters of that rank train alone (add_lora); 0: all
-    weights of the denoiser do. keep_reference: policy.reference becomes the weights as they are now.
-    gradient_checkpointing: compute activations twice instead of keeping them. compiled: by torch.compile, for
-    sampling and learning.
+    eta, noise, scored: see sampling.make_schedule. guidance_scale: 0 is sd_guidance for Stable Diffusion 1
+    and 2, else the default of the pipeline's call. height, width: in pixels; 0 is the model's own. call:
+    other options of the pipeline's call. precision, t5, prediction_type: see load_pipeline. trains: False for
+    a policy that only draws. lora_rank: adapters of that rank train alone (add_lora); 0: all weights of the
+    denoiser. keep_reference: policy.reference becomes the weights as they are now.
     """
     pipeline = load_pipeline(model, device, precision, t5, prediction_type, in_fp32=trains and not lora_rank)
     name, call = type(pipeline).__name__, call or {}
@@ -341,8 +302,7 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
         options = {**guidance_options(pipeline, guidance_scale), **size, **call}
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
-            raise ValueError(f"the call of a {name} has no option {', '.join(unknown)} (--height, --width, "
-                             "--call)")
+            raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")
         policy = Policy(pipeline, options, precision).with_chain(steps, eta, noise, scored)
         if name not in TESTED or call:
             refuse_other_steps(policy)
@@ -361,8 +321,7 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
 
 @torch.no_grad()
 def refuse_other_steps(policy):
-    """ValueError if the pipeline's own call makes other predictions or steps than the policy, from the same
-    latents.
+    """ValueError if the pipeline's own call makes other predictions or steps than the policy.
 
     In a tapped call the loop's index is 0. What depends on it is lost in silence: guidance that begins late,
     layers that are skipped. Four steps, a number that divides 1,000: for others diffusers' own DDIM step goes
@@ -377,8 +336,5 @@ def refuse_other_steps(policy):
         mean, _ = mean_sigma(x_t, prediction, k, four.schedule)
         apart = max((ours - prediction).abs().max().item(), (mean - x_prev).abs().max().item())
         if not apart <= 1e-3:
-            raise ValueError(f"in step {k} of 4 the own call of a {type(policy.pipeline).__name__} with the "
-                             "options "
-                             f"{policy.options} and the policy are {apart:.2g} apart: the prediction depends "
-                             "on more "
-                             "than timestep, latent and prompt")
+            raise ValueError(f"in step {k} of 4 the pipeline's call, with {policy.options}, and the policy "
+                             f"are {apart:.2g} apart: it depends on more than timestep, latent and prompt")

@@ -4,13 +4,12 @@
 
 A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that
 returns the list, and name it in PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or
-JSON lines such as
+JSON lines as
 
 {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "difficulty": 1}
 
 in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that
-are right answers), and all other fields are metadata for a reward of your own. Articles and plurals are made
-here, too.
+are right answers), and all other fields are metadata for a reward of your own.
 """
 import json
 import re
@@ -19,22 +18,24 @@ from pathlib import Path
 
 # The paper's 45 common animals (section 6.1, appendix D.6), in the order of the authors' list.
 COMMON_ANIMALS = """
-    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
-    butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat
-    gorilla hedgehog kangaroo""".split()
-# Section 5.3; the authors' code: "washing the dishes"
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf
+    lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck
+    goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
+# Section 5.3; authors: "washing the dishes"
 ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
 
-# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects too, but does not name them
+# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects, but does not name them
 # all.
 UNSEEN_EMOJI_ANIMALS = """
-    elephant penguin octopus panda koala owl crab flamingo peacock parrot swan otter sloth skunk badger hippo rhino giraffe
-    leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug rooster""".split()
+    elephant penguin octopus panda koala owl crab flamingo peacock parrot swan otter sloth skunk badger
+    hippo rhino giraffe leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug
+    rooster""".split()
 UNSEEN_ANIMALS = UNSEEN_EMOJI_ANIMALS + "moose walrus ostrich iguana pigeon lemur pelican jellyfish".split()
 OBJECTS = """
-    apple armchair backpack balloon banana basket bench bicycle boat book bottle bowl bridge bus cake camera candle car castle
-    chair clock cup door drum fountain guitar hammer hat house kettle key ladder lamp lighthouse mirror motorcycle mushroom piano
-    pizza robot shoe suitcase table teapot telephone tent train tree umbrella violin""".split()
+    apple armchair backpack balloon banana basket bench bicycle boat book bottle bowl bridge bus cake camera
+    candle car castle chair clock cup door drum fountain guitar hammer hat house kettle key ladder lamp
+    lighthouse mirror motorcycle mushroom piano pizza robot shoe suitcase table teapot telephone tent train
+    tree umbrella violin""".split()
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
@@ -44,8 +45,7 @@ IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked to draw. For a reward that asks about the image: (question, right answers)
-    pairs."""
+    """What the policy is asked to draw. For a reward that asks about the image: (question, answers) pairs."""
     text: str
     questions: tuple = ()  # of (str, tuple of str)
     metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
@@ -77,19 +77,17 @@ def with_number(noun, number):
 # ---- The sets ----
 
 def common_animals():
-    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in both of the authors'
-    repositories."""
+    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in the authors' code."""
     return [Prompt(animal) for animal in COMMON_ANIMALS]
 
 
 def emoji_animals():
-    """The same 45 with an article ("a cat"), as the embedded model was trained to read them."""
+    """The same 45 with an article ("a cat"), as the toy model was trained to read them."""
     return [Prompt(with_article(animal)) for animal in COMMON_ANIMALS]
 
 
 def imagenet_animals():
-    """JPEG size: the whole labels of the 398 animal classes of ImageNet-1000, indices 0 to 397, as in the
-    authors' code."""
+    """JPEG size: the whole labels of ImageNet-1000's 398 animals, 0 to 397, as in the authors' code."""
     return read_prompts(Path(__file__).parent / "support" / "imagenet_animals.txt")
 
 
@@ -100,18 +98,16 @@ def painted_animals():
 
 def animal_activities():
     """Prompt-image alignment: the 45 animals in each of three activities, as in "an ant playing chess"."""
-    return [Prompt(f"{with_article(animal)} {activity}") for animal in COMMON_ANIMALS
-            for activity in ACTIVITIES]
+    return [Prompt(f"{animal.text} {activity}") for animal in emoji_animals() for activity in ACTIVITIES]
 
 
 def two_to_eight_animals():
-    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with the questions
-    for the VLM."""
+    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with questions."""
     return [counting_prompt(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
 
 
 def two_to_four_animals():
-    """Counting for the embedded model, which draws at most four: two to four of each of the 45 animals."""
+    """Counting for the toy model, which draws at most four: two to four of each of the 45 animals."""
     return [counting_prompt(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
 
 
@@ -125,7 +121,6 @@ def counting_questions(animal, number):
 
     The authors name the animal in the first ("How many cats are there in this image?"), and mark by
     substring. We mark by whole words, since "fourteen" is not four.
-   
     """
     return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
             ("What animal is in this image?", (animal, plural(animal))))
@@ -133,8 +128,8 @@ def counting_questions(animal, number):
 
 def dpok():
     """The four prompts of the comparison with DPOK (appendix C). One model is trained on all four."""
-    return [Prompt("a green colored rabbit"), Prompt("four wolves in the park"), Prompt("a dog and a cat"),
-            Prompt("a dog on the moon")]
+    texts = "a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"
+    return [Prompt(text) for text in texts]
 
 
 def unseen_animals():
@@ -148,8 +143,7 @@ def objects():
 
 
 def unseen_emoji_animals():
-    """Generalisation of the embedded model: 30 animals that it can draw and that no training prompt names,
-    with an article."""
+    """Generalisation of the toy model: 30 animals that it can draw and that no training prompt names."""
     return [Prompt(with_article(animal)) for animal in UNSEEN_EMOJI_ANIMALS]
 
 
@@ -161,94 +155,46 @@ def two_to_four_unseen_emoji_animals():
 PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
     common_animals, emoji_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals,
     two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals,
-                                                            two_to_four_unseen_emoji_animals)}
+    two_to_four_unseen_emoji_animals)}
 
 
 # ---- Files ----
 
 def load_prompts(name):
-    """The prompts of a set in PROMPT_SETS, or of a file. Raises ValueError, in one line, if it is neither or
-    is malformed."""
+    """The prompts of a set in PROMPT_SETS, or of a file. ValueError, in one line, if it is neither."""
     if name in PROMPT_SETS:
         return PROMPT_SETS[name]()
     if not Path(name).is_file():
-        raise ValueError(f"no prompts {name!r}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text "
-                         "file")
-    prompts = read_prompts(Path(name))
-    if not prompts:
-        raise ValueError(f"the prompt file {name!r} is empty: write one prompt a line")
-    return prompts
+        raise ValueError(f"no prompts {name!r}: neither a set ({', '.join(PROMPT_SETS)}) nor a file")
+    return read_prompts(Path(name))
 
 
 def read_prompts(path):
-    """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank. Raises
-    ValueError."""
-    described_as = f"the prompt file {str(path)!r}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{described_as} is not UTF-8 text") from error
-    if "\0" in text:
-        raise ValueError(f"{described_as} is not UTF-8 text: it holds zero bytes")
-    # A byte-order mark, which Windows writes, is not part of a prompt. str.splitlines would also split at
-    # U+2028 and the like.
-    lines = [line.strip(" \t\ufeff") for line in re.split("\r\n|\n|\r", text)]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix.lower() == ".jsonl":
-        return [prompt_of_json(line, f"{described_as}, line {number}") for number, line in numbered]
-    if path.suffix.lower() in (".json", ".csv", ".tsv"):
-        raise ValueError(f"{described_as} is a table or a JSON file: save it as text, one prompt a line, or "
-                         "as JSON lines (.jsonl, as in prompts.py)")
-    if any(looks_like_json(line) for _, line in numbered):
-        raise ValueError(f"{described_as} looks like JSON: name it .jsonl if each line is an object with a "
-                         "field \"prompt\", or save it as text, one prompt a line")
-    return [Prompt(line) for _, line in numbered]
+    """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would split at U+2028, too
+    lines = [line.strip() for line in lines if line.strip()]
+    is_table = path.suffix in (".json", ".csv") or path.suffix != ".jsonl" and lines and lines[0][0] == "{"
+    if not lines or is_table:  # of a table each line would be a prompt
+        raise ValueError(f"the file {path.name!r} must be text, a prompt a line, or JSON lines (.jsonl)")
+    return [prompt_of_json(line, path.name) if path.suffix == ".jsonl" else Prompt(line) for line in lines]
 
 
-def looks_like_json(line):
-    """Whether a line is a JSON object or list, or one of the lines of such a thing: a bracket, a field."""
-    if re.fullmatch(r"[\[\]{}]+,?", line) or re.match(r"""\[\s*["'{]|[\[{]*\s*(["'])\w+\1\s*:""", line):
-        return True
+def prompt_of_json(line, file):
+    """The Prompt of a line of JSON in that file."""
     try:
-        return isinstance(json.loads(line.rstrip(",")), (dict, list))
-    except (ValueError, RecursionError):
-        return False
-
-
-def prompt_of_json(line, described_as):
-    """The Prompt of a line of JSON. described_as: how error messages call the line. Raises ValueError."""
-    try:
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # half a Unicode character, too, is a ValueError
-        raise ValueError(f"{described_as} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{described_as} is not a JSON object")
-    name = "prompt" if "prompt" in fields else "text"
-    text = fields.pop(name, None)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{described_as} has no text in a field \"prompt\" or \"text\"")
-    questions = fields.pop("questions", None) or []
-    try:
-        questions = [(question, [right] if isinstance(right, (str, int)) else right) for question,
-                     right in questions]
-        questions = tuple((question, tuple(str(answer).lower() for answer in right)) for question,
-                          right in questions)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{described_as}: questions must be a list of [question, [right answers]]") from error
-    for question, right in questions:
-        if not isinstance(question, str):
-            raise ValueError(f"{described_as}: a question must be a text, not {question!r}")
-        # The counting reward compares such words
-        wrong = [answer for answer in right if not re.fullmatch("[a-z0-9]+", answer)]
-        if not right or wrong:
-            raise ValueError(f"{described_as}: the right answers of a question must be single words, not "
-                             f"{wrong or right!r}")
-    return Prompt(text.strip(), questions, fields)
+        fields = dict(json.loads(line))
+        text = fields.pop("prompt" if "prompt" in fields else "text").strip()
+        questions = tuple((question, tuple(str(answer).lower() for answer in right))
+                          for question, right in fields.pop("questions", ()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: {line[:60]}: must be as prompts.py says ({error})") from error
+    if any(not re.fullmatch("[a-z0-9]+", answer) for _, right in questions for answer in right):
+        raise ValueError(f"{file}: {line[:60]}: right answers must be single words")  # as counting compares
+    return Prompt(text, questions, fields)
 
 
 if __name__ == "__main__":
     for name, function in PROMPT_SETS.items():
         texts = [prompt.text for prompt in function()]
-        print(f"{name}: {len(texts)}, as {', '.join(map(repr, texts[::len(texts) // 3][:3]))}\n    "
-              f"{function.__doc__}")
+        examples = ", ".join(map(repr, texts[::len(texts) // 3][:3]))
+        print(f"{name}: {len(texts)}, as {examples}\n    {function.__doc__}")

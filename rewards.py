@@ -39,27 +39,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
 from prompts import Prompt
-from support.networks import (
-    REWARD_MODEL,
-    announce,
-    clip_pixels,
-    clip_pixels_with_gradient,
-    from_pretrained,
-    hub_file,
-    image_embeddings,
-    load_clip,
-    load_network,
-    load_weights,
-    one_line_errors,
-    read_weights,
-    scoring_head,
-)
+from support.networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained,
+                              hub_file, image_embeddings, load_clip, load_network, load_weights,
+                              one_line_errors, read_weights, scoring_head)
 from support.settings import short_name
 from support.user_files import user_function
 
@@ -88,7 +77,6 @@ def jpeg_kilobytes(image):
     4:2:0 chroma subsampling, default Huffman tables (no optimize), baseline (not progressive). The authors'
     PyTorch port does the same. Their JAX code truncates to 8 bits. (oracles/authors_oracle.json has both
     sizes of five images.)
-   
     """
     file = io.BytesIO()
     to_pil(image).save(file, "JPEG", quality=95)
@@ -108,24 +96,20 @@ class Aesthetic:
     """LAION's aesthetic predictor, about 1 to 10: an MLP on the normalised image embedding of CLIP ViT-L/14.
 
     Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`. Needs 1.7 GB of memory
-    (fp32). 1 s an image on two cores (python studies/benchmark.py --reward aesthetic --images 8, random
-    weights of that size). We have not compared it with the published scores; the names and shapes of the
-    weights are those of the published head. reward_model: another CLIP, by hub name or folder.
-    aesthetic_head: the MLP's weights as a file of safetensors or torch.
-   
+    (fp32). We have not compared it with the published scores; names and shapes of the weights are the
+    published head's. reward_model: another CLIP. aesthetic_head: a file of the MLP's weights.
     """
     differentiable = True
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
-        self.processor, self.clip = load_clip(reward_model or "openai/clip-vit-large-patch14", device,
-                                              REWARD_MODEL)
+        model = reward_model or "openai/clip-vit-large-patch14"
+        self.processor, self.clip = load_clip(model, device, REWARD_MODEL)
         described_as = "aesthetic head (--aesthetic-head)"
         weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD, described_as))
         head = scoring_head(self.clip.config.projection_dim)
         self.head = load_weights(head, weights, "layers.", described_as).to(device)
-        # A gradient to the images needs none to the weights, nor the memory for it
         for network in (self.clip, self.head):
-            network.requires_grad_(False)
+            network.requires_grad_(False)  # universal guidance needs a gradient to the images alone
 
     def __call__(self, images, prompts):
         pixels = (clip_pixels_with_gradient if images.requires_grad else clip_pixels)(self.processor, images)
@@ -136,13 +120,11 @@ class Aesthetic:
 # ---- Rewards by a vision-language model: alignment (section 5.3) and counting (appendix A) ----
 
 class VLM:
-    """A vision-language model that answers questions about images. (The authors send theirs a JPEG of quality
-    80. We do not.)
+    """A vision-language model that answers questions about images. (The authors send a JPEG. We do not.)
 
     LLaVA, or any other decoder-only image-text-to-text model of transformers that has a chat template (some
     need torchvision, and say so). It decodes greedily, so the same image gets the same answer. Half precision
     on a GPU. LLaVA 1.5 7B fetches 14 GB, which is also what its weights need of a GPU.
-   
     """
 
     def __init__(self, device, model):
@@ -154,10 +136,8 @@ class VLM:
         config = self.network.config
         if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
                 self.processor.chat_template or config.model_type == "llava"):
-            raise ValueError(f"{REWARD_MODEL} {model!r} is not a decoder-only image-text-to-text model with "
-                             "a chat template")
-        # So that every answer begins where the padded questions end
-        self.processor.tokenizer.padding_side = "left"
+            raise ValueError(f"{REWARD_MODEL} {model!r} is no decoder-only VLM with a chat template")
+        self.processor.tokenizer.padding_side = "left"  # every answer begins where the padded questions end
 
     @torch.no_grad()
     def answer(self, images, questions):
@@ -170,8 +150,8 @@ class VLM:
                                     add_special_tokens=not (bos_token and texts[0].startswith(bos_token)))
             inputs = inputs.to(self.network.device, self.network.dtype)
             tokens = self.network.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER)
-            answers += self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:],
-                                                   skip_special_tokens=True)
+            tokens = tokens[:, inputs.input_ids.shape[1]:]
+            answers += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
 
@@ -179,42 +159,36 @@ load_vlm = functools.cache(VLM)  # two rewards may ask the same one
 
 
 def dialogue(processor, question):
-    """The text that asks a question about an image: by the processor's chat template, or by LLaVA's if it has
-    none."""
+    """The text that asks a question about an image: by the processor's chat template, else by LLaVA's."""
     if not processor.chat_template:
         return f"USER: <image>\n{question} ASSISTANT:"
-    return processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                                         add_generation_prompt=True)
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 class BertRecall:
-    """BERTScore recall (Zhang et al. 2020): how well each token of a reference is matched by some token of an
-    answer.
+    """BERTScore recall (Zhang et al. 2020): how well an answer's tokens match each token of a reference.
 
     A match is the cosine of two contextual embeddings. The recall is the mean over the reference's tokens,
     without idf weights, as in the package bert-score. model: any encoder of transformers, by hub name or
     folder. It may be a pipeline's folder, whose text encoder is taken. baseline: what unrelated sentences
     score. A recall r is rescaled to (r - baseline) / (1 - baseline).
-   
     """
 
     def __init__(self, device, model, baseline=0.0):
         announce("the encoder for BERTScore", model)
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         is_pipeline = (Path(model) / "text_encoder").is_dir()
-        tokenizer, encoder = ({"subfolder": name} if is_pipeline else {}
-                              for name in ("tokenizer", "text_encoder"))
+        parts = ("tokenizer", "text_encoder")
+        tokenizer, options = ({"subfolder": part} if is_pipeline else {} for part in parts)
         self.tokenizer = from_pretrained(AutoTokenizer, model, BERT_MODEL, **tokenizer)
-        config = from_pretrained(AutoConfig, model, BERT_MODEL, **encoder)
+        options["config"] = config = from_pretrained(AutoConfig, model, BERT_MODEL, **options)
         unused = r"\bpooler\b"
         if config.model_type == "deberta" and config.num_hidden_layers == 48:
-            # Bert-score takes this layer of deberta-xlarge-mnli: it agrees best with people
-            config.num_hidden_layers = 40
+            config.num_hidden_layers = 40  # bert-score takes this layer of deberta-xlarge-mnli
             unused = r"\blayer\.4[0-7]\b"
-        self.encoder = load_network(AutoModel, model, BERT_MODEL, unused, **encoder, config=config,
-                                    dtype=torch.float32)
-        self.encoder.to(device)
+        options["dtype"] = torch.float32
+        self.encoder = load_network(AutoModel, model, BERT_MODEL, unused, **options).to(device)
         self.baseline = baseline
         with one_line_errors(BERT_MODEL, model):  # some encoders read no text by itself
             self(["a cat"], ["a cat"])
@@ -230,26 +204,21 @@ class BertRecall:
         return (recall - self.baseline) / (1 - self.baseline)
 
     def embed(self, texts):
-        """B texts -> unit vectors (B, L, E), the mask of tokens without padding (B, L), and without special
-        tokens (B, L)."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, return_special_tokens_mask=True,
-                                return_tensors="pt")
-        tokens = tokens.to(self.encoder.device)
+        """B texts -> unit vectors (B, L, E), masks (B, L): without padding, and without special tokens."""
+        options = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
+        tokens = self.tokenizer(texts, **options).to(self.encoder.device)
         mask, special = tokens.attention_mask, tokens.pop("special_tokens_mask")
-        return F.normalize(self.encoder(**tokens).last_hidden_state,
-                           dim=2), mask.float(), (mask * (1 - special)).float()
+        states = F.normalize(self.encoder(**tokens).last_hidden_state, dim=2)
+        return states, mask.float(), (mask * (1 - special)).float()
 
 
 class Alignment:
-    """Prompt-image alignment without labels (section 5.3): a VLM says what it sees, BERTScore compares that
-    with the prompt.
+    """Alignment without labels (section 5.3): a VLM says what it sees, BERTScore compares with the prompt.
 
     The recall says how much of the prompt is in the answer. The answers are the notes. With the default
     encoder unrelated sentences score about 0.52, so the reward is flat at the bottom; bert_baseline moves
-    that value to 0. 5 ms an image on one core with the embedded VLM (`seconds_reward` of the log); not
-    measured with LLaVA. reward_model: the VLM, by hub name or folder. bert_model, bert_baseline: see
-    BertRecall. wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
-   
+    that value to 0. reward_model: the VLM. bert_model, bert_baseline: see BertRecall. wording: "code", as the
+    authors' code asks and compares, or "paper", as the paper says.
     """
     WORDINGS = {"code": ("Answer concisely: what is going on in this image?", "The image contains {}"),
                 "paper": ("What is happening in this image?", "{}")}
@@ -265,29 +234,23 @@ class Alignment:
 
 
 class Counting:
-    """The share of a prompt's own questions (how many, which animal) that a VLM answers rightly (appendix A):
-    0, 1/2 or 1.
+    """The share of a prompt's questions that a VLM answers rightly (appendix A): 0, 1/2 or 1.
 
     An answer is right if one of its words is among the prompt's right answers. The answers are the notes. A
-    prompt without questions cannot be judged: NaN. 8 ms an image of two questions on one core with the
-    embedded VLM (`seconds_reward` of the log); not measured with LLaVA. reward_model: the VLM, by hub name or
-    folder.
-   
+    prompt without questions cannot be judged: NaN. reward_model: the VLM.
     """
 
     def __init__(self, device, reward_model=""):
         self.vlm = load_vlm(device, reward_model or LLAVA)
 
     def __call__(self, images, prompts):
-        asked = [(k, question, right) for k, prompt in enumerate(prompts) for question,
-                 right in prompt.questions]
+        asked = [(k, *question) for k, prompt in enumerate(prompts) for question in prompt.questions]
         answers = self.vlm.answer([images[k] for k, _, _ in asked], [question for _, question, _ in asked])
         marks, notes = [[] for _ in prompts], [[] for _ in prompts]
         for (k, _, right), answer in zip(asked, answers):
             marks[k].append(float(not set(right).isdisjoint(re.findall("[a-z0-9]+", answer.lower()))))
             notes[k].append(answer)
-        return [sum(mark) / len(mark) if mark else float("nan") for mark in marks], [" / ".join(note)
-                                                                                     for note in notes]
+        return [np.mean(mark) if mark else np.nan for mark in marks], [" / ".join(note) for note in notes]
 
 
 # ---- The table of rewards: the next one goes here ----
@@ -311,14 +274,12 @@ class Reward:
         """Values (B,) float64 on the CPU, and B notes. prompts: B prompts.Prompt or texts.
 
         In float64 rewards of a large offset keep their differences until they are whitened.
-       
         """
         with torch.no_grad():
             values, notes = values_and_notes(self.function(images.clone(), as_prompts(prompts)), len(images))
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         if values.shape != (len(images),):
-            raise ValueError(f"the reward {self.name} returned shape {tuple(values.shape)} for {len(images)} "
-                             "images")
+            raise ValueError(f"the reward {self.name} returned {list(values.shape)} for {len(images)} images")
         wrong = values.isinf() if self.nan_allowed else ~values.isfinite()
         if wrong.any():
             raise ValueError(f"the reward {self.name} returned {values[wrong][0]} for an image")
@@ -326,16 +287,14 @@ class Reward:
 
     @property
     def differentiable(self):
-        """Whether with_gradient can be called: the function says so itself, by its attribute
-        `differentiable`."""
+        """Whether with_gradient can be called: the function says so by its attribute."""
         return getattr(self.function, "differentiable", False)
 
     def with_gradient(self, images, prompts):
         """The values alone, (B,), with a gradient to the images."""
         if not self.differentiable:
-            raise ValueError(f"the reward {self.name} has no gradient: aesthetic has one, and so has a "
-                             "function of your own that computes in torch and says it by .differentiable = "
-                             "True")
+            raise ValueError(f"the reward {self.name} has no gradient; aesthetic has one, and a function "
+                             "of your own in torch, if it says so by .differentiable = True")
         return values_and_notes(self.function(images, as_prompts(prompts)), len(images))[0]
 
 
@@ -346,9 +305,9 @@ def as_prompts(prompts):
 
 def values_and_notes(result, B):
     """What a reward returned for B images -> its values, and B notes of one line, empty if it has none."""
-    values, notes = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    notes = [""] * B if notes is None or isinstance(notes,
-                                                    dict) else [" ".join(str(note).split()) for note in notes]
+    has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple, dict))
+    values, notes = result if has_notes else (result, {})
+    notes = [""] * B if isinstance(notes, dict) else [" ".join(str(note).split()) for note in notes]
     if len(notes) != B:
         raise ValueError(f"a reward returned {len(notes)} notes for {B} images")
     return values, notes
@@ -358,7 +317,6 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     """The Reward of a name in REWARDS, or of 'path/to/file.py:function'.
 
     A learned reward loads its network, on that device and with those options.
-   
     """
     if name in LEARNED:
         return Reward(name, LEARNED[name](device, **options), unit_of(name), nan_allowed)
@@ -373,8 +331,7 @@ def options_of(name):
 
 
 def unit_of(name):
-    """How people read a reward: a factor, and the unit's name. A user's function says it by its attribute
-    `unit`."""
+    """How people read a reward: a factor, and the unit's name. A user's function has an attribute `unit`."""
     if name in REWARDS:
         return UNITS.get(name, (1, ""))
     unit = getattr(user_function(name, tuple(REWARDS)), "unit", "")
@@ -382,8 +339,7 @@ def unit_of(name):
 
 
 def display(value, unit):
-    """A reward as people read it: '1.72 kB' for a compressibility of -1.72, '96 %' for 0.96, '-' for NaN or
-    None."""
+    """A reward as people read it: '1.72 kB' for a compressibility of -1.72, '96 %' for 0.96, '-' for NaN."""
     factor, name = unit                                                      # of unit_of
     if value is None or value != value:
         return "-"

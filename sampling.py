@@ -1,10 +1,9 @@
-"""The denoising chain as a Markov decision process (paper, section 4.3): its schedule, its step, drawing
-chains, scoring them.
+"""The denoising chain as a Markov decision process (paper, section 4.3): schedule, step, drawing, scoring.
 
     MDP                    diffusion
     state s_t              (prompt c, timestep t, latent x_t)
-    action a_t             x_{t-1}, the next, less noisy latent. RL calls it next; we call it x_prev, as diffusion does.
-    policy pi(a_t | s_t)   p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM with eta > 0
+    action a_t             x_{t-1}, the next, less noisy latent. We call it x_prev, as diffusion does.
+    policy pi(a_t | s_t)   p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM, eta > 0
     reward                 r(x_0, c) after the last step, 0 before
 
 One step covers diffusion and flow matching, since in both a noised latent is x_t = a_t x_0 + b_t eps:
@@ -62,35 +61,28 @@ def make_schedule(timesteps, a, b, prediction_type, eta, noise="ddim", scored=Tr
 
     noise: which sigma, one of NOISES. scored: False for a chain that is only drawn; eta may then be 0.
     ValueError if a step has no density, so that it could not be scored.
-   
-   
     """
     if not (0 < eta <= 1 or not scored and eta == 0):
-        raise ValueError(f"eta is {eta:g}, but must be in {'(' if scored else '['}0, 1]: at 0 the sampler is "
-                         "deterministic, so its actions have no log-probability, and above 1 a variance "
-                         "would be negative")
+        raise ValueError(f"eta is {eta:g}, but must be in (0, 1]: at 0 the sampler is deterministic, so its "
+                         "actions have no log-probability; above 1 a variance would be negative")
     sigma = NOISES[noise](a[:-1], b[:-1], a[1:], b[1:], eta)                 # (T,)
     without = [k for k in range(len(sigma)) if not sigma[k] > 0]
     if scored and without and (without != [len(sigma) - 1] or b[-1] > 0):
-        raise ValueError(f"sigma is 0 at timestep {timesteps[without[0]]:g}: the step is deterministic and "
-                         "has no log-probability")
+        raise ValueError(f"sigma is 0 at timestep {timesteps[without[0]]:g}: it has no log-probability")
     if scored and len(without) == len(sigma):
-        raise ValueError("1 sampling step goes to the clean image without noise, so there is no action to "
-                         "learn from: take 2 or more")
-    return Schedule(timesteps, *(values.float().to(timesteps.device) for values in (a, b, sigma)),
-                    prediction_type)
+        raise ValueError("1 sampling step has no noise, so there is no action to learn from: take 2 or more")
+    a, b, sigma = (values.float().to(timesteps.device) for values in (a, b, sigma))
+    return Schedule(timesteps, a, b, sigma, prediction_type)
 
 
 def ddim_sigma(a, b, a_prev, b_prev, eta):
-    """eta times the deviation of the forward process's posterior (Song et al. 2021, equation 16, for any a
-    and b)."""
+    """eta times the deviation of the forward process's posterior (Song et al. 2021, equation 16)."""
     rho = a * b_prev / (a_prev * b)
     return eta * b_prev * (1 - rho**2).clamp(min=0).sqrt()
 
 
 def cps_sigma(a, b, a_prev, b_prev, eta):
-    """Coefficients-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): x_{t-1} has new noise alone at
-    eta = 1."""
+    """Coefficients-preserving sampling (Wang and Yu 2025, arXiv 2509.05952): at eta = 1 all noise is new."""
     return b_prev * math.sin(eta * math.pi / 2)
 
 
@@ -100,12 +92,9 @@ NOISES = {"ddim": ddim_sigma, "cps": cps_sigma}
 # ---- The step ----
 
 def mean_sigma(x_t, prediction, k, schedule):
-    """Mean (N, D...) and standard deviation, a scalar, of x_{t-1} given x_t in step k (Song et al. 2021,
-    equation 12, for any a and b).
+    """Mean (N, D...) and deviation, a scalar, of x_{t-1} in step k (Song et al. 2021, equation 12, any a, b).
 
     x_t and the network's prediction: (N, D...) fp32.
-   
-   
     """
     a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
     sigma = schedule.sigma[k]
@@ -126,8 +115,8 @@ def x_0_and_eps(x_t, prediction, a, b, prediction_type):
 
 def target_of(x_0, eps, a, b, prediction_type):
     """What the network should predict from x_t = a x_0 + b eps: the inverse of x_0_and_eps."""
-    return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "flow": eps - x_0,
-            "sample": x_0}[prediction_type]
+    targets = {"epsilon": eps, "v_prediction": a * eps - b * x_0, "flow": eps - x_0, "sample": x_0}
+    return targets[prediction_type]
 
 
 def log_prob(x_prev, mean, sigma):
@@ -137,30 +126,24 @@ def log_prob(x_prev, mean, sigma):
     is the D-th root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D =
     16,384 in Stable Diffusion). The clip range is per dimension too: 1e-4 there lets the true density ratio
     move by a factor of 5.
-   
-   
     """
     density = -(x_prev - mean) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
 def gaussian_kl(mean, mean_reference, sigma):
-    """KL(Normal(mean, sigma^2 I) || Normal(mean_reference, sigma^2 I)), per latent dimension: (N, D...) ->
-    (N,)."""
+    """KL(Normal(mean, sigma^2 I) || Normal(mean_reference, sigma^2 I)) per dimension: (N, D...) -> (N,)."""
     return ((mean - mean_reference) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
 
 
 # ---- The policy ----
 
 def p_mean_sigma(policy, x_t, k, prompts):
-    """The policy p_theta(x_{t-1} | x_t, c) in step k: mean (N, D...) and sigma, a scalar, for N latents and N
-    texts.
+    """The policy p_theta(x_{t-1} | x_t, c) in step k for N latents and N texts: mean (N, D...) and sigma.
 
     Guidance is part of the policy, in learning as in sampling. An update without it would score another
     policy than the one that drew the images. (For sparse RWR the paper saw performance fall after the first
     round without it, appendix E.1.)
-   
-   
     """
     schedule = policy.schedule
     return mean_sigma(x_t, policy.predict(x_t, schedule.timesteps[k], prompts), k, schedule)
@@ -168,20 +151,15 @@ def p_mean_sigma(policy, x_t, k, prompts):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B recorded chains, in fp32: a latent that is rounded to half precision is not the action that was
-    scored."""
-    # (B, T + 1, D...) fp32, from x_T to x_0; without the chain (B, 1, D...), x_0 alone
-    latents: torch.Tensor
-    # (B, A) fp32, of the A actions under the policy that drew them; without the chain (B, 0)
-    log_probs: torch.Tensor
+    """B recorded chains, in fp32: a latent rounded to half precision is not the action that was scored."""
+    latents: torch.Tensor    # (B, T + 1, D...) fp32, from x_T to x_0; without the chain (B, 1, D...)
+    log_probs: torch.Tensor  # (B, A) fp32, under the policy that drew them; without the chain (B, 0)
     prompts: tuple           # B texts
 
     def __post_init__(self):
         B, states = self.latents.shape[:2]
         assert len(self.prompts) == B, f"{len(self.prompts)} prompts for {B} chains"
-        assert self.log_probs.shape in ((B, states - 1),
-                                        (B, states
-                                         - 2)), f"log_probs {tuple(self.log_probs.shape)}, {states} states"
+        assert self.log_probs.shape in ((B, states - 1), (B, states - 2)), f"log_probs of {states} states"
         assert self.latents.dtype == self.log_probs.dtype == torch.float32, "a trajectory is kept in fp32"
 
     @property
@@ -197,8 +175,6 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of
     its own, whatever it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the
     trajectory cannot be scored. title: of the progress bar. FloatingPointError if a latent is not finite.
-   
-   
     """
     B, T, A = len(prompts), len(policy.schedule.timesteps), policy.schedule.actions
     rngs = generators(rng, B)
@@ -210,8 +186,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
             x_t = latents[batch, 0] = noise(policy, rngs[batch])                         # x_T ~ Normal(0, I)
             for k in range(T):
                 mean, sigma = p_mean_sigma(policy, x_t, k, prompts[batch])
-                # X_{t-1} ~ p_theta(. | x_t, c)
-                x_prev = mean + sigma * noise(policy, rngs[batch])
+                x_prev = mean + sigma * noise(policy, rngs[batch])                       # x_{t-1} ~ p_theta
                 if keep_chain:
                     latents[batch, k + 1] = x_prev
                 if keep_chain and k < A:
@@ -230,11 +205,9 @@ def generators(rng, count):
 
     They make the noise of an image independent of batch_size, and let us draw it step by step: that of a
     whole chain is as large as the chain.
-   
-   
     """
-    return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,),
-                                                                          generator=rng).tolist()]
+    seeds = torch.randint(2**62, (count,), generator=rng).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def noise(policy, rngs):
@@ -243,19 +216,15 @@ def noise(policy, rngs):
 
 
 def score(policy, trajectory, images, k):
-    """The recorded actions of step k under the current weights: log p_theta(x_{t-1} | x_t, c) (N,), and the
-    KL to policy.reference (N,).
+    """The recorded actions of step k: log p_theta(x_{t-1} | x_t, c) (N,), KL to the reference (N,).
 
     images (N,): which chains. Both results are fp32. log p carries a gradient, and so does the KL if there is
     a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the
     policy gradient asks how likely the weights make the action that was taken.
-   
-   
     """
     prompts = [trajectory.prompts[i] for i in images.tolist()]
     x_t, x_prev = trajectory.latents[images, k], trajectory.latents[images, k + 1]
-    # Where grad log p_theta comes from
-    mean, sigma = p_mean_sigma(policy, x_t, k, prompts)
+    mean, sigma = p_mean_sigma(policy, x_t, k, prompts)                    # where grad log p_theta comes from
     if policy.reference is None:
         return log_prob(x_prev, mean, sigma), torch.zeros(len(images), device=policy.device)
     with torch.no_grad(), policy.with_weights(policy.reference):

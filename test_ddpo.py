@@ -29,18 +29,8 @@ import rewards
 import runs
 import sampling
 import train
-from conftest import (
-    EMOJI,
-    EMOJI_VLM,
-    ROOT,
-    STABLE_DIFFUSION,
-    learner,
-    rng,
-    run,
-    tiny_flags,
-    weights,
-    without_seconds,
-)
+from conftest import (EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
+                      without_seconds)
 from policy import Policy, chain_levels, load_policy, plain_scheduler, training_levels
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----

@@ -1,5 +1,4 @@
-"""Fine-tune a text-to-image diffusion model on a reward, with DDPO or a baseline: the experiment in five
-paragraphs.
+"""Fine-tune a text-to-image diffusion model on a reward: the experiment in five paragraphs.
 
     python train.py --reward compressibility                  # the bundled toy model, on a laptop
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
@@ -7,6 +6,7 @@ paragraphs.
 """
 import hashlib
 import random
+import re
 import signal
 import sys
 import time
@@ -26,18 +26,8 @@ from rewards import display, load_reward, options_of, to_pil
 from sampling import rollout
 from support import processes, run_folder
 from support.loading import is_lora, load_lora
-from support.settings import (
-    Config,
-    build_config,
-    call_options,
-    facts,
-    flag_of,
-    load_settings,
-    parse,
-    reward_settings,
-    saved_settings,
-    short_name,
-)
+from support.settings import (Config, build_config, call_options, facts, flag_of, load_settings, parse,
+                              reward_settings, saved_settings, short_name)
 from support.trackers import load_tracker
 
 RUNS = Path("runs")
@@ -110,7 +100,6 @@ def advantages(texts, rewards, statistics, config):
 
     own_statistics  share of the images whose prompt has stats_min_count rewards of its own. It rises to 1. If
                     prompts seldom come back it stays 0, and the baseline is the batch's.
-   
     """
     values, own_statistics = statistics.advantages(texts, rewards)
     return values, {"own_statistics": own_statistics}
@@ -127,78 +116,76 @@ def preferences(texts, rewards, statistics, config):
 ALGORITHMS = {
     "ddpo-is": (advantages, partial(ddpo_update, loss=clipped_loss), True),
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),
-    "rwr": (lambda texts, rewards, _, config: (rwr_weights(texts, rewards, config.beta), {}), rwr_update,
-            False),
-    "rwr-sparse": (lambda texts, rewards, _, config: (sparse_weights(texts, rewards, config.percentile), {}),
+    "rwr": (lambda texts, rewards, _, c: (rwr_weights(texts, rewards, c.beta), {}), rwr_update, False),
+    "rwr-sparse": (lambda texts, rewards, _, c: (sparse_weights(texts, rewards, c.percentile), {}),
                    rwr_update, False),
     "nft": (preferences, nft_update, False)}
 
-# The metrics of an epoch of training, in the log's order. They are null in row 0, and where an algorithm has
-# no such metric. Their meaning is in the docstrings of reward_metrics, advantages, ddpo.summary,
-# ddpo.ratio_info and baselines_rwr.weighted_denoising_loss. seconds_sample includes the decoding.
-TRAINING_METRICS = ("reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn",
-                    "own_statistics", "loss", "approx_kl", "kl_pretrained", "ratio_mean", "clip_fraction_low",
-                    "clip_fraction_high", "denoising_error", "grad_norm", "ratio_deviation",
-                    "skipped_updates")
+# The metrics of an epoch, in the log's order: null in row 0, and where an algorithm has no such metric. What
+# they mean: reward_metrics, advantages, ddpo.summary, ddpo.ratio_info, baselines_rwr.weighted_denoising_loss
+# and evaluate_fixed. seconds_sample includes the decoding.
+TRAINING_METRICS = (
+    "reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics",
+    "loss", "approx_kl", "kl_pretrained", "ratio_mean", "clip_fraction_low", "clip_fraction_high",
+    "denoising_error", "grad_norm", "ratio_deviation", "skipped_updates")
+EVALUATION_METRICS = ("eval_reward_mean", "eval_reward_std", "watched", "seconds_eval")
 
 
 def tell(run, epoch, metrics):
     """End an epoch: evaluate, log, save, show. Returns whether --stop-below ends the run."""
     config, folder, run.epoch = run.config, run.folder, epoch
-    is_evaluated = is_due(epoch, config.eval_every, config.epochs)
-    evaluation = evaluate_fixed(run) if is_evaluated else dict.fromkeys(EVALUATION_METRICS)
+    is_evaluated = epoch % config.eval_every == 0 or epoch == config.epochs
+    is_due = is_evaluated if config.stop_below else epoch % config.checkpoint_every == 0
     row = {"epoch": epoch, "reward_queries": epoch * config.samples_per_epoch,
-           **dict.fromkeys(TRAINING_METRICS), **metrics, **evaluation}
+           **dict.fromkeys(TRAINING_METRICS), **metrics, **dict.fromkeys(EVALUATION_METRICS),
+           **(evaluate_fixed(run) if is_evaluated else {})}
     run.rows.append(row)
     run_folder.append_row(folder, row)
     run.track(row)
     if is_evaluated:
         watched = {reward.name: reward.unit for reward in run.watched}
         run_folder.draw_curve(folder, run.reward.name, run.reward.unit, watched)
-    fallen = fallen_rewards(run) if is_evaluated else []
-    if fallen:
-        go_back(run, fallen)
-    elif epoch and (is_evaluated if config.stop_below
-                    else is_due(epoch, config.checkpoint_every, config.epochs)):
+        if fallen := fallen_rewards(run):
+            go_back(run, fallen)
+            return True
+    if epoch and (is_due or epoch == config.epochs):
         run.save()
-    return bool(fallen)
+    return False
 
 
 # ---- The evaluation: fixed prompts, fixed noise ----
 
-EVALUATION_METRICS = ("eval_reward_mean", "eval_reward_std", "watched", "seconds_eval")
-
-
 def evaluate_fixed(run):
     """Draw the fixed prompts from the fixed noise, judge the images and save them. Returns metrics.
 
-    eval_reward_mean, eval_reward_std  as reward_mean and reward_std, of these images. They rise more smoothly.
-    watched                            name -> mean of a watched reward over the images that it can judge. If it
-                                       falls while the reward rises, the reward is being gamed.
+    eval_reward_mean, eval_reward_std  of these images. They rise more smoothly than reward_mean.
+    watched                            name -> mean of a watched reward over the images that it can judge. If
+                                       it falls while the reward rises, the reward is being gamed.
 
     The images are not counted as reward queries: nothing is learned from them.
-   
     """
     clock, reward = Clock(run.policy.device), run.reward
     seed_rewards(run.config, run.epoch)
     prompts, images = draw_fixed(run.fixed_policy, run.prompts, run.config)
     rewards, notes = map(processes.gathered, reward(images, prompts))
-    watched = {other.name: mean_of_known(processes.gathered(other(images, prompts)[0]))
-               for other in run.watched}
+    watched = {}
+    for other in run.watched:
+        values = processes.gathered(other(images, prompts)[0])
+        watched[other.name] = None if values.isnan().all() else values.nanmean().item()
     texts = processes.gathered([prompt.text for prompt in prompts])
+    pictures = processes.gathered([to_pil(image) for image in images])
     labels = ["\n".join(filter(None, (text, display(value, reward.unit), note)))
               for text, value, note in zip(texts, rewards.tolist(), notes)]
-    run_folder.save_samples(run.folder, run.epoch, processes.gathered([to_pil(image) for image in images]),
-                            labels)
+    run_folder.save_samples(run.folder, run.epoch, pictures, labels)
     clock.lap("seconds_eval")
     return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
 
 def draw_fixed(policy, prompts, config):
     """The fixed prompts and their images, always from the same noise: this process's share."""
-    chosen = fixed_prompts(prompts, config)
-    trajectory = rollout(policy, [prompt.text for prompt in chosen], torch.Generator().manual_seed(EVAL_SEED),
-                         config.sample_batch, keep_chain=False, title="evaluating")
+    chosen, rng = fixed_prompts(prompts, config), torch.Generator().manual_seed(EVAL_SEED)
+    texts, size = [prompt.text for prompt in chosen], config.sample_batch
+    trajectory = rollout(policy, texts, rng, size, keep_chain=False, title="evaluating")
     mine = processes.share(len(chosen))
     return chosen[mine], policy.decode(trajectory.x_0[mine])
 
@@ -214,23 +201,11 @@ def reward_metrics(prefix, texts, rewards, notes):
     reward_mean  Healthy: rises, with noise.
     reward_std   If it goes to 0, nothing is left to learn from.
     notes        [prompt, reward, note] of each image.
-   
     """
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
     if any(notes):
         metrics["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]
     return {prefix + name: value for name, value in metrics.items()}
-
-
-def mean_of_known(values):
-    """The mean of the values (B,) that are not NaN, None if all are."""
-    known = values[~values.isnan()]
-    return known.mean().item() if len(known) else None
-
-
-def is_due(epoch, every, last):
-    """Whether something that is done every so many epochs, and after the last, is done now."""
-    return epoch % every == 0 or epoch == last
 
 
 # ---- --stop-below: a watched reward that falls ends the run ----
@@ -239,15 +214,10 @@ def stop_limits(config):
     """name -> (number, whether it is a share of the reward's start), of --stop-below."""
     limits = {}
     for text in config.stop_below:
-        name, _, value = text.partition("=")
-        if name not in map(short_name, config.watch):
-            raise ValueError(f"--stop-below {name}: it is not watched")
-        try:
-            limits[name] = float(value.removesuffix("%")) / (100 if value.endswith("%")
-                                                             else 1), value.endswith("%")
-        except ValueError as error:
-            raise ValueError(f"--stop-below {text}: must be as animal=0.9, or as animal=90%, a share of its "
-                             "start") from error
+        match = re.fullmatch(r"(\w+)=(-?[\d.]+)(%?)", text)
+        if not match or match[1] not in map(short_name, config.watch):
+            raise ValueError(f"--stop-below {text}: must be as animal=0.9 or animal=90%, of a watched reward")
+        limits[match[1]] = float(match[2]) / (100 if match[3] else 1), bool(match[3])
     return limits
 
 
@@ -257,23 +227,22 @@ def floor_of(start, kept):
 
 
 def fallen_rewards(run):
-    """In words, the watched rewards that the last evaluation found below their limit. (Or it could judge
-    none.)"""
+    """In words, the watched rewards that the last evaluation found below their limit, or could not judge."""
     fallen, units = [], {reward.name: reward.unit for reward in run.watched}
     for name, (number, is_share) in stop_limits(run.config).items():
         first, last = (row["watched"][name] for row in (run.rows[0], run.rows[-1]))
         limit = floor_of(first, number) if is_share and first is not None else number
-        if last is None or not last >= limit:
+        if last is None or last < limit:
             fallen.append(f"{name} {display(last, units[name])} is below {display(limit, units[name])}")
     return fallen
 
 
 def go_back(run, fallen):
-    """Take back the weights of the last evaluation that passed. The log keeps the rows that are given up."""
-    print(f"stopped after epoch {run.epoch}: {' and '.join(fallen)}", end="; ")
+    """Take back the weights of the last evaluation that passed. The log's file keeps the rows given up."""
+    text = f"stopped after epoch {run.epoch}: {' and '.join(fallen)}"
     run.load_state_dict(run_folder.load_checkpoint(run.folder))
     run.rows = run.rows[:max(run.epoch, 0) + 1]
-    print(f"the weights are those of epoch {max(run.epoch, 0)}", flush=True)
+    print(f"{text}; the weights are those of epoch {max(run.epoch, 0)}", flush=True)
 
 
 # ---- The state: all that is saved and restored ----
@@ -283,7 +252,6 @@ class Run:
 
     state: of an earlier run, to go on with. epoch: the last that the log tells of, -1 before that of the
     pretrained weights. rows: the log. track: shows a row elsewhere. lock: held while the run lives.
-   
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
@@ -328,50 +296,43 @@ def file_hashes(config):
 # ---- A run, new or resumed ----
 
 def policy_of(config, model=None, scored=True):
-    """The policy of a run's settings before its training; or another model, or a folder's adapters, under
-    them."""
+    """The policy of a run's settings before its training; or another model, or a folder's adapters."""
     adapters = model if model and is_lora(model) else None
-    training = {"trains": False} if model else {
-        "keep_reference": config.kl_weight > 0, "lora_rank": config.lora_rank,
-                                                "lora_alpha": config.lora_alpha,
-        "seed": config.seed, "gradient_checkpointing": config.gradient_checkpointing,
-                                                "compiled": config.compile}
+    training = {"trains": False} if model else dict(
+        keep_reference=config.kl_weight > 0, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
+        seed=config.seed, gradient_checkpointing=config.gradient_checkpointing, compiled=config.compile)
     policy = load_policy(
         config.model if adapters else model or config.model, config.sampling_steps, config.eta,
-                         config.guidance_scale,
-        config.device, config.precision, config.noise, scored, config.height, config.width,
-                         call_options(config),
-        config.t5, config.prediction_type, config.sd_guidance, **training)
+        config.guidance_scale, config.device, config.precision, config.noise, scored, config.height,
+        config.width, call_options(config), config.t5, config.prediction_type, config.sd_guidance, **training)
     if adapters:
         load_lora(policy.pipeline, adapters)
     return policy
 
 
 def load_rewards(config):
-    """The trained reward of a run, and the watched ones. ValueError if none of them reads an option that was
-    set."""
+    """The trained reward and the watched ones. ValueError if none of them reads an option that was set."""
     names = (config.reward, *config.watch)
-    for option in facts("of_reward"):
-        is_set = getattr(config, option) != getattr(Config, option)
-        if is_set and not any(option in options_of(name) for name in names):
-            raise ValueError(f"{flag_of(option)}: none of these rewards reads it: "
-                             f"{', '.join(map(short_name, names))}")
+    read = {option for name in names for option in options_of(name)}
+    unread = [flag_of(option) for option in facts("of_reward")
+              if getattr(config, option) != getattr(Config, option) and option not in read]
+    if unread:
+        raise ValueError(f"{', '.join(unread)}: not read by {', '.join(map(short_name, names))}")
     return [reward_of(config, name, nan_allowed=name in config.watch) for name in names]
 
 
 def reward_of(config, name, nan_allowed):
     """A reward by its name, with the options that it reads."""
-    given = reward_settings(config, name)
-    return load_reward(name, config.device, nan_allowed,
-                       **{option: given[option] for option in options_of(name)})
+    settings = reward_settings(config, name)
+    options = {option: settings[option] for option in options_of(name)}
+    return load_reward(name, config.device, nan_allowed, **options)
 
 
 def load_parts(config):
     """Prompts, policy, reward and watched rewards of a run's settings."""
     prompts = load_prompts(config.prompts)
     if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
-        raise ValueError(f"--prompts {config.prompts}: counting needs prompts with questions, as "
-                         "two_to_eight_animals")
+        raise ValueError(f"--prompts {config.prompts}: counting needs questions, as in two_to_eight_animals")
     stop_limits(config)
     reward, *watched = load_rewards(config)
     policy = policy_of(config)
@@ -425,7 +386,7 @@ def main(argv=None):
     try:
         train(run)
     except BaseException as error:
-        print(f"\ntrain.py: {type(error).__name__}; every epoch is saved, go on with: python train.py "
+        print(f"\ntrain.py: {type(error).__name__}; go on from the last checkpoint with: python train.py "
               f"--resume {run.folder}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130
@@ -438,44 +399,34 @@ def main(argv=None):
 
 def description(run):
     """The derived numbers of a run, in three lines, and a line on a learning rate that may not be meant."""
-    config, keeps_chain = run.config, ALGORITHMS[run.config.algorithm][2]
-    weights = sum(weight.numel() for weight in run.policy.trained.values())
-    steps = config.learn_steps or config.sampling_steps - config.skip_last_steps
-    images = config.samples_per_epoch // config.updates_per_epoch if keeps_chain else config.batch_size
+    c, keeps_chain = run.config, ALGORITHMS[run.config.algorithm][2]
+    millions = sum(weight.numel() for weight in run.policy.trained.values()) / 1e6
+    images = c.samples_per_epoch // c.updates_per_epoch if keeps_chain else c.batch_size
+    steps = f" at {c.learn_steps or c.sampling_steps - c.skip_last_steps} steps" if keeps_chain else ""
+    watched = ", ".join(reward.name for reward in run.watched) or "nothing"
     lines = [
-        f"{run.folder}: {run.reward.name} by {config.algorithm} on {len(run.prompts)} prompts; watched: "
-        f"{', '.join(reward.name for reward in run.watched) or 'nothing'}",
-        f"{config.model}: {weights / 1e6:.2f} million trainable weights, guidance "
-             f"{run.policy.guidance_scale:g}, "
-        f"{config.device}, {processes.size()} process{'es' * (processes.size() > 1)}, {config.precision}",
-        f"{config.epochs} epochs of {config.samples_per_epoch} samples = "
-             f"{config.epochs * config.samples_per_epoch} "
-        f"reward queries; {config.updates_per_epoch} updates an epoch, each on {images} images"
-        + f" at {steps} steps" * keeps_chain]
-    if config.preset != "emoji" and not config.lora_rank and config.learning_rate > 1e-4:
-        lines.append(f"--learning-rate {config.learning_rate:g} is LoRA's: with it all weights of Stable "
-                     "Diffusion soon draw black images; the paper has 1e-5")
-    if config.lora_rank and config.learning_rate < 5e-5:
-        lines.append(f"--learning-rate {config.learning_rate:g} is that of all weights: adapters learn next "
-                     "to nothing with it; try 3e-4")
+        f"{run.folder}: {run.reward.name} by {c.algorithm} on {len(run.prompts)} prompts; watched: {watched}",
+        f"{c.model}: {millions:.2f} million trainable weights, guidance {run.policy.guidance_scale:g}, "
+        f"{c.device}, {c.precision}, processes: {processes.size()}",
+        f"{c.epochs} epochs of {c.samples_per_epoch} samples = {c.epochs * c.samples_per_epoch} queries; "
+        f"{c.updates_per_epoch} updates an epoch, each on {images} images{steps}"]
+    if c.preset != "emoji" and not (5e-5 <= c.learning_rate if c.lora_rank else c.learning_rate <= 1e-4):
+        lines.append("--learning-rate: 3e-4 is usual for adapters, 1e-5 for all weights (more: black images)")
     return "\n".join(lines)
 
 
 def outcome(run):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
     rows = [row for row in run.rows if row["eval_reward_mean"] is not None]
-    before, after = (row["eval_reward_mean"] for row in (rows[0], rows[-1]))
-    factor, unit = run.reward.unit
-    gain = f" ({factor * (after - before) / abs(before):+.0%})".replace("%",
-                                                                        " %") if before and unit != "%" else ""
-    seconds = sum(value or 0 for row in run.rows for name,
-                  value in row.items() if name.startswith("seconds_"))
-    minutes, seconds = divmod(round(seconds), 60)
-    watched = [f"{reward.name} " + " -> ".join(display(row["watched"][reward.name], reward.unit)
-                                               for row in (rows[0], rows[-1])) for reward in run.watched]
+    first, last, (factor, unit) = rows[0], rows[-1], run.reward.unit
+    before, after = first["eval_reward_mean"], last["eval_reward_mean"]
+    gain = f" ({100 * factor * (after - before) / abs(before):+.0f} %)" if before and unit != "%" else ""
+    seconds = round(sum(row[name] or 0 for row in run.rows for name in row if name.startswith("seconds_")))
+    watched = [f"{other.name} {display(first['watched'][other.name], other.unit)} -> "
+               f"{display(last['watched'][other.name], other.unit)}" for other in run.watched]
     return (f"{run.reward.name}: {display(before, run.reward.unit)} -> "
             f"{display(after, run.reward.unit)}{gain} on {run.config.eval_prompts} fixed prompts after "
-            f"{rows[-1]['reward_queries']} reward queries, {minutes} min {seconds:02} s"
+            f"{last['reward_queries']} reward queries, {seconds // 60} min {seconds % 60:02} s"
             + (f"; watched: {', '.join(watched)}" if watched else ""))
 
 
@@ -499,8 +450,7 @@ class Clock:
 
     def lap(self, name):
         if self.device.type != "cpu":
-            # It works in the background: else only the calls are timed
-            torch.accelerator.synchronize(self.device)
+            torch.accelerator.synchronize(self.device)  # else only the calls are timed
         now = time.perf_counter()
         self.laps[name], self.last = round(self.laps.get(name, 0) + now - self.last, 3), now
 

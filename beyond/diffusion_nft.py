@@ -1,8 +1,8 @@
 """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): a newer method than the paper, in the shape of RWR.
 
 Where we depart from its paper:
- 1. It samples and trains without guidance. Ours has the policy's guidance (or --training-guidance) in both predictions;
-    --guidance-scale 1 is the paper's.
+ 1. It samples and trains without guidance. Ours has the policy's guidance (or --training-guidance) in both
+    predictions; --guidance-scale 1 is the paper's.
  2. Its v_old is a moving average of the policy. Ours is the policy that drew the epoch's images.
  3. Its code divides each squared error by the mean absolute error. Ours are plain.
 """
@@ -12,8 +12,7 @@ from baselines_rwr import fine_tune
 
 
 def nft_preferences(advantages):
-    """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an image as good as its prompt's others, 0 or 1 one
-    deviation away or more."""
+    """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an average image, 0 or 1 one deviation away or more."""
     return (1 + advantages.clamp(-1, 1)) / 2
 
 
@@ -23,7 +22,6 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
     A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b
     is the strength. At v = v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r =
     1/2, changes nothing. RWR, which has positive weights alone, re-trains the policy on it.
-   
     """
     change = strength * (prediction - old_prediction)
     positive, negative = (((old_prediction + sign * change - target) ** 2).flatten(1).mean(1)
@@ -33,11 +31,9 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
 
 
 def nft_update(policy, trajectory, preferences, learner, rng, config):
-    """One epoch of DiffusionNFT, as rwr_update. v_old is the policy that drew the images. preferences: r
-    (B,), of nft_preferences.
+    """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). v_old: the policy that drew the images.
 
     Also read: config.nft_strength. v_old costs a copy of the weights that train.
-   
     """
     old, preferences = policy.weights(), preferences.to(policy.device)
 

@@ -1,5 +1,4 @@
-"""Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. The contract is that of
-rewards.py.
+"""Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. Contract: rewards.py.
 
 Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a
 published network when it is made, and is then called with images and prompts. We have not run the published
@@ -16,31 +15,18 @@ import re
 import torch
 import torch.nn.functional as F
 
-from support.networks import (
-    REWARD_MODEL,
-    announce,
-    clip_embedding,
-    clip_pixels,
-    from_pretrained,
-    hub_file,
-    image_embeddings,
-    load_clip,
-    load_weights,
-    read_weights,
-    scoring_head,
-)
+from support.networks import (REWARD_MODEL, announce, clip_embedding, clip_pixels, from_pretrained, hub_file,
+                              image_embeddings, load_clip, load_weights, read_weights, scoring_head)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
-    """PickScore v1 (Kirstain et al. 2023): cosine of the embeddings of image and prompt, by a CLIP-H tuned on
-    preferences.
+    """PickScore v1 (Kirstain et al. 2023): cosine of image and prompt, by a CLIP-H tuned on preferences.
 
     About 0.2. The published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an
     image. The formula is that of the model card. There is no package to compare with. reward_model: another
     CLIP with its processor and tokenizer, by hub name or folder.
-   
     """
 
     def __init__(self, device, reward_model=""):
@@ -60,13 +46,11 @@ class PickScore:
 
 
 class HPSv2(PickScore):
-    """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28. Its checkpoint has the names of
-    open_clip.
+    """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28, with the names of open_clip.
 
     Fetches 3.9 GB; needs 3.9 GB of memory (fp32). Its network has the size of PickScore's. Tested against the
     package hpsv2. reward_model: a folder with HPS_v2_compressed.pt and with CLIP's config, processor and
     tokenizer, as transformers saves them.
-   
     """
 
     def __init__(self, device, reward_model=""):
@@ -111,13 +95,11 @@ def from_open_clip(weights):
 
 
 class ImageReward:
-    """ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, and an MLP scores
-    what it read.
+    """ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, an MLP scores.
 
     About 0 for an average image, with a standard deviation of 1. Fetches 1.8 GB; needs 1.8 GB of memory
     (fp32); 0.7 s an image. Tested against the package image-reward. reward_model: a folder with
     ImageReward.pt and BERT's tokenizer.
-   
     """
     # Of the published score, from the package image-reward
     MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -159,11 +141,9 @@ class ImageReward:
 
 
 def new_blip(weights):
-    """BLIP's vision and text networks, without weights yet. Their sizes are read from the shapes of
-    ImageReward's weights.
+    """BLIP's vision and text networks, without weights yet, of the sizes of ImageReward's weights.
 
     Raises ValueError if these are not ImageReward's.
-   
     """
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel

@@ -1,5 +1,4 @@
-"""Universal guidance (Bansal et al. 2023, arXiv 2302.07121, algorithm 1; the paper's appendix B): DDPO's
-rival if a reward has a gradient.
+"""Universal guidance (Bansal et al. 2023, arXiv 2302.07121; the paper's appendix B): DDPO's rival.
 
 Nothing is trained. The sampler itself follows the gradient of the reward. At each timestep, k times:
 
@@ -33,8 +32,7 @@ FP16_SCALE = 1024
 
 def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=1, backward_steps=0,
                    backward_rate=1.0):
-    """Draw one image for each of B prompts by universal guidance. Returns the final latents x_0 (B, D...),
-    fp32.
+    """Draw one image for each of B prompts by universal guidance. Returns x_0 (B, D...), fp32.
 
     reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its
     policy has eta 0, scale and backward_steps are 0, and recurrences is 1. scale: g >= 0, per unit of the
@@ -42,7 +40,6 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
     prompts are prompts.Prompt or texts. A chain that begins at pure noise, as those of flow matching, is
     guided from its second step on. ValueError if the reward is not differentiable; FloatingPointError if a
     latent is not finite.
-   
     """
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
     rngs, latents = generators(rng, len(prompts)), []
@@ -80,8 +77,7 @@ def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_st
 
 
 def guided_prediction(policy, z, k, texts, loss, scale, backward_steps, backward_rate):
-    """The image and the noise (N, D...) in z = a x_0 + b eps (N, D...) of step k, moved towards a smaller
-    loss(z_0)."""
+    """The image and the noise in z = a x_0 + b eps (N, D...) of step k, moved to a smaller loss(z_0)."""
     schedule, a, b = policy.schedule, policy.schedule.a[k], policy.schedule.b[k]
     z.requires_grad_(scale > 0)
     with torch.set_grad_enabled(scale > 0):

@@ -1,5 +1,4 @@
-"""Loading a pipeline of diffusers: from the hub, a folder or a single file; its scheduler, its precision, its
-adapters."""
+"""Loading a pipeline of diffusers: its parts, scheduler, precision and adapters; saving it."""
 import functools
 from pathlib import Path
 
@@ -7,13 +6,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from support.networks import (
-    all_weights_loaded,
-    one_line_errors,
-    read_weights,
-    refuse_weights,
-    silence_libraries,
-)
+from support.networks import (all_weights_loaded, one_line_errors, read_weights, refuse_weights,
+                              silence_libraries)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KEPT_NUMBERS = 2**27  # of the last results of encode_prompt: half a GB in fp32
@@ -117,8 +111,7 @@ def load_parts(model, precision, t5, in_fp32):
 
 
 def load_single_file(model, precision, t5, in_fp32):
-    """The pipeline of one file of weights of Stable Diffusion 1, 2 or SDXL, by diffusers'
-    from_single_file."""
+    """The pipeline of one file of weights of Stable Diffusion 1, 2 or SDXL."""
     import diffusers
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
     weights = read_weights(model)
@@ -145,8 +138,7 @@ def load_single_file(model, precision, t5, in_fp32):
 
 
 def empty_t5(model):
-    """A stand-in for the third text encoder of Stable Diffusion 3, and its tokenizer: it says 0 of every
-    text.
+    """A stand-in for Stable Diffusion 3's third text encoder and its tokenizer: it says 0 of every text.
 
     The pipeline is saved with it. Without a part that it expects, from_pretrained could not load the folder.
     """
@@ -165,8 +157,7 @@ def empty_t5(model):
 
 
 def plain_scheduler(published):
-    """The scheduler of a model's chain, DDIM's or flow matching's Euler's, with the noise that the model was
-    trained with.
+    """The scheduler of a model's chain, DDIM's or flow matching's Euler's, with the model's own noise.
 
     A model is published with any sampler. What the sampler's settings say of the noise belongs to the model.
     Offset, final alpha and spacing are Stable Diffusion's, with which each step has a density. But "trailing"
@@ -246,8 +237,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 
 def add_lora(pipeline, rank, alpha, seed):
-    """Put adapters of that rank beside the denoiser's attention projections (Hu et al. 2021), in fp32. Only
-    they train.
+    """Put adapters of that rank beside the denoiser's attention (Hu et al. 2021), in fp32. Only they train.
 
     An adapter adds alpha / rank B A x. A is drawn from `seed`, B is 0: the denoiser begins as the pretrained
     one.
@@ -285,8 +275,7 @@ def load_lora(pipeline, folder):
 
 
 def save_pipeline(pipeline, folder):
-    """Write the pipeline with its published scheduler, or its adapters alone if it has any, for plain
-    diffusers."""
+    """Write the pipeline with its published scheduler, or its adapters alone, for plain diffusers."""
     denoiser, name = denoiser_of(pipeline), denoiser_name(pipeline)
     if getattr(denoiser, "peft_config", None):
         from diffusers.training_utils import _collate_lora_metadata

@@ -1,5 +1,4 @@
-"""Pretrained networks: files from a folder or from the hub, every weight of a network, one clear line if
-something is wrong. Then what several rewards use: CLIP and a scoring head.
+"""Pretrained networks of rewards: files, every weight, one clear line if something is wrong; CLIP.
 
 B images, patches of E features.
 """
@@ -20,11 +19,9 @@ REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the ne
 # ---- Files and errors ----
 
 def silence_libraries():
-    """Turn off the libraries' warnings and loading bars, which would bury our few lines. Call it before the
-    first loading.
+    """Turn off the libraries' warnings and loading bars, which would bury our few lines.
 
     One warning is let through, once: that a text encoder cuts a prompt off.
-   
     """
     import diffusers
     import huggingface_hub
@@ -59,8 +56,7 @@ def announce(network, name):
 
 @contextlib.contextmanager
 def one_line_errors(described_as, name):
-    """Any error becomes a ValueError of one line: how the network is called (with its flag), its name, and
-    the library's own words."""
+    """Any error becomes a ValueError of one line: which network, its name, the library's own words."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -73,8 +69,7 @@ def one_line_errors(described_as, name):
 
 
 def from_pretrained(loader, name, described_as, **options):
-    """loader.from_pretrained(name, **options), for a hub name or a folder. described_as: see one_line_errors,
-    which it raises."""
+    """loader.from_pretrained(name, **options), for a hub name or a folder; see one_line_errors."""
     with one_line_errors(described_as, name):
         return loader.from_pretrained(str(name), **options)
 
@@ -84,7 +79,6 @@ def load_network(loader, name, described_as, unused="", **options):
 
     The library leaves a weight random if the file lacks it; here that is a ValueError. unused: pattern of
     weights that nothing reads, so that they may be missing. options: of from_pretrained.
-   
     """
     with one_line_errors(described_as, name):
         network, info = loader.from_pretrained(str(name), output_loading_info=True, **options)
@@ -94,8 +88,7 @@ def load_network(loader, name, described_as, unused="", **options):
 
 @contextlib.contextmanager
 def all_weights_loaded():
-    """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random,
-    which it only logs."""
+    """The context in which diffusers loads a pipeline. ValueError if transformers leaves a weight random."""
     class Listener(logging.Handler):
         def emit(self, record):
             table = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())  # on a terminal it has colours
@@ -146,7 +139,6 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
 
     `new_names` maps patterns of the published names to what the network calls them. Raises ValueError if a
     weight is missing, is left over, or has another shape.
-   
     """
     renamed = {}
     for name, weight in weights.items():
@@ -166,8 +158,7 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
 # ---- What several rewards use: CLIP, a scoring head ----
 
 def load_clip(model, device, described_as, processor=""):
-    """A CLIP's image processor and its network, in fp32, by hub name or folder. The processor may come from
-    another model."""
+    """A CLIP's image processor, which may come from another model, and its network, in fp32."""
     announce("CLIP", model)
     from transformers import AutoImageProcessor, CLIPModel
     return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
@@ -179,7 +170,6 @@ def clip_pixels(processor, images):
 
     All become 8-bit images first. A processor takes floats for bytes, and would divide [0, 1] by 255 once
     more.
-   
     """
     images = [image if image.dtype == torch.uint8 else (image.float() * 255).round().clamp(0, 255).byte()
               for image in images]
@@ -191,7 +181,6 @@ def clip_pixels_with_gradient(processor, images):
 
     The values are the processor's own. The gradient is that of a bicubic resize, which differs from Pillow's
     by the rounding to 8 bits.
-   
     """
     exact = clip_pixels(processor, images.detach()).to(images.device)
     shorter, crop = processor.size["shortest_edge"], processor.crop_size
@@ -211,16 +200,14 @@ def normalised(images, processor):
 
 
 def image_embeddings(clip, pixels):
-    """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised. 32 images go through at a
-    time."""
+    """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised."""
     parts = [clip_embedding(clip.get_image_features(part.to(clip.device, clip.dtype)))
              for part in pixels.split(32)]
     return torch.cat(parts).float()
 
 
 def clip_embedding(features):
-    """The tensor in what CLIP returns: older versions of transformers return it, newer ones an object that
-    holds it."""
+    """The tensor in what CLIP returns: in newer versions of transformers an object that holds it."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
@@ -229,7 +216,6 @@ def scoring_head(width):
 
     The dropout layers do nothing in eval mode. They are kept because the published weights are numbered with
     them.
-   
     """
     return nn.Sequential(nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
                          nn.Linear(128, 64),

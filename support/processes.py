@@ -20,8 +20,7 @@ import torch.distributed as dist
 
 
 def start():
-    """Join the processes that torchrun started beside this one. Only the first of them writes to the
-    terminal."""
+    """Join the processes that torchrun started beside this one. Only the first of them writes."""
     if int(os.environ.get("WORLD_SIZE", 1)) <= 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -67,8 +66,7 @@ def my_parts(n, at_once):
 
 
 def add_up(tensors):
-    """Add up each tensor over the processes, in place. A process has filled its own rows and left zeros in
-    the others'."""
+    """Add up each tensor over the processes, in place: each left zeros in the others' rows."""
     if size() > 1:
         for tensor in tensors:
             total = tensor.contiguous()  # a gradient may be channels-last
@@ -77,8 +75,7 @@ def add_up(tensors):
 
 
 def gathered(values):
-    """The values of all processes in a row, in the order of their shares. values: a list, or a tensor (n,
-    ...)."""
+    """The values of all processes in a row, in the order of their shares: lists, or tensors (n, ...)."""
     if size() == 1:
         return values
     parts = [None] * size()

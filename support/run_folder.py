@@ -36,8 +36,7 @@ GIF_EVALUATIONS = 20  # at most: more would make a large file, and cost seconds 
 # ---- Files ----
 
 def write_atomically(path, write):
-    """Call write(temporary path), then put that file or folder in place: a kill leaves the old one or the new
-    one."""
+    """Call write(temporary path), then put that file or folder in place: a kill leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("new-" + path.name)  # in front, since Pillow and torch go by the ending
     write(temporary)
@@ -57,8 +56,7 @@ def append_line(path, line):
 
 
 def read_lines(path):
-    """The dicts of a file of JSON lines; none if there is no file. A last line that a kill cut short does not
-    count."""
+    """The dicts of a file of JSON lines; none if there is no file. A line cut short does not count."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -89,8 +87,7 @@ def create_run(parent, name, stem):
 
 @by_first
 def lock_run(folder):
-    """Claim a run for this process, until the returned file is closed or the process ends. ValueError if it
-    is claimed."""
+    """Claim a run until the returned file is closed or the process ends. ValueError if it is claimed."""
     file = open(folder / "lock", "a+")
     try:
         if fcntl:
@@ -101,12 +98,6 @@ def lock_run(folder):
     except OSError:  # some network file systems cannot lock: a run there is worth more than the check
         pass
     return file
-
-
-@by_first
-def remove_run(folder):
-    """Delete a run's folder."""
-    shutil.rmtree(folder)
 
 
 @by_first
@@ -143,8 +134,7 @@ def load_checkpoint(folder):
 
 @by_first
 def forget_after(folder, epoch):
-    """Delete the model, and the log's rows and the images of epochs after `epoch`: a resumed run makes them
-    again."""
+    """Delete the model, and the log's rows and images after `epoch`: a resumed run makes them again."""
     rows = [row for row in read_rows(folder) if row["epoch"] <= epoch]
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for path in sample_files(folder):
@@ -164,8 +154,7 @@ def save_model(folder, save):
 
 @by_first
 def save_samples(folder, epoch, images, labels):
-    """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.png and progress.gif
-    anew."""
+    """Draw Pillow images with their labels as samples/epoch_NNNN.png, and the progress pictures anew."""
     write_atomically(sample_file(folder, epoch), draw_grid(images, labels).save)
     paths = sample_files(folder)
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
@@ -207,8 +196,7 @@ def draw_grid(images, labels, columns=COLUMNS):
 
 
 def first_row(path, columns=COLUMNS, aspect=1.0):
-    """The first row of a grid of that many columns, without its labels. aspect: height / width of its
-    images."""
+    """The first row of a grid, without its labels. aspect: height / width of its images."""
     with Image.open(path) as grid:
         height = round(aspect * (grid.width // columns - 4))  # less the gap
         return grid.convert("RGB").crop((0, 0, grid.width, height))
@@ -249,8 +237,7 @@ def save_gif(strips, labels, path, width=720, blended_frames=4):
 
 @by_first
 def draw_curve(folder, name, unit, watched):
-    """Reward against reward queries: each epoch's samples with their spread, the fixed prompts, and the
-    watched rewards.
+    """Reward against reward queries: the epochs' samples, the fixed prompts, the watched rewards.
 
     unit: factor and name of the reward's unit. watched: name -> unit of the watched rewards. These are drawn
     on the right, those of one unit on one axis. If the reward rises while one of them falls, the reward is

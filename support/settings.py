@@ -3,6 +3,7 @@
 A later rule overrides an earlier one, and a flag overrides all.
 """
 import argparse
+import importlib.util
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +16,7 @@ from support import processes
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "emoji"
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
-FINE_TUNING, WITH_ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
+FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
 ALGORITHMS = (*DDPO, *RWR, "nft")
 PRESETS = ("emoji", "paper", "lora", "sdxl", "flow")
 VLM = ("alignment", "counting")  # rewards by a vision-language model
@@ -27,7 +28,6 @@ def setting(default, text, **facts):
     read_by: the algorithms that read it; others refuse it. choices. zero: it may be 0. below: it must be
     smaller than this. of_reward: an option of rewards.load_reward. place: where something is. speed: it
     changes the result in rounding only. resumable: it may be given with --resume, as may places and speed.
-   
     """
     return field(default=default, metadata={"help": text, **facts})
 
@@ -40,118 +40,82 @@ class Config:
     stats_buffer and stats_min_count, wording, advantage_clip (their JAX code: 10, their port: 5). Ours:
     epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16
     autocast), the settings of memory and speed, and how often to evaluate and to save.
-   
     """
-    preset: str = setting("emoji", "emoji: the bundled toy model; paper: Stable Diffusion v1.4 with the "
-                          "paper's settings; lora: v1.5 and LoRA; sdxl; flow: any flow-matching model",
+    preset: str = setting("emoji", "the bundled toy model; or the paper's, LoRA, SDXL, flow matching",
                           choices=PRESETS)
-    reward: str = setting("compressibility", "a name of rewards.py, or your own as path/to/file.py:function",
-                          place=True)
-    watch: tuple = setting((), "a reward to evaluate and never to train on; may be repeated; none: nothing",
-                           place=True)
-    prompts: str = setting("common_animals", "a set of python prompts.py, or a file: one prompt a line, or "
-                           ".jsonl",
-                           place=True)
-    algorithm: str = setting("ddpo-is", "DDPO by importance sampling or score function, a baseline, or "
-                             "DiffusionNFT", choices=ALGORITHMS)
-    model: str = setting("CompVis/stable-diffusion-v1-4",
-                         "a text-to-image pipeline of diffusers: hub name, folder, "
-                         "or single file", place=True)
-    prediction_type: str = setting("", "what the network predicts, if its files say it wrongly or not at all",
+    reward: str = setting("compressibility", "of rewards.py, or path/to/file.py:function", place=True)
+    watch: tuple = setting((), "a reward to evaluate alone; may be repeated; none: nothing", place=True)
+    prompts: str = setting("common_animals", "a set of prompts.py, or a text file or .jsonl", place=True)
+    algorithm: str = setting("ddpo-is", "DDPO by importance sampling or score function, or another",
+                             choices=ALGORITHMS)
+    model: str = setting("CompVis/stable-diffusion-v1-4", "a pipeline: hub name, folder or single file",
+                         place=True)
+    prediction_type: str = setting("", "what the network predicts, if its files do not say it",
                                    choices=("", "epsilon", "v_prediction", "sample"))
     t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (10 GB)")
-    lora_rank: int = setting(0, "train adapters of this rank beside the denoiser's attention; 0: all weights",
-                             zero=True)
+    lora_rank: int = setting(0, "train adapters of this rank beside the attention; 0: all weights", zero=True)
     lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank", zero=True)
     height: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
     width: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
     call: str = setting("", 'JSON of other options of the pipeline\'s call, as {"clip_skip": 1}')
-    reward_model: str = setting("", "learned rewards: another network than the published one, by folder or "
-                                "hub name",
-                                of_reward=True, place=True)
-    aesthetic_head: str = setting("", "aesthetic: the MLP's weights as a file of safetensors or torch",
-                                  of_reward=True, place=True)
-    wording: str = setting("code", "alignment: whose question and reference sentence to use, the authors' "
-                           "code's or the paper's", of_reward=True, choices=("code", "paper"))
-    bert_model: str = setting("", "alignment: BERTScore's encoder instead of deberta-xlarge-mnli",
-                              of_reward=True,
-                              place=True)
-    bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score, taken as 0 "
-                                   "(deberta-xlarge-mnli: 0.517)", of_reward=True, zero=True, below=1)
-    name: str = setting("", "the run's folder under runs/; empty: reward, algorithm and the next free number")
+    reward_model: str = setting("", "another network than the published one", place=True, of_reward=True)
+    aesthetic_head: str = setting("", "aesthetic: a file of the MLP's weights", place=True, of_reward=True)
+    wording: str = setting("code", "alignment: whose question to use, the authors' code's or the paper's",
+                           choices=("code", "paper"), of_reward=True)
+    bert_model: str = setting("", "alignment: BERTScore's encoder", place=True, of_reward=True)
+    bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score (DeBERTa: 0.517)",
+                                   zero=True, below=1, of_reward=True)
+    name: str = setting("", "the run's folder in runs/; empty: reward, algorithm, the next free number")
     seed: int = setting(0, "of the training: prompts, noise, order", zero=True, below=2**32)
-    epochs: int = setting(196, "how often to sample and then learn; the paper calls an epoch of RWR a round",
+    epochs: int = setting(196, "how often to sample and then learn; of RWR: the paper's rounds",
                           resumable=True)
     samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
-    images_per_prompt: int = setting(1, "images of each prompt that an epoch draws; with --stats-buffer 1 "
-                                     "--stats-min-count 1 compared with each other alone, as in GRPO")
-    updates_per_epoch: int = setting(4, "optimizer steps in an epoch; in DDPO each on its own share of the "
-                                     "samples")
+    images_per_prompt: int = setting(1, "of an epoch; with --stats-buffer 1 --stats-min-count 1 a group, as "
+                                     "in GRPO")
+    updates_per_epoch: int = setting(4, "optimizer steps in an epoch; DDPO: each on its share of the samples")
     batch_size: int = setting(128, "images of an update", read_by=FINE_TUNING)
     sampling_steps: int = setting(50, "denoising steps T")
-    eta: float = setting(1.0, "noise of the chain, in (0, 1]")
-    noise: str = setting("ddim", "sigma of a step, see sampling.py", choices=("ddim", "cps"))
-    guidance_scale: float = setting(0.0, "guidance weight of the pipeline's call; 1: none. 0: --sd-guidance "
-                                    "if the model is Stable Diffusion 1 or 2, else the call's own default",
+    eta: float = setting(1.0, "how random the chain is, in (0, 1]")
+    noise: str = setting("ddim", "sigma of a step: sampling.py", choices=("ddim", "cps"))
+    guidance_scale: float = setting(0.0, "of the pipeline's call; 0: --sd-guidance, or its default",
                                     zero=True)
-    sd_guidance: float = setting(5.0, "guidance weight of Stable Diffusion 1 and 2 without --guidance-scale")
-    training_guidance: float = setting(0.0, "guidance weight in the loss; 0: as in sampling; 1: none",
-                                       zero=True,
-                                       read_by=FINE_TUNING)
+    sd_guidance: float = setting(5.0, "guidance of Stable Diffusion 1 and 2, if --guidance-scale is 0")
+    training_guidance: float = setting(0.0, "in the loss; 0: as in sampling", zero=True, read_by=FINE_TUNING)
     learning_rate: float = setting(1e-5, "of AdamW")
     adam_beta1: float = setting(0.9, "of AdamW", zero=True, below=1)
     adam_beta2: float = setting(0.999, "of AdamW", zero=True, below=1)
     adam_epsilon: float = setting(1e-8, "of AdamW")
     weight_decay: float = setting(1e-4, "of AdamW", zero=True)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
-    clip_range: float = setting(1e-4, "trust region: the ratio, per latent dimension, stays in 1 +- this",
-                                read_by=("ddpo-is",))
+    clip_range: float = setting(1e-4, "the ratio, per dimension, stays in 1 +- this", read_by=("ddpo-is",))
     advantage_clip: float = setting(10.0, "advantages are clipped to +- this", read_by=DDPO)
-    stats_buffer: int = setting(32, "a prompt's mean and deviation are over this many of its last rewards",
-                                read_by=WITH_ADVANTAGES)
-    stats_min_count: int = setting(16, "with fewer rewards than this a prompt takes the batch's mean and "
-                                   "deviation",
-                                   read_by=WITH_ADVANTAGES)
-    skip_last_steps: int = setting(0, "number of last steps that are not learned from (ddpo.py says why)",
-                                   zero=True,
-                                   read_by=DDPO)
-    learn_steps: int = setting(0, "steps that an update learns from, drawn at random; 0: all that are not "
-                               "skipped",
-                               zero=True, read_by=DDPO)
+    stats_buffer: int = setting(32, "last rewards that a prompt's statistics are of", read_by=ADVANTAGES)
+    stats_min_count: int = setting(16, "with fewer, a prompt takes the batch's", read_by=ADVANTAGES)
+    skip_last_steps: int = setting(0, "last steps not learned from: ddpo.py", zero=True, read_by=DDPO)
+    learn_steps: int = setting(0, "steps of an update, at random; 0: all others", zero=True, read_by=DDPO)
     baseline: str = setting("prompt", "what a reward is compared with; none: the bare reward",
-                            read_by=WITH_ADVANTAGES,
-                            choices=("prompt", "batch", "none"))
-    kl_weight: float = setting(0.0, "penalty on the KL to the pretrained policy, per step and latent "
-                               "dimension",
-                               zero=True, read_by=DDPO)
-    beta: float = setting(0.2, "inverse temperature, by which rewards are multiplied", zero=True,
-                          read_by=("rwr",))
-    nft_strength: float = setting(1.0, "b, how far v+ and v- lie from the old prediction, in units of the "
-                                  "change",
-                                  read_by=("nft",))
-    percentile: float = setting(0.9, "rewards of a prompt below this percentile are dropped", zero=True,
-                                below=1,
+                            choices=("prompt", "batch", "none"), read_by=ADVANTAGES)
+    kl_weight: float = setting(0.0, "of the KL to the pretrained: ddpo.surrogate", zero=True, read_by=DDPO)
+    beta: float = setting(0.2, "inverse temperature of rewards", zero=True, read_by=("rwr",))
+    nft_strength: float = setting(1.0, "b: how far v+ and v- lie from v_old", read_by=("nft",))
+    percentile: float = setting(0.9, "rewards of a prompt below it are dropped", zero=True, below=1,
                                 read_by=("rwr-sparse",))
     precision: str = setting("fp16", "of the networks; weights that train stay in fp32",
                              choices=("fp32", "fp16", "bf16"))
-    sample_batch: int = setting(16, "images drawn at a time: memory and speed only", speed=True)
-    micro_batch: int = setting(4, "images in a forward pass of learning: memory and speed only", speed=True)
-    gradient_checkpointing: bool = setting(False, "compute activations twice instead of keeping them",
-                                           speed=True)
-    compile: bool = setting(False, "compile the denoiser by torch.compile: minutes at the start", speed=True)
-    eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; the last is "
-                              "evaluated, too")
-    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as many as in training", zero=True)
-    eval_prompts: int = setting(64, "number of fixed prompts in an evaluation, spread evenly over the prompt "
-                                "set")
-    stop_below: tuple = setting((), "a watched reward's value, as animal=0.9, or a share of its start, as "
-                                "animal=90%%: the first evaluation below it ends the run, with the weights "
-                                "of the last one that passed; may be repeated; none: never", resumable=True)
-    checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB with all weights of Stable "
-                                    "Diffusion)")
+    sample_batch: int = setting(16, "images drawn at a time", speed=True)
+    micro_batch: int = setting(4, "images in a forward pass of learning", speed=True)
+    gradient_checkpointing: bool = setting(False, "compute activations twice, to save memory", speed=True)
+    compile: bool = setting(False, "torch.compile the denoiser: minutes at the start", speed=True)
+    eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; and the last")
+    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as in training", zero=True)
+    eval_prompts: int = setting(64, "fixed prompts of an evaluation, spread evenly over the set")
+    stop_below: tuple = setting((), "animal=0.9, or animal=90%% of its start: an evaluation of a watched "
+                                "reward below it ends the run, with the last weights that passed; may be "
+                                "repeated", resumable=True)
+    checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB of Stable Diffusion, all weights)")
     tracker: str = setting("none", "where else to show the run", choices=("none", "tensorboard", "wandb"),
                            resumable=True)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (we have not tested mps)", resumable=True)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps (not tested)", resumable=True)
 
 
 # ---- The rules: where they hold, and what they set ----
@@ -250,10 +214,10 @@ def build_config(flags):
     asked = {name: flags.get(name, getattr(Config, name)) for name in ("preset", "algorithm", "reward")}
     rank = flags.get("lora_rank", chosen(**asked, lora=False).get("lora_rank"))
     config = Config(**{**chosen(**asked, lora=bool(rank)), **flags})
-    for item in fields(Config):
-        if item.name in flags and config.algorithm not in item.metadata.get("read_by", ALGORITHMS):
-            raise ValueError(f"{flag_of(item.name)} is read by {', '.join(item.metadata['read_by'])}, not by "
-                             f"{config.algorithm}")
+    for name in flags:
+        readers = Config.__dataclass_fields__[name].metadata.get("read_by", ALGORITHMS)
+        if config.algorithm not in readers:
+            raise ValueError(f"{flag_of(name)} is read by {', '.join(readers)}, not by {config.algorithm}")
     if "training_guidance" not in flags and config.guidance_scale not in (0, config.sd_guidance):
         config.training_guidance = Config.training_guidance  # the rule's goes with the rule's guidance
     if "watch" not in flags:  # the rule's choice may have the name of the reward that is trained
@@ -263,47 +227,40 @@ def build_config(flags):
 
 def completed(config):
     """The Config with the device that "auto" means here, absolute paths, and "none" as nothing; checked."""
-    config.watch, config.stop_below = (() if list(value) == ["none"] else tuple(value)
-                                       for value in (config.watch, config.stop_below))
+    for name in ("watch", "stop_below"):
+        value = getattr(config, name)
+        setattr(config, name, () if list(value) == ["none"] else tuple(value))
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in facts("place"):
-        value = getattr(config, name)
-        setattr(config, name, tuple(map(absolute, value)) if isinstance(value, tuple) else absolute(value))
+        setattr(config, name, absolute(getattr(config, name)))
     check(config)
     return config
 
 
 def absolute(name, start="."):
     """A path, or a reward's path/to/file.py:function, in full if there is such a file. Other names stay."""
+    if isinstance(name, (tuple, list)):
+        return tuple(absolute(one, start) for one in name)
     path, colon, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     place = (Path(start) / path).resolve()
     return f"{place}{colon}{function}" if path and place.exists() else name
 
 
 def saved_settings(config):
-    """The settings as a dict of plain values. Paths inside the project are relative to it, so that it may
-    move."""
-    def saved(value):
-        return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
-
-    return {name: [saved(one) for one in value] if isinstance(value, tuple) else saved(value)
-            for name, value in asdict(config).items()}
+    """The settings as a dict of plain values. Paths inside the project are relative to it."""
+    return json.loads(json.dumps(asdict(config)).replace(f"{ROOT}/", ""))
 
 
 def load_settings(settings, flags):
-    """The Config of saved settings, with the flags of --resume. ValueError if one of these may not be
-    given."""
-    allowed = [*facts("resumable"), *facts("place"), *facts("speed")]
+    """The Config of saved settings, with the flags of --resume."""
+    allowed = facts("resumable") + facts("place") + facts("speed")
     others = [flag_of(name) for name in flags if name not in allowed]
     if others:
         raise ValueError(f"--resume uses the run's own settings, so {', '.join(others)} cannot be given; "
                          f"only {', '.join(map(flag_of, allowed))} can")
-    for name in facts("place"):
-        value = settings[name]
-        settings[name] = ([absolute(one, ROOT) for one in value] if isinstance(value, list)
-                          else absolute(value, ROOT))
-    return completed(Config(**{**settings, **flags}))
+    places = {name: absolute(settings[name], ROOT) for name in facts("place")}
+    return completed(Config(**{**settings, **places, **flags}))
 
 
 def shared_settings(config):
@@ -315,7 +272,7 @@ def shared_settings(config):
 
 
 def reward_settings(config, name):
-    """The options of a reward: the run's settings, but the rules' for one that it neither trains nor watches."""
+    """The options of a reward: the run's, but the rules' for one that it neither trains nor watches."""
     own = chosen(preset=config.preset, algorithm=config.algorithm, reward=name, lora=bool(config.lora_rank))
     values = vars(config) if name in (config.reward, *config.watch) else {**vars(Config), **own}
     return {option: values[option] for option in facts("of_reward")}
@@ -341,14 +298,14 @@ def short_name(reward):
 def check(config):
     """ValueError, in one line, if settings cannot run or do not go together."""
     for item in fields(Config):
-        value, known, limit = getattr(config, item.name), item.metadata, item.metadata.get("below", math.inf)
+        value, known, flag = getattr(config, item.name), item.metadata, flag_of(item.name)
         if value not in known.get("choices", (value,)):
-            raise ValueError(f"{flag_of(item.name)} {value}: choose "
-                             f"{', '.join(filter(None, known['choices']))}")
-        if item.type in (int, float) and not (0 < value < limit or known.get("zero") and value == 0):
-            raise ValueError(f"{flag_of(item.name)} {value}: must be "
-                             f"{'at least' if known.get('zero') else 'above'} 0"
-                             + (f" and below {limit}" if "below" in known else ""))
+            raise ValueError(f"{flag} {value}: choose {', '.join(filter(None, known['choices']))}")
+        if item.type in (int, float):
+            limit, zero = known.get("below", math.inf), known.get("zero", False)
+            if not (0 < value < limit or zero and value == 0):
+                raise ValueError(f"{flag} {value}: must be {'at least' if zero else 'above'} 0 and below "
+                                 f"{limit}")
     for wrong, message in refusals(config):
         if wrong:
             raise ValueError(message)
@@ -362,42 +319,37 @@ def check(config):
 def refusals(c):
     """Pairs: whether something is wrong with a Config, and what to say then."""
     ddpo, names = c.algorithm in DDPO, [short_name(name) for name in (c.reward, *c.watch)]
-    twice = [name for name in names if names.count(name) > 1]
     images = c.batch_size if c.algorithm in FINE_TUNING else c.samples_per_epoch // c.updates_per_epoch
     learned = c.sampling_steps - c.skip_last_steps
-    yield c.name != Path(c.name).name or c.name == "..", f"--name {c.name}: must be a plain name, as runs/NAME"
-    yield twice, f"two rewards are called {twice[:1]}: they would be one in the log"
+    yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name; the run's folder is runs/NAME"
+    yield len({*names}) < len(names), f"two rewards have one name, and would be one in the log: {names}"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
     yield c.precision == "fp16" and not c.device.startswith("cuda"), "--precision fp16 needs a GPU with CUDA"
     # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 there.
-    yield c.compile and (c.device, c.precision) == ("cpu", "bf16"), (
-        "--compile with --precision bf16 trains only the outer level of the U-Net on a CPU: use fp32")
-    yield c.algorithm == "nft" and c.baseline == "none", (
-        "--baseline none: nft asks whether an image is better than others; choose prompt or batch")
-    yield c.stats_min_count > max(c.stats_buffer, c.images_per_prompt), (
-        f"--stats-min-count {c.stats_min_count} is more than --stats-buffer or --images-per-prompt can give")
-    yield c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1, (
-        f"--updates-per-epoch {c.updates_per_epoch}: ddpo-sf takes one update an epoch, since its samples "
-                                                                 "must "
-        "come from the current weights; use --algorithm ddpo-is for more")
-    yield c.samples_per_epoch % c.images_per_prompt, (
-        f"--samples-per-epoch {c.samples_per_epoch} does not divide into --images-per-prompt "
-                                                      f"{c.images_per_prompt}")
-    yield c.algorithm in WITH_ADVANTAGES and c.baseline == "prompt" and c.images_per_prompt == c.stats_buffer == 1, (
-        "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone: give "
-                                                                                                                     "--stats-buffer 16 "
-        "--stats-min-count 8, too")
-    yield ddpo and c.samples_per_epoch % c.updates_per_epoch, (
-        f"--samples-per-epoch {c.samples_per_epoch} does not divide into --updates-per-epoch "
-                                                               f"{c.updates_per_epoch} "
-        "equal shares")
-    yield ddpo and learned < 1, f"--skip-last-steps {c.skip_last_steps} leaves none of --sampling-steps"
-    yield ddpo and c.learn_steps > learned, (
-        f"--learn-steps {c.learn_steps}: only {learned} steps are learned from (--sampling-steps less "
-        "--skip-last-steps)")
-    yield processes.size() > min(images, c.eval_prompts, c.samples_per_epoch), (
-        f"{processes.size()} processes are too many: an update has {images} images to share, an evaluation "
-        f"{c.eval_prompts} prompts")
+    yield (c.compile and c.device == "cpu" and c.precision == "bf16",
+           "--compile with --precision bf16 trains only the outer level of the U-Net on a CPU: use fp32")
+    yield c.algorithm == "nft" and c.baseline == "none", "--baseline none: nft compares images"
+    yield (c.stats_min_count > max(c.stats_buffer, c.images_per_prompt),
+           f"--stats-min-count {c.stats_min_count}: more than --stats-buffer or --images-per-prompt can give")
+    yield (c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1,
+           "--updates-per-epoch: ddpo-sf takes one update an epoch, since its samples must come from the "
+           "current weights; use --algorithm ddpo-is for more")
+    yield (c.samples_per_epoch % c.images_per_prompt,
+           "--samples-per-epoch does not divide into groups of --images-per-prompt")
+    yield (c.algorithm in ADVANTAGES and c.baseline == "prompt"
+           and c.images_per_prompt == c.stats_buffer == 1,
+           "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone: give "
+           "--stats-buffer 16 --stats-min-count 8, too")
+    yield (ddpo and c.samples_per_epoch % c.updates_per_epoch,
+           "--samples-per-epoch does not divide into --updates-per-epoch equal shares")
+    yield (ddpo and max(c.learn_steps, 1) > learned,
+           f"--skip-last-steps leaves {learned} of --sampling-steps, too few to learn from --learn-steps of "
+           "them")
+    yield (processes.size() > min(images, c.eval_prompts, c.samples_per_epoch),
+           f"{processes.size()} processes are too many for {images} images an update or {c.eval_prompts} "
+           "eval prompts")
+    yield (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
+           f"--tracker {c.tracker} needs a package: pip install {c.tracker}")
 
 
 def call_options(config):
@@ -418,36 +370,21 @@ def call_options(config):
 def parse(argv, description):
     """The flags that were given, as a dict. ValueError if one is unknown or malformed."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # one line, not the usage of sixty flags
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME")
     for item in fields(Config):
-        kind = {"type": item.type, "choices": item.metadata.get("choices"),
-                "metavar": item.name.split("_")[-1].upper()}
+        kind = {"type": item.type, "choices": item.metadata.get("choices")}
         if item.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         if item.type is tuple:
-            kind = {"action": "append", "metavar": "NAME"}
-        if "choices" in item.metadata:
-            kind.pop("metavar")
-        only = f" ({', '.join(item.metadata['read_by'])})" if "read_by" in item.metadata else ""
-        parser.add_argument(flag_of(item.name), **kind, help=item.metadata["help"] + only + defaults_of(item))
+            kind = {"action": "append"}
+        readers = f"; {', '.join(item.metadata['read_by'])} only" if "read_by" in item.metadata else ""
+        default = f" (default: {item.default})" if item.default not in ("", ()) else ""
+        parser.add_argument(flag_of(item.name), **kind, help=item.metadata["help"] + readers + default)
     return vars(parser.parse_args(argv))
 
 
 def refuse(message):
     """What argparse is to do with a mistake."""
     raise ValueError(message)
-
-
-def defaults_of(item):
-    """'; default 196; rwr, rwr-sparse: 5; emoji: 8': a setting's default, and what the rules say instead."""
-    texts = [f"default {item.default}"] if item.default not in ("", ()) else []
-    for where, what in RULES:
-        if item.name in what:
-            places = [", ".join(map(str, names)).replace("True", "LoRA") for names in where.values()]
-            value = what[item.name]
-            value = " and ".join(value) if isinstance(value, tuple) else str(value)
-            texts.append(f"{' with '.join(places)}: {value.replace(f'{ROOT}/', '')}")
-    return "".join(f"; {text}" for text in texts)

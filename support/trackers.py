@@ -1,5 +1,4 @@
-"""Where else a run is shown: --tracker tensorboard or wandb. Each gets an epoch's figures and evaluation
-image."""
+"""Where else a run is shown: --tracker tensorboard or wandb."""
 import uuid
 
 import numpy as np
@@ -37,8 +36,7 @@ def tensorboard(folder, settings, epoch):
 
 
 def wandb(folder, settings, epoch):
-    """For wandb.ai, project ddpo; a resumed run goes on there, too. WANDB_MODE=offline keeps it in
-    runs/NAME/wandb."""
+    """For wandb.ai, project ddpo. WANDB_MODE=offline keeps it in runs/NAME/wandb."""
     import wandb
     number = folder / "wandb_id.txt"
     if not number.exists():

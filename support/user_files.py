@@ -12,7 +12,6 @@ def user_function(name, known=()):
 
     The file runs once, as a module. Its folder is appended to sys.path, so that it may import what lies
     beside it. ValueError if there is no such function. known: the names that could have been given instead.
-   
     """
     path, _, function = name.rpartition(":")
     if not path:
