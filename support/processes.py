@@ -44,19 +44,15 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
-    """The number of this process among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def is_first():
     """Whether this is the process that writes files and speaks to the user."""
-    return rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def share(n):
     """The slice of n rows that are this process's."""
-    return slice(n * rank() // size(), n * (rank() + 1) // size())
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return slice(n * rank // size(), n * (rank + 1) // size())
 
 
 def my_parts(n, at_once):

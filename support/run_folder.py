@@ -1,32 +1,27 @@
-"""What a run leaves on disk, under runs/NAME/: log, images, curve, checkpoint, model. Knows no algorithm.
-
-Of several processes that train together the first alone writes (by_first).
+"""What a run leaves on disk, under runs/NAME/. Knows no algorithm. Only the first process writes.
 
     config.json                 every setting, for people to read
-    log.jsonl                   one object an epoch; row k holds the evaluation after k epochs and the training of epoch k
+    log.jsonl                   one object an epoch: the evaluation after it, and its training
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
-    progress.png, progress.gif  the first of them over the epochs: one row an evaluation; and the same as an animation
+    progress.png, progress.gif  the first of them over the epochs
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint.pt               all that training changes, and the settings: what --resume reads
     model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
     lock                        held by the process that trains the run
-    tensorboard/, wandb/, wandb_id.txt   with --tracker
     before_after.png            the images of evaluate.py
+    tensorboard/, wandb/, wandb_id.txt   with --tracker
 """
+import itertools
 import json
 import os
 import shutil
 import textwrap
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from support.processes import by_first
-
-try:
-    import fcntl
-except ImportError:  # Windows: there a run that is resumed twice at once is not noticed
-    fcntl = None
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
@@ -66,15 +61,13 @@ def read_lines(path):
 def refuse_existing(folder):
     """Raise ValueError if there is a run of that name."""
     if folder.exists():
-        raise ValueError(f"the run {folder} exists: choose another --name, or continue it with --resume "
-                         f"{folder}")
+        raise ValueError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
 
 
 def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given."""
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = parent / (name or f"{stem}-{number}")
         try:
             folder.mkdir()  # of two runs that start at the same moment, one succeeds
@@ -82,7 +75,6 @@ def create_run(parent, name, stem):
         except FileExistsError:
             if name:
                 refuse_existing(folder)
-            number += 1
 
 
 @by_first
@@ -90,12 +82,11 @@ def lock_run(folder):
     """Claim a run until the returned file is closed or the process ends. ValueError if it is claimed."""
     file = open(folder / "lock", "a+")
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"the run {folder} is being trained by another process: wait until it ends, or stop "
-                         "it") from error
-    except OSError:  # some network file systems cannot lock: a run there is worth more than the check
+        raise ValueError(f"{folder} is being trained by another process: stop it, or wait") from error
+    except (ImportError, OSError):  # Windows, and some network file systems, cannot lock so
         pass
     return file
 
@@ -128,8 +119,7 @@ def load_checkpoint(folder):
     path = folder / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{folder} is no run, or has no checkpoint yet: there is no {path}")
-    # Read where needed: it may be 10 GB
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of 10 GB, what is needed
 
 
 @by_first
@@ -158,13 +148,12 @@ def save_samples(folder, epoch, images, labels):
     write_atomically(sample_file(folder, epoch), draw_grid(images, labels).save)
     paths = sample_files(folder)
     labels = [f"epoch {int(path.stem[6:])}" for path in paths]
-    strips = [first_row(path, min(COLUMNS, len(images)), images[0].height / images[0].width)
-              for path in paths]
+    columns, aspect = min(COLUMNS, len(images)), images[0].height / images[0].width
+    strips = [first_row(path, columns, aspect) for path in paths]
     write_atomically(folder / "progress.png", stack_rows(strips, labels).save)
-    # Of many, some
-    shown = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
-    write_atomically(folder / "progress.gif", lambda path: save_gif(
-        [strips[k] for k in shown], [labels[k] for k in shown], path))
+    some = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
+    shown = [strips[k] for k in some], [labels[k] for k in some]
+    write_atomically(folder / "progress.gif", lambda path: save_gif(*shown, path))
 
 
 def sample_file(folder, epoch):
@@ -225,8 +214,8 @@ def save_gif(strips, labels, path, width=720, blended_frames=4):
         for share in range(blended_frames + 1) if k else [blended_frames]:
             frame = Image.new("RGB", (width, height + LINE_HEIGHT + 4), "white")
             frame.paste(Image.blend(strips[max(k - 1, 0)], strip, share / blended_frames))
-            ImageDraw.Draw(frame).text((width / 2, height + 2), label, fill="black", anchor="ma",
-                                       font_size=LINE_HEIGHT)
+            pen = ImageDraw.Draw(frame)
+            pen.text((width / 2, height + 2), label, fill="black", anchor="ma", font_size=LINE_HEIGHT)
             frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # much faster than the default
             milliseconds.append(600 if share == blended_frames else 80)
     milliseconds[-1] = 3000
@@ -240,37 +229,35 @@ def draw_curve(folder, name, unit, watched):
     """Reward against reward queries: the epochs' samples, the fixed prompts, the watched rewards.
 
     unit: factor and name of the reward's unit. watched: name -> unit of the watched rewards. These are drawn
-    on the right, those of one unit on one axis. If the reward rises while one of them falls, the reward is
-    being gamed.
+    on the right, those of one unit on one axis.
     """
     from matplotlib.figure import Figure  # the object interface: no window, no global state
     rows, factor = read_rows(folder), unit[0]
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     trained = [row for row in rows if row["reward_mean"] is not None]
-    evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
     queries = [row["reward_queries"] for row in trained]
-    mean = [factor * row["reward_mean"] for row in trained]
-    low, high = ([m + sign * abs(factor) * row["reward_std"] for m, row in zip(mean, trained)]
-                 for sign in (-1, 1))
-    axes.fill_between(queries, low, high, alpha=0.2, linewidth=0, label="one standard deviation")
+    mean = factor * np.array([row["reward_mean"] for row in trained])
+    deviation = factor * np.array([row["reward_std"] for row in trained])
+    axes.fill_between(queries, mean - deviation, mean + deviation, alpha=0.2, linewidth=0,
+                      label="one standard deviation")
     axes.plot(queries, mean, label="samples of the epoch")
+    evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
     queries = [row["reward_queries"] for row in evaluated]
-    axes.plot(queries, [factor * row["eval_reward_mean"] for row in evaluated], "o-",
-              label="fixed prompts and noise")
+    values = factor * np.array([row["eval_reward_mean"] for row in evaluated])
+    axes.plot(queries, values, "o-", label="fixed prompts and noise")
     axes.set(xlabel="reward queries", ylabel=titled(name, unit))
     right = {}  # unit -> axis
-    for k, (other, other_unit) in enumerate(watched.items()):
-        if other_unit not in right:
-            right[other_unit] = axes.twinx()
-            right[other_unit].spines["right"].set_position(("outward", 70 * (len(right) - 1)))
-            right[other_unit].set_ylabel(titled("watched", other_unit))
-        values = [row["watched"][other] for row in evaluated]
-        values = [float("nan") if value is None else other_unit[0] * value for value in values]
-        right[other_unit].plot(queries, values, "s^dvPX"[k % 6] + ":", color=f"C{k + 3}", markersize=4,
-                               label=f"watched: {other}")
-        if other_unit[1] == "%":
-            right[other_unit].set_ylim(0, 105)
+    for k, (other, shown_in) in enumerate(watched.items()):
+        if shown_in not in right:
+            right[shown_in] = axes.twinx()
+            right[shown_in].spines["right"].set_position(("outward", 70 * (len(right) - 1)))
+            right[shown_in].set(ylabel=titled("watched", shown_in))
+            if shown_in[1] == "%":
+                right[shown_in].set_ylim(0, 105)
+        values = shown_in[0] * np.array([row["watched"][other] for row in evaluated], float)
+        style = {"color": f"C{k + 3}", "markersize": 4, "label": f"watched: {other}"}
+        right[shown_in].plot(queries, values, "s^dvPX"[k % 6] + ":", **style)
     figure.set_figwidth(6.5 + 0.9 * max(len(right) - 1, 0))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))

@@ -121,88 +121,76 @@ class Config:
 # ---- The rules: where they hold, and what they set ----
 
 # An image is compared with the others of its prompt in the same epoch: a baseline from the first epoch on.
-_GROUPS = {"images_per_prompt": 8, "stats_buffer": 1, "stats_min_count": 1}
-_TOY_VLM = {"preset": ("emoji",), "reward": VLM}
-RULES = [
-    # RWR's numbers are appendix D.2's. Five epochs of 10,000 samples spend as many queries as DDPO; the
-    # authors' code has ten.
-    ({"algorithm": RWR}, {"epochs": 5, "samples_per_epoch": 10_000, "updates_per_epoch": 400,
-                          "eval_every": 1}),
-    ({"algorithm": ("ddpo-sf",)}, {"updates_per_epoch": 1}),
-    ({"reward": ("compressibility", "incompressibility")}, {"prompts": "imagenet_animals"}),  # the paper's
-    ({"reward": ("pickscore", "hpsv2")}, {"prompts": "painted_animals"}),
-    ({"reward": ("imagereward",)}, {"prompts": "dpok"}),
-    ({"reward": ("alignment",)}, {"prompts": "animal_activities"}),
-    ({"reward": ("counting",)}, {"prompts": "two_to_eight_animals"}),
-    ({"lora": (True,)}, {"learning_rate": 3e-4}),  # of the authors' port; 1e-5 moves adapters too little
+_GROUPS = dict(images_per_prompt=8, stats_buffer=1, stats_min_count=1)
+_JUDGE = EMOJI / "judge.py"
+RULES = [  # a later rule overrides an earlier one, and a flag overrides all
+    # RWR's numbers are appendix D.2's. Five epochs spend as many queries as DDPO; the authors' code has ten.
+    (dict(algorithm=RWR), dict(epochs=5, samples_per_epoch=10_000, updates_per_epoch=400, eval_every=1)),
+    (dict(algorithm="ddpo-sf"), dict(updates_per_epoch=1)),
+    (dict(reward=("compressibility", "incompressibility")), dict(prompts="imagenet_animals")),  # the paper's
+    (dict(reward=("pickscore", "hpsv2")), dict(prompts="painted_animals")),
+    (dict(reward="imagereward"), dict(prompts="dpok")),
+    (dict(reward="alignment"), dict(prompts="animal_activities")),
+    (dict(reward="counting"), dict(prompts="two_to_eight_animals")),
+    (dict(lora=True), dict(learning_rate=3e-4)),  # of the authors' port; 1e-5 moves adapters too little
     # Appendix C, and the authors' port.
-    ({"preset": ("lora",)}, {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "lora_rank": 4}),
-    # Untested by us at full size.
-    ({"preset": ("sdxl",)}, {
-        "model": "stabilityai/stable-diffusion-xl-base-1.0", "lora_rank": 32, "precision": "bf16",
-        "sampling_steps": 20, "eval_steps": 40, **_GROUPS, "sample_batch": 4, "micro_batch": 1,
-        "gradient_checkpointing": True}),
-    # Steps, size of the groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv
-    # 2505.05470). The last action of such a chain adds hardly any noise, so its gradient would drown the
-    # others': with the last step, which is no action, it is skipped. Untested by us at full size.
-    ({"preset": ("flow",)}, {
-        "model": "stabilityai/stable-diffusion-3.5-medium", "lora_rank": 32, "lora_alpha": 64,
-                             "precision": "bf16",
-        "sampling_steps": 10, "eval_steps": 40, "height": 512, "width": 512, "skip_last_steps": 2,
-        "samples_per_epoch": 240, **_GROUPS, "images_per_prompt": 24, "sample_batch": 8, "micro_batch": 1,
-        "gradient_checkpointing": True}),
-    # Fewer and larger steps than the paper's, for a smaller model. How they were found, and what the
-    # algorithms below have from studies/compare.py --sweep: studies/results/README.md. All spend 512 queries.
-    # The clip range is per dimension, and the latent has 2,048 dimensions where Stable Diffusion's has
-    # 16,384.
-    ({"preset": ("emoji",)}, {
-        "model": str(EMOJI / "model"), "prompts": "emoji_animals", "precision": "fp32",
-        "watch": (f"{EMOJI / 'judge.py'}:animal", f"{EMOJI / 'judge.py'}:number"),
-        "epochs": 8, "samples_per_epoch": 64, "updates_per_epoch": 4, "sampling_steps": 10, **_GROUPS,
-        "learning_rate": 2e-4, "clip_range": 2e-3, "skip_last_steps": 2, "sample_batch": 64,
-                              "micro_batch": 64,
-        "eval_every": 1, "eval_prompts": 45,
-        # Of 1, 2, 3, 5 the largest whose images are near the scenes: emoji/model/README.md
-        "sd_guidance": 3.0}),
+    (dict(preset="lora"), dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4)),
+    # Untested by us at full size, as the next.
+    (dict(preset="sdxl"), dict(
+        model="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=32, precision="bf16", sampling_steps=20,
+        eval_steps=40, **_GROUPS, sample_batch=4, micro_batch=1, gradient_checkpointing=True)),
+    # Steps, groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
+    # action of such a chain adds hardly any noise, so its gradient would drown the others': with the last
+    # step, which is no action, it is skipped.
+    (dict(preset="flow"), dict(
+        model="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, lora_alpha=64, precision="bf16",
+        sampling_steps=10, eval_steps=40, height=512, width=512, skip_last_steps=2, samples_per_epoch=240,
+        **_GROUPS | dict(images_per_prompt=24), sample_batch=8, micro_batch=1, gradient_checkpointing=True)),
+    # Fewer and larger steps than the paper's, for a smaller model: studies/results/README.md, as for the
+    # algorithms below. All spend 512 queries. The clip range is per dimension, and the latent has 2,048 where
+    # Stable Diffusion's has 16,384. Of the guidance weights 1, 2, 3, 5 it is the largest whose images are
+    # near the scenes (emoji/model/README.md).
+    (dict(preset="emoji"), dict(
+        model=str(EMOJI / "model"), watch=(f"{_JUDGE}:animal", f"{_JUDGE}:number"), prompts="emoji_animals",
+        precision="fp32", epochs=8, samples_per_epoch=64, updates_per_epoch=4, sampling_steps=10, **_GROUPS,
+        learning_rate=2e-4, clip_range=2e-3, skip_last_steps=2, sample_batch=64, micro_batch=64, eval_every=1,
+        eval_prompts=45, sd_guidance=3.0)),
     # In 10 guided steps the toy model nearly always draws what it is asked for, so a VLM has nothing to teach
     # it. In 4 unguided steps a sixth of the images show another animal. A single image tells little then, so
-    # the batches are larger. The encoder is the model's own and has read captions alone, so the bare prompt
-    # is compared. All algorithms spend 3,072 queries.
-    (_TOY_VLM, {
-        "prompts": "two_to_four_animals", "reward_model": str(EMOJI / "vlm"), "sampling_steps": 4,
-        "samples_per_epoch": 256, "updates_per_epoch": 4, "epochs": 12, "learning_rate": 5e-5,
-                "eval_every": 2,
-        "eval_prompts": 135, "sd_guidance": 1.0}),
-    ({**_TOY_VLM, "reward": ("alignment",)}, {"wording": "paper", "bert_model": str(EMOJI / "model")}),
-    ({"preset": ("emoji",), "algorithm": ("ddpo-sf",)}, {
-        "epochs": 32, "samples_per_epoch": 16, "updates_per_epoch": 1, "learning_rate": 1e-4,
-                                                         "eval_every": 4}),
+    # the batches are larger. BERTScore's encoder is the model's own and has read captions alone, so the bare
+    # prompt is compared. All algorithms spend 3,072 queries.
+    (dict(preset="emoji", reward=VLM), dict(
+        prompts="two_to_four_animals", reward_model=str(EMOJI / "vlm"), sampling_steps=4,
+        samples_per_epoch=256, updates_per_epoch=4, epochs=12, learning_rate=5e-5, eval_every=2,
+        eval_prompts=135, sd_guidance=1.0)),
+    (dict(preset="emoji", reward="alignment"), dict(wording="paper", bert_model=str(EMOJI / "model"))),
+    (dict(preset="emoji", algorithm="ddpo-sf"), dict(
+        epochs=32, samples_per_epoch=16, updates_per_epoch=1, learning_rate=1e-4, eval_every=4)),
     # At this training guidance rounds without a reward change the images least (results, "Rounds without a
     # reward"). For a VLM's reward no such weight was found.
-    ({"preset": ("emoji",), "algorithm": RWR}, {
-        "epochs": 4, "samples_per_epoch": 128, "updates_per_epoch": 20, "batch_size": 32,
-                                                "learning_rate": 1e-4,
-        "training_guidance": 1.4, "eval_every": 1}),
-    ({"preset": ("emoji",), "algorithm": ("rwr",)}, {"beta": 60.0}),
-    ({"preset": ("emoji",), "algorithm": ("nft",)}, {
-        "updates_per_epoch": 10, "batch_size": 32, "learning_rate": 1e-4}),
-    ({**_TOY_VLM, "algorithm": ("ddpo-sf",)}, {
-        "epochs": 12, "samples_per_epoch": 256, "learning_rate": 1e-4, "eval_every": 2}),
-    ({**_TOY_VLM, "algorithm": RWR}, {
-        "samples_per_epoch": 768, "updates_per_epoch": 120, "training_guidance": 1.0}),
-    ({**_TOY_VLM, "algorithm": ("rwr-sparse",)}, {"learning_rate": 2e-4}),
-    ({**_TOY_VLM, "algorithm": ("nft",)}, {
-        "epochs": 4, "samples_per_epoch": 768, "updates_per_epoch": 120, "learning_rate": 3e-4,
-                                           "eval_every": 1}),
-    ({"preset": ("emoji",), "lora": (True,)}, {"learning_rate": 3e-3}),  # studies/results/README.md
-]
+    (dict(preset="emoji", algorithm=RWR), dict(
+        epochs=4, samples_per_epoch=128, updates_per_epoch=20, batch_size=32, learning_rate=1e-4,
+        training_guidance=1.4, eval_every=1)),
+    (dict(preset="emoji", algorithm="rwr"), dict(beta=60.0)),
+    (dict(preset="emoji", algorithm="nft"), dict(updates_per_epoch=10, batch_size=32, learning_rate=1e-4)),
+    (dict(preset="emoji", reward=VLM, algorithm="ddpo-sf"), dict(
+        epochs=12, samples_per_epoch=256, learning_rate=1e-4, eval_every=2)),
+    (dict(preset="emoji", reward=VLM, algorithm=RWR), dict(
+        samples_per_epoch=768, updates_per_epoch=120, training_guidance=1.0)),
+    (dict(preset="emoji", reward=VLM, algorithm="rwr-sparse"), dict(learning_rate=2e-4)),
+    (dict(preset="emoji", reward=VLM, algorithm="nft"), dict(
+        epochs=4, samples_per_epoch=768, updates_per_epoch=120, learning_rate=3e-4, eval_every=1)),
+    (dict(preset="emoji", lora=True), dict(learning_rate=3e-3))]  # studies/results/README.md
 
 
 def chosen(**asked):
     """What the rules say for a preset, an algorithm, a reward, and lora: whether adapters train."""
+    def holds(name, wanted):
+        return asked[name] in wanted if isinstance(wanted, tuple) else asked[name] == wanted
+
     values = {}
     for where, what in RULES:
-        if all(asked[name] in wanted for name, wanted in where.items()):
+        if all(holds(name, wanted) for name, wanted in where.items()):
             values |= what
     return values
 
@@ -244,12 +232,13 @@ def absolute(name, start="."):
         return tuple(absolute(one, start) for one in name)
     path, colon, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     place = (Path(start) / path).resolve()
-    return f"{place}{colon}{function}" if path and place.exists() else name
+    is_path = colon or "/" in name or "." in name  # a set of prompts may have the name of a folder here
+    return f"{place}{colon}{function}" if is_path and place.exists() else name
 
 
 def saved_settings(config):
     """The settings as a dict of plain values. Paths inside the project are relative to it."""
-    return json.loads(json.dumps(asdict(config)).replace(f"{ROOT}/", ""))
+    return json.loads(json.dumps(asdict(config), ensure_ascii=False).replace(f"{ROOT}/", ""))
 
 
 def load_settings(settings, flags):
@@ -257,8 +246,7 @@ def load_settings(settings, flags):
     allowed = facts("resumable") + facts("place") + facts("speed")
     others = [flag_of(name) for name in flags if name not in allowed]
     if others:
-        raise ValueError(f"--resume uses the run's own settings, so {', '.join(others)} cannot be given; "
-                         f"only {', '.join(map(flag_of, allowed))} can")
+        raise ValueError(f"{', '.join(others)}: not with --resume; only {', '.join(map(flag_of, allowed))}")
     places = {name: absolute(settings[name], ROOT) for name in facts("place")}
     return completed(Config(**{**settings, **places, **flags}))
 
@@ -304,8 +292,7 @@ def check(config):
         if item.type in (int, float):
             limit, zero = known.get("below", math.inf), known.get("zero", False)
             if not (0 < value < limit or zero and value == 0):
-                raise ValueError(f"{flag} {value}: must be {'at least' if zero else 'above'} 0 and below "
-                                 f"{limit}")
+                raise ValueError(f"{flag} {value}: must be {'from' if zero else 'above'} 0, below {limit}")
     for wrong, message in refusals(config):
         if wrong:
             raise ValueError(message)
@@ -332,22 +319,18 @@ def refusals(c):
     yield (c.stats_min_count > max(c.stats_buffer, c.images_per_prompt),
            f"--stats-min-count {c.stats_min_count}: more than --stats-buffer or --images-per-prompt can give")
     yield (c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1,
-           "--updates-per-epoch: ddpo-sf takes one update an epoch, since its samples must come from the "
-           "current weights; use --algorithm ddpo-is for more")
+           "--updates-per-epoch: ddpo-sf takes one, since its samples must come from the current weights")
     yield (c.samples_per_epoch % c.images_per_prompt,
            "--samples-per-epoch does not divide into groups of --images-per-prompt")
-    yield (c.algorithm in ADVANTAGES and c.baseline == "prompt"
-           and c.images_per_prompt == c.stats_buffer == 1,
-           "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone: give "
-           "--stats-buffer 16 --stats-min-count 8, too")
+    alone = c.images_per_prompt == c.stats_buffer == 1
+    yield (c.algorithm in ADVANTAGES and c.baseline == "prompt" and alone,
+           "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone")
     yield (ddpo and c.samples_per_epoch % c.updates_per_epoch,
            "--samples-per-epoch does not divide into --updates-per-epoch equal shares")
     yield (ddpo and max(c.learn_steps, 1) > learned,
-           f"--skip-last-steps leaves {learned} of --sampling-steps, too few to learn from --learn-steps of "
-           "them")
+           f"--skip-last-steps leaves {learned} of --sampling-steps, too few to learn from")
     yield (processes.size() > min(images, c.eval_prompts, c.samples_per_epoch),
-           f"{processes.size()} processes are too many for {images} images an update or {c.eval_prompts} "
-           "eval prompts")
+           f"{processes.size()} processes are too many for {images} images or {c.eval_prompts} eval prompts")
     yield (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
            f"--tracker {c.tracker} needs a package: pip install {c.tracker}")
 
@@ -358,10 +341,9 @@ def call_options(config):
         options = dict(json.loads(config.call or "{}"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--call {config.call}: must be a JSON object: {error}") from error
-    twice = [name for name in ("height", "width", "guidance_scale")
-             if getattr(config, name) and name in options]
-    if twice:
-        raise ValueError(f"--call and {flag_of(twice[0])} both say {twice[0]}")
+    for name in ("height", "width", "guidance_scale"):
+        if getattr(config, name) and name in options:
+            raise ValueError(f"--call and {flag_of(name)} both say {name}")
     return options
 
 
