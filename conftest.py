@@ -1,5 +1,6 @@
 """What several test files share: tiny random models, a file of small rewards, train.py in this process."""
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -271,17 +272,6 @@ def unknown(images, prompts): return [float("nan")] * len(prompts)
 def brightness(images, prompts): return images.mean((1, 2, 3))
 brightness.unit = "lux"
 def letters(images, prompts): return [len(prompt) for prompt in prompts]
-def nan(images, prompts): return images.mean((1, 2, 3)) * float("nan")
-def inf(images, prompts): return images.mean((1, 2, 3)) * float("inf")
-def wrong_shape(images, prompts): return images
-def words(images, prompts): return prompts
-def broken(images, prompts): raise KeyError("weights")
-def fails_later(images, prompts):
-    if len(images) == 4: raise RuntimeError("the judge went home")
-    return images.mean((1, 2, 3))
-def interrupts(images, prompts):
-    if len(images) == 4: raise KeyboardInterrupt
-    return images.mean((1, 2, 3))
 """
 
 
@@ -303,52 +293,56 @@ def run(*flags, code=0):
     return run_folder.read_rows(folders[-1]) if folders else []
 
 
-def forked(count, *flags, send=None):
-    """train.py in forked processes, several as torchrun would start them. Returns their exit codes, and what
-    each said on stderr.
+@pytest.fixture
+def one_thread():
+    """In this process, too, as in the forked ones, so that they round alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
-    send: (signal, rank, folder): sent to that process, twice, once the folder's log has three rows.
+
+def forked(count, *flags, send=None):
+    """train.py in forked processes, several as torchrun would start them; a start of Python takes seconds.
+
+    send: (signal, rows, seconds): the last process gets it, so long after the log of runs/r has so many rows.
+    Returns their exit codes, and what each said on stderr.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            code = 99
-            try:
-                torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-                # A shell starts background jobs, as these tests may be, without it
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                if count > 1:
-                    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank),
-                                      MASTER_ADDR="127.0.0.1",
-                                      MASTER_PORT=str(port))
-                sys.stdout, sys.stderr = (open(f"{stream}_{rank}", "w") for stream in ("out", "err"))
-                sys.__stderr__ = sys.stderr
-                code = train.main([str(flag) for flag in flags])
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
+        world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": f"{free.getsockname()[1]}"}
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=forked_one, args=(rank, world, flags)) for rank in range(count)]
+    for child in children:
+        child.start()
     if send:
-        number, rank, folder = send
-        while len(run_folder.read_rows(Path(folder))) < 3:
-            time.sleep(0.05)
-        for _ in range(2):  # as torchrun and an impatient user do
-            os.kill(children[rank], number)
-            time.sleep(0.002)
-    codes, deadline = {}, time.monotonic() + 120
-    while len(codes) < count:
-        for child in set(children) - set(codes):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[child] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)  # it waits for ever
-        time.sleep(0.01)
-    return [codes[child] for child in children], [Path(f"err_{rank}").read_text() for rank in range(count)]
+        number, rows, seconds = send
+        while len(run_folder.read_rows(Path("runs/r"))) < rows and children[-1].is_alive():
+            time.sleep(0.005)
+        time.sleep(seconds)
+        if children[-1].is_alive():
+            os.kill(children[-1].pid, number)
+    for child in children:
+        child.join(60)
+        child.kill()  # if it waits for another that has failed: torchrun would end it
+        child.join()
+    return [child.exitcode for child in children], [Path(f"err_{rank}").read_text() for rank in range(count)]
+
+
+def forked_one(rank, world, flags):
+    """One of these processes."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+    os.environ |= {**world, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    sys.stdout, sys.stderr = (open(f"{stream}_{rank}", "w", buffering=1) for stream in ("out", "err"))
+    sys.__stderr__ = sys.stderr
+    try:
+        code = train.main([str(flag) for flag in flags])
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.exit(code)
 
 
 def tiny_flags(tiny_model, **changes):

@@ -1,9 +1,11 @@
-"""The judge of the embedded model's images: is the animal right, and is the number?
+"""The judge of the bundled toy model's images: is the animal right, and is the number?
 
-    python train.py --watch emoji/judge.py:animal --watch emoji/judge.py:number      # the emoji preset does this by itself
+    # the emoji preset does this by itself
+    python train.py --watch emoji/judge.py:animal --watch emoji/judge.py:number
 
-A small convolutional network with two outputs, which of 75 animals and how many (1 to 4). pretrain.py trained it on drawn scenes
-alone; its weights are judge.safetensors. It never trains a policy. It is watched, and tells whether a reward was earned or gamed.
+It is a small convolutional network with two outputs: which of 75 animals, and how many (1 to 4). pretrain.py
+trained it on drawn scenes alone. Its weights are judge.safetensors. It never trains a policy. It is watched,
+and tells whether a reward was earned or gamed.
 """
 import functools
 import json
@@ -30,12 +32,18 @@ WEIGHTS = HERE / "judge.safetensors"
 # ---- The watched rewards ----
 
 def animal(images, prompts):
-    """1 where the image shows the animal that the prompt asks for, 0 where it does not, NaN where the judge cannot tell."""
+    """1 where the image shows the animal that the prompt asks for, 0 where it does not.
+
+    NaN where the judge cannot tell.
+    """
     return marks(images, prompts, lambda seen, asked: seen[0] == asked[0])
 
 
 def number(images, prompts):
-    """1 where the image shows as many animals as the prompt asks for, 0 where it does not, NaN where the judge cannot tell."""
+    """1 where the image shows as many animals as the prompt asks for, 0 where it does not.
+
+    NaN where the judge cannot tell.
+    """
     return marks(images, prompts, lambda seen, asked: seen[1] == asked[1])
 
 
@@ -48,11 +56,15 @@ animal.unit = number.unit = animal_and_number.unit = "%"
 
 
 def marks(images, prompts, is_right):
-    """1, 0 or NaN for each of B images (B, 3, H, W) and texts; is_right(seen, asked) compares two (animal, number)."""
+    """1, 0 or NaN for each of B images (B, 3, H, W) and texts.
+
+    is_right(seen, asked) compares two (animal, number).
+    """
     if images.shape[-2:] != (SIZE, SIZE):
         return [float("nan")] * len(prompts)
     seen = name_animals(load_judge(), images)
-    return [float(is_right(one, MEANINGS[text])) if text in MEANINGS else float("nan") for one, text in zip(seen, prompts)]
+    return [float(is_right(one, MEANINGS[text])) if text in MEANINGS else float("nan")
+            for one, text in zip(seen, prompts)]
 
 
 # ---- The network ----
@@ -82,7 +94,8 @@ class Judge(nn.Module):
 
 def conv(inputs, outputs, stride):
     """A 3 x 3 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 @functools.cache

@@ -1,15 +1,25 @@
-"""How the embedded models were made, from an emoji font alone: the text-to-image model emoji/model, its flow-matching twin, judge and VLM.
+"""How the bundled toy models were made, from an emoji font alone.
 
-    python emoji/pretrain.py            # remakes model and judge from nothing; if it is stopped, the same command goes on
-    python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model   # trains the shipped weights for longer
-    python emoji/pretrain.py --flow     # makes the flow-matching model emoji/flow, which begins with the weights of emoji/model
-    python emoji/pretrain.py --check    # measures model and judge on fresh scenes, and prints the table of the model card
-    python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm; --vlm --check and --flow --check measure alone
+They are the text-to-image model emoji/model, its flow-matching twin, the judge and the VLM.
 
-It takes about three and a half hours on two cores. --flow would take about one and a half; it took five minutes on an H200. There are
-four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the autoencoder; train the judge; train the
-U-Net together with the text encoder on the pool's latents. The vision-language model has two stages on the same pool: its vision tower,
-then the whole. Only tests import this file.
+    python emoji/pretrain.py            # remakes model and judge from nothing
+    python emoji/pretrain.py --flow     # makes the flow-matching model emoji/flow
+    python emoji/pretrain.py --vlm      # makes the vision-language model emoji/vlm
+    python emoji/pretrain.py --check    # measures model and judge on fresh scenes, prints the card's table
+
+    # trains the shipped weights for longer
+    python emoji/pretrain.py --start emoji/model --work runs/better --output runs/better/model
+
+If a command is stopped, the same command goes on. The flow-matching model begins with the weights of
+emoji/model. --flow --check and --vlm --check measure those models alone.
+
+The first command takes about three and a half hours on two cores. --flow would take about one and a half
+there; it took five minutes on an H200.
+
+There are four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the
+autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
+vision-language model has two stages on the same pool: its vision tower, then the whole. Only tests import
+this file.
 """
 import argparse
 import ctypes
@@ -34,18 +44,23 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where the method is, if this file is run as a script
-from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge, name_animals
-from networks import normalised, to_pil
-from policy import load_pipeline, load_policy, plain_scheduler, training_levels
+from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_judge
+from policy import load_policy, training_levels
 from prompts import NUMBER_WORDS, counting_questions, with_number
-from rewards import VLM, Alignment, compressibility, dialogue
-from runs import read_rows
+from rewards import VLM, Alignment, compressibility, dialogue, to_pil
+
 from sampling import rollout, target_of
+from support.networks import normalised
+from support.loading import load_pipeline, plain_scheduler
+from support.run_folder import read_rows, write_atomically
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
 POOL_SEED, FRESH_SEED = 0, 1
-# The first model's worst animals by the judge's confidence (--check). Their scenes come twice in a pass, and have their own sheet.
+# What a scene can show: (animal, the judge's class; number).
+SUBJECTS = [(animal, number) for animal in range(len(ANIMALS)) for number in range(1, MAX_NUMBER + 1)]
+# The first model's worst animals by the judge's confidence (--check). Their scenes come twice in a pass, and
+# have their own sheet.
 HARD = ["spider", "sloth", "seal", "rat", "hedgehog", "koala", "sheep", "elephant", "whale", "squid"]
 FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",      # Debian, Ubuntu
          "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
@@ -58,7 +73,8 @@ FONTS = ["/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",      # Debian, Ubu
 def glyph(animal, font):
     """The animal's emoji as an RGBA image, cropped. Noto Color Emoji has bitmaps of 109 px only."""
     image = Image.new("RGBA", (160, 160))
-    ImageDraw.Draw(image).text((12, 12), EMOJI[animal], font=ImageFont.truetype(font, 109), embedded_color=True)
+    noto = ImageFont.truetype(font, 109)
+    ImageDraw.Draw(image).text((12, 12), EMOJI[animal], font=noto, embedded_color=True)
     return image.crop(image.getbbox())
 
 
@@ -67,7 +83,8 @@ def draw_background(rng):
     a, b = rng.uniform(110, 255, (2, 3))
     b = a + (b - a) * 0.7
     y, x = np.mgrid[:SIZE, :SIZE]
-    kind = rng.choice(["plain", "horizon", "gradient", "noise", "stripes", "checks"], p=[.14, .1, .1, .26, .2, .2])
+    kind = rng.choice(["plain", "horizon", "gradient", "noise", "stripes", "checks"],
+                      p=[.14, .1, .1, .26, .2, .2])
     if kind == "plain":
         share = np.zeros((SIZE, SIZE))
     elif kind == "horizon":
@@ -89,7 +106,10 @@ def draw_background(rng):
 
 
 def draw_scene(seed, index, font):
-    """Scene `index` of the endless series `seed`: image (64, 64, 3) uint8, animal (the judge's class), number."""
+    """Scene `index` of the endless series `seed`.
+
+    Returns the image (64, 64, 3) uint8, the animal (the judge's class) and the number.
+    """
     rng = np.random.default_rng([seed, index])
     animal = int(rng.integers(len(ANIMALS)))
     number = int(rng.choice([1, 2, 3, 4], p=[.64, .12, .12, .12]))
@@ -115,7 +135,10 @@ def _draw(task):
 
 
 def draw_scenes(seed, count, font):
-    """`count` scenes, drawn on all cores: images (count, 64, 64, 3) uint8, animals and numbers (count,) int64."""
+    """`count` scenes, drawn on all cores.
+
+    Returns the images (count, 64, 64, 3) uint8, the animals and the numbers (count,) int64.
+    """
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((count, 2), np.int64)
     with multiprocessing.get_context("spawn").Pool() as pool:
@@ -142,8 +165,8 @@ def new_autoencoder():
     from diffusers import AutoencoderKL
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
-        sample_size=SIZE, mid_block_add_attention=False)
+        block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, sample_size=SIZE, mid_block_add_attention=False)
 
 
 def new_unet():
@@ -161,43 +184,50 @@ def new_text_encoder(tokenizer):
     """CLIP's, two layers of 64."""
     from transformers import CLIPTextConfig, CLIPTextModel
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def new_tokenizer():
-    """CLIP's byte-level BPE: all bytes, and merges learned from the captions. Each of their words becomes one token."""
+    """CLIP's byte-level BPE: all bytes, and merges learned from the captions.
+
+    Each word of the captions becomes one token.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     start, end, suffix = "<|startoftext|>", "<|endoftext|>", "</w>"
     learner = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix=suffix))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    captions = [caption(a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)]
+    captions = [caption(*subject) for subject in SUBJECTS]
     learner.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=4000, end_of_word_suffix=suffix, show_progress=False))
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [start, end, *letters, *(letter + suffix for letter in letters), *(a + b for a, b in merges)]
+    final_letters = [letter + suffix for letter in letters]
+    vocabulary = [start, end, *letters, *final_letters, *(a + b for a, b in merges)]
     vocabulary = {token: k for k, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, bos_token=start, eos_token=end, pad_token=end, unk_token=end,
-                         model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, bos_token=start, eos_token=end, pad_token=end,
+                         unk_token=end, model_max_length=TOKENS)
 
 
 def new_vlm_processor():
     """LLaVA's processor, with a tokenizer of whole words: those of the questions and answers."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
-    texts = ["USER: ASSISTANT:", *(text for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
-                                   for pair in questions(a, n) for text in pair)]
+    said = [text for subject in SUBJECTS for pair in questions(*subject) for text in pair]
     splitter, special = pre_tokenizers.Whitespace(), ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
-    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())})
-    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate([*special, *words])}, unk_token="<unk>"))
+    words = sorted({word for text in ["USER: ASSISTANT:", *said]
+                    for word, _ in splitter.pre_tokenize_str(text.lower())})
+    vocabulary = {word: k for k, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         additional_special_tokens=["<image>"], model_max_length=128)
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     return LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
                           num_additional_image_tokens=1)
 
@@ -211,17 +241,20 @@ def new_vlm(tokenizer):
         text_config=LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, max_position_embeddings=128,
                                 pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                                 eos_token_id=tokenizer.eos_token_id, **layers),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1, attn_implementation="eager"))
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+        attn_implementation="eager"))
 
 
 # ---- Training ----
 
 def train_networks(name, make, loss, steps, learning_rate, args):
-    """Train the networks of make() on `loss(networks, step) -> scalar`. Returns those with the EMA weights, in eval mode.
+    """Train the networks of make() on `loss(networks, step) -> scalar`.
 
-    0 steps leave them as make() gives them. A loss draws from batch(). So a run that goes on from its checkpoint is the run that was
-    never stopped. The learning rate warms up linearly, stays, and decays linearly to zero over the last 30 %. The EMA looks back over a
-    twentieth of the run.
+    Returns those with the EMA weights, in eval mode. 0 steps leave them as make() gives them.
+
+    A loss draws from batch(). So a run that goes on from its checkpoint is the run that was never stopped.
+    The learning rate warms up linearly, stays, and decays linearly to zero over the last 30 %. The EMA looks
+    back over a twentieth of the run.
     """
     path = args.work / f"{name}.pt"
     torch.manual_seed(POOL_SEED)
@@ -229,7 +262,8 @@ def train_networks(name, make, loss, steps, learning_rate, args):
     if not steps:
         return modules.eval()
     ema = AveragedModel(modules, multi_avg_fn=partial(_average, max(0.0, 1 - 20 / steps)), use_buffers=True)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / 200, 1.0, max(steps - k, 0) / (0.3 * steps)))
     first = 0
@@ -239,7 +273,8 @@ def train_networks(name, make, loss, steps, learning_rate, args):
         modules.load_state_dict(state["modules"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.last_epoch = first - 1  # the rate depends on the step alone, so the number of steps may change on the way
+        # The rate depends on the step alone, so the number of steps may change on the way.
+        schedule.last_epoch = first - 1
         schedule.step()
     bar = tqdm(range(first, steps), f"{name:11}", initial=first, total=steps)
     smooth = None
@@ -255,9 +290,9 @@ def train_networks(name, make, loss, steps, learning_rate, args):
         if step % 20 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            torch.save({"step": step + 1, "modules": modules.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict()}, path.with_suffix(".new"))
-            os.replace(path.with_suffix(".new"), path)  # a kill leaves the old checkpoint or the new one
+            state = {"step": step + 1, "modules": modules.state_dict(), "ema": ema.state_dict(),
+                     "optimizer": optimizer.state_dict()}
+            write_atomically(path, partial(torch.save, state))
     return ema.module.eval()
 
 
@@ -272,9 +307,13 @@ def begun(args, **networks):
 
 
 def batch(scenes, step, size):
-    """A step's scenes (size,) of those given, and its random generator. Each pass takes every scene once, in a new order."""
+    """A step's scenes (size,) of those given, and its random generator.
+
+    Each pass takes every scene once, in a new order.
+    """
     passed, row = divmod(step, len(scenes) // size)
-    return np.sort(scenes[_order(passed, len(scenes))[row * size:][:size]]), np.random.default_rng([POOL_SEED, step])
+    chosen = _order(passed, len(scenes))[row * size:][:size]
+    return np.sort(scenes[chosen]), np.random.default_rng([POOL_SEED, step])
 
 
 @lru_cache(1)
@@ -300,15 +339,20 @@ def train_autoencoder(images, args):
             noise = torch.as_tensor(rng.standard_normal(posterior.mean.shape, np.float32), device=args.device)
             reconstruction = networks["vae"].decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        # A large weight makes the latents robust to the denoiser's errors. From the start it would silence two of the channels.
+        # A large weight makes the latents robust to the denoiser's errors. From the start it would silence
+        # two of the channels.
         kl_weight = 1e-4 if step < args.autoencoder_steps / 4 else 5e-4
         return F.mse_loss(reconstruction.float(), x) + kl_weight * kl.float()
 
-    return train_networks("autoencoder", lambda: begun(args, vae=new_autoencoder()), loss, args.autoencoder_steps, 2e-3, args)["vae"]
+    return train_networks("autoencoder", lambda: begun(args, vae=new_autoencoder()), loss,
+                          args.autoencoder_steps, 2e-3, args)["vae"]
 
 
 def as_if_generated(x, rng):
-    """Images (B, 3, 64, 64), some made a little soft, some a little noisy, as generated images are. A judge should not mind."""
+    """Images (B, 3, 64, 64), some made a little soft, some a little noisy, as generated images are.
+
+    A judge should not mind.
+    """
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     mix = torch.as_tensor(rng.random((len(x), 1, 1, 1), np.float32) ** 2, device=x.device)
     grain = torch.as_tensor(rng.standard_normal(x.shape, np.float32), device=x.device)
@@ -322,7 +366,8 @@ def train_judge(images, animals, numbers, args):
         x = as_if_generated(to_float(images[chosen], args.device), rng)
         return classification_loss(*networks["judge"](x), animals[chosen], numbers[chosen])
 
-    return train_networks("judge", lambda: begun(args, judge=Judge()), loss, args.judge_steps, 2e-3, args)["judge"]
+    return train_networks("judge", lambda: begun(args, judge=Judge()), loss,
+                          args.judge_steps, 2e-3, args)["judge"]
 
 
 def classification_loss(animal_logits, number_logits, animals, numbers):
@@ -333,42 +378,52 @@ def classification_loss(animal_logits, number_logits, animals, numbers):
 
 
 def train_tower(images, animals, numbers, processor, args):
-    """The VLM's vision tower, on the judge's task. (LLaVA's tower is CLIP's, which was trained on images before, too.)"""
+    """The VLM's vision tower, on the judge's task.
+
+    (LLaVA's tower is CLIP's, which was trained on images before, too.)
+    """
     def loss(networks, step):
         chosen, rng = batch(np.arange(len(images)), step, 64)
         x = as_if_generated(to_float(images[chosen], args.device), rng)
         with torch.autocast(args.device, torch.bfloat16):
-            patches = networks["tower"](normalised(x, processor.image_processor)).last_hidden_state[:, 1:]  # without the class token, as LLaVA
-            pooled = torch.cat([patches.amax(1), patches.mean(1)], 1)                       # (B, 2 E), as in judge.py
-            return classification_loss(networks["animal"](pooled), networks["number"](pooled), animals[chosen],
-                                       numbers[chosen])
+            states = networks["tower"](normalised(x, processor.image_processor)).last_hidden_state
+            patches = states[:, 1:]                                    # without the class token, as LLaVA
+            pooled = torch.cat([patches.amax(1), patches.mean(1)], 1)  # (B, 2 E), as in judge.py
+            return classification_loss(networks["animal"](pooled), networks["number"](pooled),
+                                       animals[chosen], numbers[chosen])
 
     def make():
         tower = new_vlm(processor.tokenizer).model.vision_tower
         width = 2 * tower.config.hidden_size
-        return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)), "number": nn.Linear(width, MAX_NUMBER)}
+        return {"tower": tower, "animal": nn.Linear(width, len(ANIMALS)),
+                "number": nn.Linear(width, MAX_NUMBER)}
 
     return train_networks("tower", make, loss, args.tower_steps, 1e-3, args)["tower"]
 
 
 def train_vlm(images, animals, numbers, args):
-    """The VLM: each scene is asked one of four questions, and the loss is the next-token loss of the answer alone."""
+    """The VLM: each scene is asked one of four questions.
+
+    The loss is the next-token loss of the answer alone.
+    """
     processor = new_vlm_processor()
     tokenizer, tower = processor.tokenizer, train_tower(images, animals, numbers, processor, args)
-    dialogues = {(a, n, k): tokens_and_labels(processor, *pair) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)
-                 for k, pair in enumerate(questions(a, n))}
+    dialogues = {(a, n, k): tokens_and_labels(processor, *pair)
+                 for a, n in SUBJECTS for k, pair in enumerate(questions(a, n))}
     kinds = len(questions(0, 1))
 
     def loss(networks, step):
         chosen, rng = batch(np.arange(len(images)), step, 64)
         x = as_if_generated(to_float(images[chosen], args.device), rng)
-        asked = [dialogues[a, n, k] for a, n, k in zip(animals[chosen], numbers[chosen], rng.integers(kinds, size=64))]
+        asked = [dialogues[scene]
+                 for scene in zip(animals[chosen], numbers[chosen], rng.integers(kinds, size=64))]
         length = max(len(ids) for ids, _ in asked)
         ids, labels = (torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=args.device)
                        for rows, fill in zip(zip(*asked), (tokenizer.pad_token_id, -100)))
         with torch.autocast(args.device, torch.bfloat16):
-            return networks["vlm"](input_ids=ids, pixel_values=normalised(x, processor.image_processor), labels=labels,
-                                   attention_mask=(ids != tokenizer.pad_token_id).long()).loss
+            return networks["vlm"](
+                input_ids=ids, pixel_values=normalised(x, processor.image_processor), labels=labels,
+                attention_mask=(ids != tokenizer.pad_token_id).long()).loss
 
     def make():
         network = new_vlm(tokenizer)
@@ -389,7 +444,10 @@ def questions(animal, number):
 
 
 def tokens_and_labels(processor, question, answer):
-    """Token ids of a question about an image and its answer. And the labels: the ids of the answer and its end, else -100."""
+    """Token ids of a question about an image and its answer, and the labels.
+
+    The labels are the ids of the answer and its end, else -100.
+    """
     tokenizer = processor.tokenizer
     asked = dialogue(processor, question).replace("<image>", "<image>" * (SIZE // processor.patch_size) ** 2)
     asked, said = (tokenizer(text, add_special_tokens=False).input_ids for text in (asked, answer))
@@ -399,26 +457,31 @@ def tokens_and_labels(processor, question, answer):
 
 @torch.no_grad()
 def encode_pool(vae, images, args):
-    """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor. They are encoded once and kept."""
-    weights = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in vae.state_dict().values())).hexdigest()
-    path = args.work / f"latents-{len(images)}-{weights[:8]}.pt"  # of another autoencoder, if it is trained for longer
+    """The pool's latents (N, 8, 16, 16), scaled to variance 1, and the scaling factor.
+
+    They are encoded once and kept.
+    """
+    weights = b"".join(weight.cpu().numpy().tobytes() for weight in vae.state_dict().values())
+    # If the autoencoder is trained for longer, it is another one, with latents of its own.
+    path = args.work / f"latents-{len(images)}-{hashlib.sha256(weights).hexdigest()[:8]}.pt"
     if not path.exists():
         batches = tqdm(torch.arange(len(images)).split(64), "encoding   ")
-        latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu() for b in batches]
-        torch.save(torch.cat(latents), path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        latents = [vae.encode(to_float(images[b], args.device) * 2 - 1).latent_dist.mean.cpu()
+                   for b in batches]
+        write_atomically(path, partial(torch.save, torch.cat(latents)))
     latents = torch.load(path, weights_only=True)
     factor = 1 / latents.std().item()
     return latents * factor, factor
 
 
 def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps, args):
-    """U-Net and text encoder jointly, on the loss of the scheduler's kind: diffusion's, on epsilon, or flow matching's, on eps - x_0.
+    """U-Net and text encoder jointly, on the loss of the scheduler's kind.
 
-    10 % of the captions are dropped, for guidance.
+    This is diffusion's, on epsilon, or flow matching's, on eps - x_0. 10 % of the captions are dropped, for
+    guidance.
     """
     from diffusers.models.attention_processor import AttnProcessor
-    kinds = [(a, n, bare) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1) for bare in (False, True)]
+    kinds = [(*subject, bare) for subject in SUBJECTS for bare in (False, True)]
     row = {kind: k for k, kind in enumerate(kinds)}
     ids = tokenizer([caption(*kind) for kind in kinds] + [""], padding="max_length", truncation=True,
                     return_tensors="pt").input_ids.to(args.device)
@@ -431,10 +494,13 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
         bare, dropped = rng.random((2, size)) < [[0.3], [0.1]]
         rows = [-1 if d else row[a, n, bool(b)]
                 for a, n, b, d in zip(animals[chosen], numbers[chosen], bare, dropped)]
-        x_0 = latents[torch.as_tensor(chosen)].to(args.device)                                   # (B, 8, 16, 16)
-        # One timestep from each part of the range: the loss varies less than with independent ones (Kingma et al. 2021, app. I.1).
-        level = torch.as_tensor(((rng.random() + rng.permutation(size) / size) % 1 * len(timesteps)).astype(int))                # (B,)
-        t, a, b = timesteps[level], *(values[level].to(args.device)[:, None, None, None] for values in (a_of, b_of))
+        x_0 = latents[torch.as_tensor(chosen)].to(args.device)        # (B, 8, 16, 16)
+        # One timestep from each part of the range: the loss varies less than with independent ones
+        # (Kingma et al. 2021, app. I.1).
+        place = (rng.random() + rng.permutation(size) / size) % 1     # (B,), in [0, 1)
+        level = torch.as_tensor((place * len(timesteps)).astype(int))
+        t = timesteps[level]
+        a, b = (values[level].to(args.device)[:, None, None, None] for values in (a_of, b_of))
         noise = torch.as_tensor(rng.standard_normal(x_0.shape, np.float32), device=args.device)
         states = networks["text_encoder"](ids[rows])[0]
         with torch.autocast(args.device, torch.bfloat16):  # faster, see train_autoencoder
@@ -442,13 +508,15 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
         errors = (prediction - target_of(x_0, noise, a, b, kind)).square().mean((1, 2, 3))
         if kind == "flow":
             return errors.mean()
-        # Min-SNR weights (Hang et al. 2023, gamma = 5): most of the plain loss is about noise that nobody sees.
+        # Min-SNR weights (Hang et al. 2023, gamma = 5): most of the plain loss is about noise that nobody
+        # sees.
         snr = (a / b).flatten() ** 2
         return (snr.clamp(max=5) / snr * errors).mean()
 
     def make():
         networks = begun(args, unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
-        if args.device == "cpu":  # the fused attention is slow there in bfloat16, and these sequences are short
+        if args.device == "cpu":
+            # The fused attention is slow there in bfloat16, and these sequences are short.
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
 
@@ -463,33 +531,43 @@ def scheduler():
 
 
 def remake(args):
-    """All four stages, each skipped if its checkpoint says that it is done. Then model and judge are saved."""
+    """All four stages, each skipped if its checkpoint says that it is done.
+
+    Then model and judge are saved.
+    """
     from diffusers import StableDiffusionPipeline
-    args.work.mkdir(parents=True, exist_ok=True)
     images, animals, numbers = load_pool(args)
     vae = train_autoencoder(images, args)
     judge = train_judge(images, animals, numbers, args)
     latents, scaling_factor = encode_pool(vae, images, args)
     vae.register_to_config(scaling_factor=scaling_factor)
     tokenizer = new_tokenizer()
-    networks = train_denoiser("denoiser", latents, animals, numbers, tokenizer, scheduler(), args.denoiser_steps, args)
-    save_model(StableDiffusionPipeline(vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False), args)
+    networks = train_denoiser("denoiser", latents, animals, numbers, tokenizer, scheduler(),
+                              args.denoiser_steps, args)
+    pipeline = StableDiffusionPipeline(
+        vae, networks["text_encoder"], tokenizer, networks["unet"], scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    save_model(pipeline, args)
     save_file({name: weight.half().contiguous() if weight.is_floating_point() else weight
                for name, weight in judge.cpu().state_dict().items()}, args.output.parent / WEIGHTS.name)
 
 
 def remake_flow(args):
-    """The flow-matching twin of the model in --start: its autoencoder, and its U-Net and text encoder trained on with another loss."""
+    """The flow-matching twin of the model in --start.
+
+    It has that model's autoencoder. Its U-Net and text encoder are trained on with another loss.
+    """
     from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
-    args.work.mkdir(parents=True, exist_ok=True)
     images, animals, numbers = load_pool(args)
-    pipeline = StableDiffusionPipeline.from_pretrained(os.path.relpath(args.start)).to(args.device)  # the path is saved with the model
+    start = os.path.relpath(args.start)  # this path is saved with the model
+    pipeline = StableDiffusionPipeline.from_pretrained(start).to(args.device)
     latents, _ = encode_pool(pipeline.vae, images, args)
-    # Diffusers' own class draws with this one: its U-Nets do not know the scheduler of flow matching's transformers.
-    pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1)
-    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer, plain_scheduler(pipeline.scheduler),
-                              args.flow_steps, args)
+    # Diffusers' own class draws with this one: its U-Nets do not know the scheduler of flow matching's
+    # transformers.
+    pipeline.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1)
+    networks = train_denoiser("flow", latents, animals, numbers, pipeline.tokenizer,
+                              plain_scheduler(pipeline.scheduler), args.flow_steps, args)
     pipeline.unet, pipeline.text_encoder = networks["unet"], networks["text_encoder"]
     save_model(pipeline, args)
 
@@ -497,35 +575,44 @@ def remake_flow(args):
 def save_model(pipeline, args):
     """Save a pipeline in --output, in half precision."""
     pipeline.to("cpu", torch.float16).save_pretrained(args.output)
-    # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do not mix.
+    # transformers would load a text encoder saved in fp16 as fp16, diffusers the rest as fp32, and these do
+    # not mix.
     pipeline.text_encoder.float().save_pretrained(args.output / "text_encoder")
 
 
 def load_pool(args):
     """The pool of scenes: images, animals, numbers. It is drawn once and kept under `work`."""
+    args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / "scenes.npz"
     if not path.exists():
         images, animals, numbers = draw_scenes(POOL_SEED, args.scenes, args.font)
-        with open(path.with_suffix(".new"), "wb") as file:
-            np.savez(file, images=images, animals=animals, numbers=numbers)
-        os.replace(path.with_suffix(".new"), path)
+        write_atomically(path, partial(np.savez, images=images, animals=animals, numbers=numbers))
     pool = np.load(path)
     if len(pool["numbers"]) != args.scenes:
-        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: delete it, and the scenes are drawn again")
+        sys.exit(f"pretrain.py: {path} holds {len(pool['numbers'])} scenes, not --scenes {args.scenes}: "
+                 "delete it, and the scenes are drawn again")
     return pool["images"], pool["animals"], pool["numbers"]
 
 
 # ---- What came out ----
 
 def sample(prompts, steps, args):
-    """Images (B, 3, 64, 64) in [0, 1] of B prompts by the model in --output, drawn as a policy draws: eta = 1, seed 0."""
-    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device, scored=False, trains=False)
-    trajectory = rollout(policy, prompts, torch.Generator().manual_seed(0), 64, keep_chain=False, title=f"{steps} steps".ljust(11))
+    """Images (B, 3, 64, 64) in [0, 1] of B prompts by the model in --output.
+
+    They are drawn as a policy draws: eta = 1, seed 0.
+    """
+    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device,
+                         scored=False, trains=False)
+    trajectory = rollout(policy, prompts, torch.Generator().manual_seed(0), 64, keep_chain=False,
+                         title=f"{steps} steps".ljust(11))
     return policy.decode(trajectory.x_0)
 
 
 def frechet_distance(features, others):
-    """Between two sets of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2), of Heusel et al. 2017, eq. 6."""
+    """Between two sets of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2).
+
+    This is eq. 6 of Heusel et al. 2017.
+    """
     (mean, covariance), (other_mean, other_covariance) = (
         (part.mean(0), np.cov(part, rowvar=False)) for part in (features, others))
     values, vectors = np.linalg.eigh(covariance)
@@ -536,8 +623,11 @@ def frechet_distance(features, others):
 
 
 def judged(judge, images, animals, numbers):
-    """What the judge sees in images (B, 3, 64, 64) of those animals and numbers (B,): its pooled features (B, 256), its confidence in
-    the right animal (B,), whether animal and number are right (2, B)."""
+    """What the judge sees in images (B, 3, 64, 64) of those animals and numbers (B,).
+
+    Returns its pooled features (B, 256), its confidence in the right animal (B,), and whether animal and
+    number are right (2, B).
+    """
     device = next(judge.parameters()).device
     with torch.no_grad():
         features = torch.cat([judge.pooled(part.to(device)) for part in images.split(256)])
@@ -548,12 +638,18 @@ def judged(judge, images, animals, numbers):
 
 
 def judge_of(args):
-    """The file of the judge of the model in --output. A flow model has none of its own: its judge is that of the model in --start."""
+    """The file of the judge of the model in --output.
+
+    A flow model has none of its own: its judge is that of the model in --start.
+    """
     return (args.start if args.flow else args.output).parent / WEIGHTS.name
 
 
 def print_card(args):
-    """Print the tables of the model card. All distances are to one set of fresh scenes; the samples have its captions."""
+    """Print the tables of the model card.
+
+    All distances are to one set of fresh scenes. The samples have its captions.
+    """
     judge, vae = load_judge(judge_of(args), args.device), load_pipeline(args.output, args.device).vae
     count, steps = args.check_images, args.sampling_steps
     images, animals, numbers = draw_scenes(FRESH_SEED, 2 * count, args.font)
@@ -565,22 +661,31 @@ def print_card(args):
     truth = judged(judge, scenes, animals[:count], numbers[:count])
     print(f"\n{count} images each, guidance {args.guidance_scale:g}, eta 1\n\n"
           "| images | animal right | number right | Fréchet distance | JPEG size |\n|---|---|---|---|---|")
-    for name, pictures, half in (("fresh scenes", scenes, slice(count)), ("other fresh scenes: the floor", others, slice(count, None)),
-                                 (f"scenes through the autoencoder, PSNR {psnr:.1f} dB", decoded, slice(count)),
-                                 *((f"samples, {k} steps", sample(prompts, k, args), slice(count)) for k in (50, steps))):
+    for name, pictures, half in (
+            ("fresh scenes", scenes, slice(count)),
+            ("other fresh scenes: the floor", others, slice(count, None)),
+            (f"scenes through the autoencoder, PSNR {psnr:.1f} dB", decoded, slice(count)),
+            *((f"samples, {k} steps", sample(prompts, k, args), slice(count)) for k in (50, steps))):
         features, confidence, right = judged(judge, pictures, animals[half], numbers[half])
-        print("| " + " | ".join([name, *(f"{share:.1%}" for share in right.mean(1)), f"{frechet_distance(features, truth[0]):.1f}",
+        print("| " + " | ".join([name, *(f"{share:.1%}" for share in right.mean(1)),
+                                 f"{frechet_distance(features, truth[0]):.1f}",
                                  f"{-np.mean(compressibility(pictures, None)):.2f} kB"]) + " |")
-    print_by_number_and_animal(confidence, right, animals[:count], numbers[:count])  # of the last, the samples of few steps
+    # These are of the last row, the samples of few steps.
+    print_by_number_and_animal(confidence, right, animals[:count], numbers[:count])
     print_drift(args)
 
 
 def print_by_number_and_animal(confidence, right, animals, numbers):
-    """Print what judged() says of samples of these animals and numbers (B,): the shares by number, and the ten worst animals."""
+    """Print what judged() says of samples of these animals and numbers (B,).
+
+    It prints the shares by number, and the ten worst animals.
+    """
     for number in range(1, MAX_NUMBER + 1):
         shares = right[:, numbers == number].mean(1)
-        print(f'| of these "{caption(0, number)}" and so on | ' + " | ".join(f"{share:.1%}" for share in shares) + " | - | - |")
-    means = {name: confidence[animals == k].mean() for k, name in enumerate(ANIMALS) if (animals == k).any()}
+        print(f'| of these "{caption(0, number)}" and so on | '
+              + " | ".join(f"{share:.1%}" for share in shares) + " | - | - |")
+    means = {name: confidence[animals == k].mean()
+             for k, name in enumerate(ANIMALS) if (animals == k).any()}
     worst = ", ".join(f"{name} {means[name]:.0%}" for name in sorted(means, key=means.get)[:10])
     print(f"\nthe ten worst animals, by the judge's mean confidence: {worst}\n")
 
@@ -588,35 +693,44 @@ def print_by_number_and_animal(confidence, right, animals, numbers):
 def print_drift(args):
     """Print what three rounds of RWR without a reward (beta 0) do to the pictures of 45 prompts."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift", "--model", args.output.resolve(),
+        subprocess.run([sys.executable, HERE.parent / "train.py", "--name", "drift",
+                        "--model", args.output.resolve(),
                         "--algorithm", "rwr", "--beta", "0", "--epochs", "3", "--eval-every", "3",
-                        "--sampling-steps", str(args.sampling_steps), "--guidance-scale", str(args.guidance_scale),
-                        "--device", args.device],
+                        "--sampling-steps", str(args.sampling_steps),
+                        "--guidance-scale", str(args.guidance_scale), "--device", args.device],
                        cwd=folder, check=True)
         before, *_, after = read_rows(Path(folder) / "runs" / "drift")
     sizes = [-row["eval_reward_mean"] for row in (before, after)]
     print("\n| three rounds of RWR without a reward | before | after | |\n|---|---|---|---|")
     print(f"| JPEG size | {sizes[0]:.2f} kB | {sizes[1]:.2f} kB | {sizes[1] / sizes[0] - 1:+.0%} |")
-    print("| animal right, says the shipped judge | " + " | ".join(f"{row['watched']['animal']:.0%}" for row in (before, after)) + " | |")
+    print("| animal right, says the shipped judge | "
+          + " | ".join(f"{row['watched']['animal']:.0%}" for row in (before, after)) + " | |")
 
 
 def print_vlm_card(args):
-    """Print the table of the VLM's card: how often its answers are right, asked by rewards.VLM about fresh scenes and about samples."""
+    """Print the table of the VLM's card: how often its answers are right.
+
+    rewards.VLM asks it about fresh scenes and about samples.
+    """
     count = min(args.check_images, 2048)
     scenes, animals, numbers = draw_scenes(FRESH_SEED, count, args.font)
     samples = sample([caption(*pair) for pair in zip(animals, numbers)], args.sampling_steps, args)
     vlm = VLM(args.device, str(args.vlm_output))
-    print(f"\n| asked, {count:,} images of all animals | about | right | animal | number | worst animal |\n|---|---|---|---|---|---|")
-    meant = {caption(a, n): (a, n) for a in range(len(ANIMALS)) for n in range(1, MAX_NUMBER + 1)}
-    for about, images in (("fresh scenes", to_float(scenes, "cpu")), (f"samples, {args.sampling_steps} steps", samples)):
+    print(f"\n| asked, {count:,} images of all animals | about | right | animal | number | worst animal |\n"
+          "|---|---|---|---|---|---|")
+    meant = {caption(*subject): subject for subject in SUBJECTS}
+    for about, images in (("fresh scenes", to_float(scenes, "cpu")),
+                          (f"samples, {args.sampling_steps} steps", samples)):
         for k, (question, _) in enumerate(questions(0, 1)):
             answers = vlm.answer(images, [question] * len(images))
-            right = np.array([answer == questions(a, n)[k][1] for answer, a, n in zip(answers, animals, numbers)])
+            right = np.array([answer == questions(a, n)[k][1]
+                              for answer, a, n in zip(answers, animals, numbers)])
             worst = min(set(animals), key=lambda a: right[animals == a].mean())
             parts = ["-", "-"]
             if k < len(Alignment.WORDINGS):  # the answer is a caption: each part may be right by itself
                 understood = np.array([meant.get(answer, (-1, 0)) for answer in answers])
-                parts = [f"{np.mean(understood[:, part] == truth):.1%}" for part, truth in enumerate((animals, numbers))]
+                parts = [f"{np.mean(understood[:, part] == truth):.1%}"
+                         for part, truth in enumerate((animals, numbers))]
             print("| " + " | ".join([question, about, f"{right.mean():.1%}", *parts,
                                      f"{ANIMALS[worst]}, {right[animals == worst].mean():.0%}"]) + " |")
 
@@ -624,7 +738,8 @@ def print_vlm_card(args):
 def contact_sheet(args, path, prompts, columns):
     """An image of every prompt, in rows, with captions."""
     tile, label = 96, 14
-    sheet = Image.new("RGB", (columns * (tile + 4), -(-len(prompts) // columns) * (tile + label + 4)), "white")
+    rows = -(-len(prompts) // columns)
+    sheet = Image.new("RGB", (columns * (tile + 4), rows * (tile + label + 4)), "white")
     pen = ImageDraw.Draw(sheet)
     for k, (prompt, image) in enumerate(zip(prompts, sample(prompts, args.sampling_steps, args))):
         x, y = k % columns * (tile + 4), k // columns * (tile + label + 4)
@@ -634,41 +749,53 @@ def contact_sheet(args, path, prompts, columns):
 
 
 def draw_contact_sheets(args):
-    """Every animal, then rows of two, three and four; and, of the diffusion model, the hard animals, ten images of each."""
+    """Every animal, then rows of two, three and four.
+
+    Of the diffusion model also the hard animals, ten images of each.
+    """
     prompts = [caption(a, 1) for a in range(len(ANIMALS))]
     prompts += [caption((7 * n + 5 * k) % len(ANIMALS), n) for n in (2, 3, 4) for k in range(15)]
     if args.flow:
         contact_sheet(args, args.output.parent / "contact_sheet_flow.png", prompts, 15)
         return
     contact_sheet(args, args.output.parent / "contact_sheet.png", prompts, 15)
-    contact_sheet(args, args.output.parent / "hard_animals.png", [with_number(name, 1) for name in HARD for _ in range(10)], 10)
+    hard = [with_number(name, 1) for name in HARD for _ in range(10)]
+    contact_sheet(args, args.output.parent / "hard_animals.png", hard, 10)
 
 
 def parse(argv):
     """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--check", action="store_true", help="measure the models in --output, train nothing")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--vlm", action="store_true", help="the vision-language model instead of the others")
     which.add_argument("--flow", action="store_true", help="the flow-matching model instead of the others")
-    add("--output", type=Path, help="folder of the text-to-image model (default: emoji/model, with --flow emoji/flow)")
+    add("--output", type=Path,
+        help="folder of the text-to-image model (default: emoji/model, with --flow emoji/flow)")
     add("--vlm-output", type=Path, default=HERE / "vlm", help="folder of the vision-language model")
-    add("--start", type=Path, help="a folder as --output: autoencoder, judge (beside the folder), U-Net and text "
-        "encoder begin with its weights, not random ones, where --work has no checkpoint of them yet; those of 0 steps stay as they are")
+    add("--start", type=Path,
+        help="a folder as --output: autoencoder, judge (beside the folder), U-Net and text encoder begin "
+             "with its weights, not random ones, where --work has no checkpoint of them yet; those of 0 "
+             "steps stay as they are")
     add("--work", type=Path, default=Path("runs/pretrain"), help="scenes and checkpoints")
-    add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]), help="NotoColorEmoji.ttf")
+    add("--font", default=next((font for font in FONTS if os.path.exists(font)), FONTS[0]),
+        help="NotoColorEmoji.ttf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--scenes", type=int, default=100_000, help="size of the pool of training scenes")
     add("--autoencoder-steps", type=int, default=12_000, help="each on 16 scenes")
     add("--judge-steps", type=int, default=1_600, help="each on 64 scenes")
     add("--denoiser-steps", type=int, default=33_000, help="each on 64 scenes")
     add("--flow-steps", type=int, default=2_000, help="each on 512 scenes, since few large steps suit a GPU")
-    add("--denoiser-batch", type=int, help="scenes in a step of U-Net and text encoder (default: 64, with --flow 512)")
+    add("--denoiser-batch", type=int,
+        help="scenes in a step of U-Net and text encoder (default: 64, with --flow 512)")
     add("--tower-steps", type=int, default=6_000, help="each on 64 scenes")
     add("--vlm-steps", type=int, default=2_000, help="each on 64 scenes")
-    add("--sampling-steps", type=int, default=10, help="for the check and the contact sheet: the emoji preset's")
-    add("--guidance-scale", type=float, default=3.0, help="for the check and the contact sheet: the emoji preset's")
+    add("--sampling-steps", type=int, default=10,
+        help="for the check and the contact sheet: the emoji preset's")
+    add("--guidance-scale", type=float, default=3.0,
+        help="for the check and the contact sheet: the emoji preset's")
     add("--check-images", type=int, default=4096, help="the check's samples, and fresh scenes beside them")
     args = parser.parse_args(argv)
     args.output = args.output or HERE / ("flow" if args.flow else "model")
@@ -685,23 +812,28 @@ def refuse_mistakes(args):
                  "apt install fonts-noto-color-emoji) or give its file with --font")
     if args.vlm and args.start:
         sys.exit("pretrain.py: --start is not for --vlm, whose networks begin with random weights")
-    if args.start and not all(path.exists() for path in (args.start / "model_index.json", args.start.parent / WEIGHTS.name)):
-        sys.exit(f"pretrain.py: --start {args.start}: no model is there, or no {WEIGHTS.name} beside it: give a folder as emoji/model")
+    if args.start and not all(path.exists() for path in (
+            args.start / "model_index.json", args.start.parent / WEIGHTS.name)):
+        sys.exit(f"pretrain.py: --start {args.start}: no model is there, or no {WEIGHTS.name} beside it: "
+                 "give a folder as emoji/model")
     least = 0 if args.start and not args.flow else 1  # 0 steps keep a network of --start as it is
-    for name in ("tower", "vlm") if args.vlm else ("flow",) if args.flow else ("autoencoder", "judge", "denoiser"):
+    of_diffusion = ("autoencoder", "judge", "denoiser")
+    for name in ("tower", "vlm") if args.vlm else ("flow",) if args.flow else of_diffusion:
         if (steps := getattr(args, f"{name}_steps")) < least:
             sys.exit(f"pretrain.py: --{name}-steps {steps}: must be at least {least}")
     if args.denoiser_batch < 1:
         sys.exit(f"pretrain.py: --denoiser-batch {args.denoiser_batch}: must be at least 1")
     if args.scenes < (most := max(64, args.denoiser_batch)):
         sys.exit(f"pretrain.py: --scenes {args.scenes}: a step takes {most}")
-    needed = {args.output / "model_index.json": args.check or args.vlm, judge_of(args): args.check and not args.vlm,
+    needed = {args.output / "model_index.json": args.check or args.vlm,
+              judge_of(args): args.check and not args.vlm,
               args.vlm_output / "config.json": args.check and args.vlm}
     for path, is_needed in needed.items():
         if is_needed and not path.exists():
             sys.exit(f"pretrain.py: there is no {path} to measure")
     if args.check_images <= 256:
-        sys.exit(f"pretrain.py: --check-images {args.check_images}: a distance in the judge's 256 features needs more than 256 images")
+        sys.exit(f"pretrain.py: --check-images {args.check_images}: a distance in the judge's 256 features "
+                 "needs more than 256 images")
 
 
 def main(argv=None):
@@ -709,13 +841,12 @@ def main(argv=None):
     args = parse(argv)
     refuse_mistakes(args)
     if sys.platform == "linux" and args.device == "cpu":
-        # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost much time. So:
-        # no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
+        # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost
+        # much time. So: no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if args.vlm:
         if not args.check:
-            args.work.mkdir(parents=True, exist_ok=True)
             train_vlm(*load_pool(args), args)
         print_vlm_card(args)
         return

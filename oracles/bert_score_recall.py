@@ -1,9 +1,11 @@
-"""Makes bert_score_recall.json: recalls by the package bert-score (0.3.13), which rewards.BertRecall is tested against.
+"""Makes bert_score_recall.json: recalls by the package bert-score (0.3.13).
+
+rewards.BertRecall is tested against them.
 
     pip install bert-score==0.3.13 pandas && python oracles/bert_score_recall.py
 
-The encoder is the embedded model's text encoder. All tokens count but its begin and end: the package gives idf 0 to a tokenizer's
-[CLS] and [SEP], which CLIP's tokenizer calls bos and eos.
+The encoder is the bundled toy model's text encoder. All tokens count but its begin and end: the package gives
+idf 0 to a tokenizer's [CLS] and [SEP], which CLIP's tokenizer calls bos and eos.
 """
 import json
 from collections import defaultdict
@@ -15,7 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "emoji" / "model"
-ANSWERS = ["three cats", "two cats", "three dogs", "a cat", "two", "the image contains four owls", "an elephant and a cat"]
+ANSWERS = ["three cats", "two cats", "three dogs", "a cat", "two", "the image contains four owls",
+           "an elephant and a cat"]
 REFERENCES = ["three cats", "a cat", "two owls"]
 
 tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")

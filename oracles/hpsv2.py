@@ -1,8 +1,11 @@
-"""Makes hpsv2.safetensors and .json: a tiny random CLIP under open_clip's names, as in HPS v2's checkpoint, and its scores.
+"""Makes hpsv2.safetensors and .json: a tiny random CLIP and its scores.
+
+The weights have open_clip's names, as in HPS v2's checkpoint.
 
     pip install --no-deps hpsv2==1.2.0 && python oracles/hpsv2.py
 
-The network is the package's own (hpsv2/src/open_clip/model.py). Its other imports, torchvision and timm, are stubbed.
+The network is the package's own (hpsv2/src/open_clip/model.py). Its other imports, torchvision and timm, are
+stubbed.
 """
 import json
 import sys
@@ -43,6 +46,6 @@ for row, end in zip(tokens, (15, 6, 3)):
 with torch.no_grad():
     images, texts = clip.encode_image(pixels, normalize=True), clip.encode_text(tokens, normalize=True)
     scores = torch.diagonal(images @ texts.T)
-save_file({**{name: weight.half().contiguous() for name, weight in clip.state_dict().items()}, "pixels": pixels,
-           "tokens": tokens}, HERE / "hpsv2.safetensors")
+save_file({**{name: weight.half().contiguous() for name, weight in clip.state_dict().items()},
+           "pixels": pixels, "tokens": tokens}, HERE / "hpsv2.safetensors")
 (HERE / "hpsv2.json").write_text(json.dumps({"made_by": "hpsv2 1.2.0", "scores": scores.tolist()}) + "\n")

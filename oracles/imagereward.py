@@ -1,13 +1,14 @@
-"""Makes imagereward.safetensors and .json: a tiny random ImageReward and its scores by the package image-reward (1.5).
+"""Makes imagereward.safetensors and .json: a tiny random ImageReward and its scores.
 
-In an environment of its own, since the package needs an old transformers:
+The scores are by the package image-reward (1.5). It needs an old transformers, so run this in an environment
+of its own:
 
     pip install --no-deps image-reward==1.5 transformers==4.30.2 tokenizers==0.13.3 huggingface-hub==0.16.4
     pip install torch safetensors numpy pyyaml regex requests filelock fsspec packaging tqdm pillow
     python oracles/imagereward.py
 
-The networks are the package's own med.py, vit.py and MLP. It imports timm, fairscale, clip and torchvision. Only timm's PatchEmbed is
-used here: a convolution, written out below.
+The networks are the package's own med.py, vit.py and MLP. The package imports timm, fairscale, clip and
+torchvision. Only timm's PatchEmbed is used here: a convolution, written out below.
 """
 import json
 import sys
@@ -47,9 +48,11 @@ class Anything(ModuleType):
         return None
 
 
-for name in ("timm", "timm.models", "timm.models.vision_transformer", "timm.models.registry", "timm.models.layers",
-             "timm.models.helpers", "timm.models.hub", "fairscale", "fairscale.nn", "fairscale.nn.checkpoint",
-             "fairscale.nn.checkpoint.checkpoint_activations", "torchvision", "torchvision.transforms", "clip"):
+for name in ("timm", "timm.models", "timm.models.vision_transformer", "timm.models.registry",
+             "timm.models.layers", "timm.models.helpers", "timm.models.hub",
+             "fairscale", "fairscale.nn", "fairscale.nn.checkpoint",
+             "fairscale.nn.checkpoint.checkpoint_activations",
+             "torchvision", "torchvision.transforms", "clip"):
     sys.modules[name] = Anything(name)
 sys.modules["ImageReward"] = ModuleType("ImageReward")  # its __init__ would import its training
 sys.modules["ImageReward"].__path__ = [str(Path(entry) / "ImageReward") for entry in sys.path
@@ -70,7 +73,8 @@ model.blip.text_encoder = BertModel(BertConfig(
 model.mlp = MLP(64)
 with torch.no_grad():  # the untrained networks' scores would hardly differ
     for name, weight in model.named_parameters():
-        weight.add_(torch.randn(weight.shape) * (0.2 if weight.dim() == 1 else 0.5 / weight[0].numel() ** 0.5))
+        weight.add_(
+            torch.randn(weight.shape) * (0.2 if weight.dim() == 1 else 0.5 / weight[0].numel() ** 0.5))
 model.half().float().eval()  # what is saved below is what scores
 
 pixels = torch.randn(3, 3, 32, 32)
@@ -79,6 +83,7 @@ mask = (torch.arange(35) < torch.tensor([[35], [7], [4]])).long()
 with torch.no_grad():
     scores = model.score_gard(tokens * mask, mask, pixels).squeeze(1)
 save_file({**{name: weight.half().contiguous() if weight.is_floating_point() else weight.contiguous()
-              for name, weight in model.state_dict().items()}, "pixels": pixels, "tokens": tokens * mask, "mask": mask},
-          HERE / "imagereward.safetensors")
-(HERE / "imagereward.json").write_text(json.dumps({"made_by": "image-reward 1.5", "scores": scores.tolist()}) + "\n")
+              for name, weight in model.state_dict().items()},
+           "pixels": pixels, "tokens": tokens * mask, "mask": mask}, HERE / "imagereward.safetensors")
+(HERE / "imagereward.json").write_text(
+    json.dumps({"made_by": "image-reward 1.5", "scores": scores.tolist()}) + "\n")
