@@ -272,6 +272,7 @@ def unknown(images, prompts): return [float("nan")] * len(prompts)
 def brightness(images, prompts): return images.mean((1, 2, 3))
 brightness.unit = "lux"
 def letters(images, prompts): return [len(prompt) for prompt in prompts]
+def noise(images, prompts): return [random.random() for _ in prompts]
 """
 
 

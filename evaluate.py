@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from prompts import load_prompts
-from rewards import display, to_pil
+from rewards import display, load_reward, to_pil
 from support import run_folder
-from support.settings import absolute, load_settings, refuse
-from train import draw_fixed, policy_of, reward_of
+from support.settings import absolute, load_settings, refuse, reward_options
+from train import draw_fixed, policy_of
 
 COLUMNS = 12
 HEADER = ["run", "reward", "prompts", "images", "before", "after", "change", "improved"]
@@ -37,7 +37,8 @@ def evaluate(folder, args):
     config.eval_prompts = args.images or config.eval_prompts
     config.eta = config.eta if args.eta is None else args.eta  # 0, too: nothing is scored
     asked = [absolute(name) for name in args.reward or [config.reward]]
-    rewards = [reward_of(config, name, nan_allowed=True) for name in dict.fromkeys([*asked, *config.watch])]
+    rewards = [load_reward(name, config.device, nan_allowed=True, **reward_options(config, name))
+               for name in dict.fromkeys([*asked, *config.watch])]
     prompts = load_prompts(config.prompts)
     drawn = [draw_fixed(policy_of(config, source, scored=False), prompts, config)
              for source in (config.model, model)]  # one after the other: two would not fit on a GPU

@@ -33,7 +33,6 @@ To add a reward to this file, write a function and name it in REWARDS; or a clas
 name it in LEARNED. A new option of it is a setting, its default prompts are a rule (support/settings.py).
 """
 import functools
-import inspect
 import io
 import re
 from dataclasses import dataclass
@@ -323,11 +322,6 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     if name in REWARDS:
         return Reward(name, REWARDS[name], unit_of(name), nan_allowed)
     return Reward(short_name(name), user_function(name, tuple(REWARDS)), unit_of(name), nan_allowed)
-
-
-def options_of(name):
-    """The options that a reward reads, as names of settings."""
-    return list(inspect.signature(LEARNED[name]).parameters)[1:] if name in LEARNED else []
 
 
 def unit_of(name):

@@ -22,12 +22,12 @@ from beyond.diffusion_nft import nft_preferences, nft_update
 from ddpo import Learner, PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from policy import load_policy
 from prompts import load_prompts
-from rewards import display, load_reward, options_of, to_pil
+from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
 from support.loading import is_lora, load_lora
-from support.settings import (Config, build_config, call_options, facts, flag_of, load_settings, parse,
-                              reward_settings, saved_settings, short_name)
+from support.settings import (build_config, call_options, load_settings, parse, reward_options,
+                              saved_settings, short_name)
 from support.trackers import load_tracker
 
 RUNS = Path("runs")
@@ -311,21 +311,9 @@ def policy_of(config, model=None, scored=True):
 
 
 def load_rewards(config):
-    """The trained reward and the watched ones. ValueError if none of them reads an option that was set."""
-    names = (config.reward, *config.watch)
-    read = {option for name in names for option in options_of(name)}
-    unread = [flag_of(option) for option in facts("of_reward")
-              if getattr(config, option) != getattr(Config, option) and option not in read]
-    if unread:
-        raise ValueError(f"{', '.join(unread)}: not read by {', '.join(map(short_name, names))}")
-    return [reward_of(config, name, nan_allowed=name in config.watch) for name in names]
-
-
-def reward_of(config, name, nan_allowed):
-    """A reward by its name, with the options that it reads."""
-    settings = reward_settings(config, name)
-    options = {option: settings[option] for option in options_of(name)}
-    return load_reward(name, config.device, nan_allowed, **options)
+    """The trained reward and the watched ones."""
+    return [load_reward(name, config.device, name in config.watch, **reward_options(config, name))
+            for name in (config.reward, *config.watch)]
 
 
 def load_parts(config):

@@ -20,14 +20,15 @@ FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
 ALGORITHMS = (*DDPO, *RWR, "nft")
 PRESETS = ("emoji", "paper", "lora", "sdxl", "flow")
 VLM = ("alignment", "counting")  # rewards by a vision-language model
+LEARNED = ("aesthetic", *VLM, "pickscore", "hpsv2", "imagereward")
 
 
 def setting(default, text, **facts):
     """A field of Config, with its help text and what else is known of it.
 
-    read_by: the algorithms that read it; others refuse it. choices. zero: it may be 0. below: it must be
-    smaller than this. of_reward: an option of rewards.load_reward. place: where something is. speed: it
-    changes the result in rounding only. resumable: it may be given with --resume, as may places and speed.
+    read_by: the algorithms that read it; rewards: the rewards that do; others refuse it. choices. zero: it
+    may be 0. below: it must be smaller. place: where something is. speed: it changes the result in rounding
+    only. resumable: it may be given with --resume, as may places and speed.
     """
     return field(default=default, metadata={"help": text, **facts})
 
@@ -58,13 +59,13 @@ class Config:
     height: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
     width: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
     call: str = setting("", 'JSON of other options of the pipeline\'s call, as {"clip_skip": 1}')
-    reward_model: str = setting("", "another network than the published one", place=True, of_reward=True)
-    aesthetic_head: str = setting("", "aesthetic: a file of the MLP's weights", place=True, of_reward=True)
-    wording: str = setting("code", "alignment: whose question to use, the authors' code's or the paper's",
-                           choices=("code", "paper"), of_reward=True)
-    bert_model: str = setting("", "alignment: BERTScore's encoder", place=True, of_reward=True)
-    bert_baseline: float = setting(0.0, "alignment: what unrelated sentences score (DeBERTa: 0.517)",
-                                   zero=True, below=1, of_reward=True)
+    reward_model: str = setting("", "another network than the published one", place=True, rewards=LEARNED)
+    aesthetic_head: str = setting("", "a file of the MLP's weights", place=True, rewards=("aesthetic",))
+    wording: str = setting("code", "whose question to use, the authors' code's or the paper's",
+                           choices=("code", "paper"), rewards=("alignment",))
+    bert_model: str = setting("", "BERTScore's encoder", place=True, rewards=("alignment",))
+    bert_baseline: float = setting(0.0, "what unrelated sentences score (DeBERTa: 0.517)", zero=True,
+                                   below=1, rewards=("alignment",))
     name: str = setting("", "the run's folder in runs/; empty: reward, algorithm, the next free number")
     seed: int = setting(0, "of the training: prompts, noise, order", zero=True, below=2**32)
     epochs: int = setting(196, "how often to sample and then learn; of RWR: the paper's rounds",
@@ -259,15 +260,16 @@ def shared_settings(config):
     return {name: value for name, value in saved_settings(config).items() if name in read}
 
 
-def reward_settings(config, name):
+def reward_options(config, name):
     """The options of a reward: the run's, but the rules' for one that it neither trains nor watches."""
     own = chosen(preset=config.preset, algorithm=config.algorithm, reward=name, lora=bool(config.lora_rank))
     values = vars(config) if name in (config.reward, *config.watch) else {**vars(Config), **own}
-    return {option: values[option] for option in facts("of_reward")}
+    return {item.name: values[item.name] for item in fields(Config)
+            if name in item.metadata.get("rewards", ())}
 
 
 def facts(name):
-    """The settings of which that is known: "place", "speed", "of_reward", "resumable"."""
+    """The settings of which that is known: "place", "speed", "resumable"."""
     return [item.name for item in fields(Config) if item.metadata.get(name)]
 
 
@@ -287,6 +289,9 @@ def check(config):
     """ValueError, in one line, if settings cannot run or do not go together."""
     for item in fields(Config):
         value, known, flag = getattr(config, item.name), item.metadata, flag_of(item.name)
+        readers = known.get("rewards", (config.reward,))
+        if value != item.default and not {*readers} & {config.reward, *config.watch}:
+            raise ValueError(f"{flag} is read by {', '.join(readers)} alone")
         if value not in known.get("choices", (value,)):
             raise ValueError(f"{flag} {value}: choose {', '.join(filter(None, known['choices']))}")
         if item.type in (int, float):
@@ -361,9 +366,10 @@ def parse(argv, description):
             kind = {"action": argparse.BooleanOptionalAction}
         if item.type is tuple:
             kind = {"action": "append"}
-        readers = f"; {', '.join(item.metadata['read_by'])} only" if "read_by" in item.metadata else ""
+        readers = item.metadata.get("read_by", item.metadata.get("rewards", ()))
+        only = f"; only {', '.join(readers)}" if readers else ""
         default = f" (default: {item.default})" if item.default not in ("", ()) else ""
-        parser.add_argument(flag_of(item.name), **kind, help=item.metadata["help"] + readers + default)
+        parser.add_argument(flag_of(item.name), **kind, help=item.metadata["help"] + only + default)
     return vars(parser.parse_args(argv))
 
 
