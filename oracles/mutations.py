@@ -11,10 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "test_ddpo.py"
-EMOJI, EVALUATE, GUIDANCE, LORA, NFT, POLICY, PROCESSES, PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
-    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "lora", "nft", "policy",
-                                         "processes",
-                                         "prompts", "rewards", "runs", "settings", "studies", "trackers"))
+EMOJI, EVALUATE, GUIDANCE, LORA, NFT, POLICY, PROCESSES = (
+    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "lora", "nft", "policy", "processes"))
+PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
+    f"tests/test_{name}.py" for name in ("prompts", "rewards", "runs", "settings", "studies", "trackers"))
 
 # (file, the line as it is, the line as it must not be, the tests that must notice)
 MUTATIONS = [
