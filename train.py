@@ -354,6 +354,7 @@ def resume(folder, flags):
     run = Run(config, folder, *load_parts(config), state)
     run_folder.save_config(folder, saved_settings(config))
     run_folder.forget_after(folder, run.epoch)
+    run.save()  # with the settings that were given now
     return run
 
 
@@ -387,17 +388,14 @@ def main(argv=None):
 
 def description(run):
     """The derived numbers of a run, in three lines, and a line on a learning rate that may not be meant."""
-    c, keeps_chain = run.config, ALGORITHMS[run.config.algorithm][2]
+    c, watched = run.config, ", ".join(reward.name for reward in run.watched) or "nothing"
     millions = sum(weight.numel() for weight in run.policy.trained.values()) / 1e6
-    images = c.samples_per_epoch // c.updates_per_epoch if keeps_chain else c.batch_size
-    steps = f" at {c.learn_steps or c.sampling_steps - c.skip_last_steps} steps" if keeps_chain else ""
-    watched = ", ".join(reward.name for reward in run.watched) or "nothing"
     lines = [
         f"{run.folder}: {run.reward.name} by {c.algorithm} on {len(run.prompts)} prompts; watched: {watched}",
         f"{c.model}: {millions:.2f} million trainable weights, guidance {run.policy.guidance_scale:g}, "
         f"{c.device}, {c.precision}, processes: {processes.size()}",
-        f"{c.epochs} epochs of {c.samples_per_epoch} samples = {c.epochs * c.samples_per_epoch} queries; "
-        f"{c.updates_per_epoch} updates an epoch, each on {images} images{steps}"]
+        f"{c.epochs} epochs of {c.samples_per_epoch} samples and {c.updates_per_epoch} updates, in all "
+        f"{c.epochs * c.samples_per_epoch} reward queries"]
     if c.preset != "emoji" and not (5e-5 <= c.learning_rate if c.lora_rank else c.learning_rate <= 1e-4):
         lines.append("--learning-rate: 3e-4 is usual for adapters, 1e-5 for all weights (more: black images)")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0,
 import torch
 from tqdm import tqdm
 
-from rewards import as_prompts
+from prompts import as_prompts
 from sampling import generators, noise, x_0_and_eps
 
 # The gradient to a pixel is too small for fp16: it is multiplied by this on its way back. That is meant for a
