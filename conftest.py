@@ -313,6 +313,8 @@ def forked(count, *flags, send=None):
         free.bind(("127.0.0.1", 0))
         world = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": f"{free.getsockname()[1]}"}
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
     fork = multiprocessing.get_context("fork")
     children = [fork.Process(target=forked_one, args=(rank, world, flags)) for rank in range(count)]
     for child in children:

@@ -80,7 +80,9 @@ def reward_cells(before, after, unit):
 
 def with_interval(values, unit):
     """The mean of a reward over B images in its unit, and half its 95 % interval (normal: B is large)."""
-    half = 1.96 * abs(unit[0]) * values.std(correction=int(len(values) > 1)).item() / len(values) ** 0.5
+    if len(values) == 1:  # it says nothing of an interval
+        return display(values.item(), unit)
+    half = 1.96 * abs(unit[0]) * values.std().item() / len(values) ** 0.5
     mean, _, name = display(values.mean().item(), unit).partition(" ")
     return f"{mean} ± {half:.2g} {name}".rstrip()
 

@@ -1,0 +1,80 @@
+"""Several processes as one training: they learn what one learns, and the first alone writes and speaks."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, forked, run, tiny_flags, without_seconds
+from support import run_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def rounded(value):
+    """A log that equals another one that differs in rounding alone."""
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("model, flags", [
+    ("tiny_model", {"learn-steps": 1}), ("tiny_sd3", {"lora-rank": 2, "kl-weight": 1}),
+    ("tiny_sdxl", {"algorithm": "rwr", "batch-size": 3}),
+    ("tiny_flow", {"algorithm": "nft", "batch-size": 3})], ids=["ddpo-is", "lora", "rwr", "nft"])
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(model, flags, own_reward, request):
+    # A large epsilon: else AdamW makes a whole step of a gradient that is rounding and nothing else.
+    flags = tiny_flags(request.getfixturevalue(model), reward=own_reward("redness"),
+                       watch=[own_reward("is_cat"), own_reward("letters")], **flags, **{"adam-epsilon": 1e-4})
+    one = run(*flags, "--name", "one")
+    codes, (_, silence) = forked(2, *flags, "--name", "two")
+    assert codes == [0, 0] and not silence and not Path("out_1").read_text()
+    assert without_seconds(run_folder.read_rows(Path("runs/two"))) == rounded(without_seconds(one))
+    of_one, of_two = (run_folder.load_checkpoint(Path("runs") / name)["weights"] for name in ("one", "two"))
+    assert all(torch.allclose(of_two[name], weight, atol=1e-5) for name, weight in of_one.items())
+
+
+def test_a_run_begun_in_two_processes_goes_on_in_one_and_in_three(tiny_model):
+    flags = {"eval-prompts": 4, "updates-per-epoch": 1}
+    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
+    assert forked(2, *tiny_flags(tiny_model, epochs=1, **flags))[0] == [0, 0]
+    run("--resume", "runs/r", "--epochs", 2)
+    assert forked(3, "--resume", "runs/r", "--epochs", 3)[0] == [0, 0, 0]
+    assert without_seconds(run_folder.read_rows(Path("runs/r"))) == rounded(without_seconds(whole))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_says_why_and_the_other_does_not_go_on_without_it(rank, tiny_model):
+    Path("own.py").write_text(f"""
+import os
+asked = []
+def reward(images, prompts):
+    asked.append(prompts)
+    if len(asked) == 4 and os.environ["RANK"] == "{rank}": raise RuntimeError("the judge went home")
+    return images.mean((1, 2, 3))
+""")
+    codes, told = forked(2, *tiny_flags(tiny_model, epochs=3, reward="own.py:reward"))
+    assert codes == [1, 1] and told[rank].endswith("RuntimeError: the judge went home\n")
+    assert "--resume runs/r" in told[0] and run_folder.load_checkpoint(Path("runs/r"))["epoch"] == 1
+
+
+def test_a_mistake_in_several_processes_is_told_once(tiny_model):
+    for name, value, message in (("reward", "beauty", "no reward"), ("eval-prompts", 1, "are too many for")):
+        codes, (told, silence) = forked(2, *tiny_flags(tiny_model, **{name: value}))
+        assert codes == [2, 2] and not silence and message in told and len(told.splitlines()) == 1
+        assert not Path("runs").exists()
+
+
+def test_the_command_of_the_readme_trains_quietly_in_a_folder_of_the_next_number(tiny_model):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    Path("runs/compressibility-ddpo-is-1").mkdir(parents=True)
+    done = subprocess.run([*torchrun, ROOT / "train.py", *tiny_flags(tiny_model, epochs=1, name="")],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not [line for line in done.stderr.splitlines() if line and "%|" not in line], done.stderr
+    _, described, _, last = done.stdout.splitlines()
+    assert "processes: 2" in described and "after 4 reward queries" in last and done.returncode == 0
+    assert Path("runs/compressibility-ddpo-is-2/model/model_index.json").exists()
