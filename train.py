@@ -41,13 +41,15 @@ def train(run):
     coefficients_of, update, keep_chain = ALGORITHMS[config.algorithm]
     if run.epoch < 0 and tell(run, 0, {}):  # of the pretrained weights
         return
-    for epoch in progress_bar(run):
+    left = range(run.epoch + 1, config.epochs + 1)
+    bar = tqdm(left, run.reward.name, config.epochs, initial=run.epoch, unit="epoch")
+    for epoch in bar:
         clock = Clock(policy.device)
 
         # 1. Act: draw an image for each of a batch of prompts. DDPO keeps the chains.
         prompts = draw_prompts(run.prompts, config, rng)
-        trajectory = rollout(policy, [prompt.text for prompt in prompts], rng, config.sample_batch,
-                             keep_chain)
+        texts = [prompt.text for prompt in prompts]
+        trajectory = rollout(policy, texts, rng, config.sample_batch, keep_chain)
         clock.lap("seconds_sample")
 
         # 2. Judge: decode the images and ask for their rewards. Nothing else looks at them.
@@ -55,14 +57,15 @@ def train(run):
         rewards, notes = judge(policy, run.reward, trajectory, prompts, clock)
 
         # 3. Compare: was an image better than what its prompt usually gets?
-        coefficients, metrics = coefficients_of(trajectory.prompts, rewards, run.statistics, config)
+        coefficients, metrics = coefficients_of(texts, rewards, run.statistics, config)
 
         # 4. Learn: score the recorded steps, and make the better images a little more likely.
         metrics |= update(policy, trajectory, coefficients, run.learner, rng, config)
         clock.lap("seconds_learn")
 
         # 5. Tell: evaluate, log and save.
-        metrics |= {**reward_metrics("", trajectory.prompts, rewards, notes), **clock.laps}
+        metrics |= {**reward_metrics("", texts, rewards, notes), **clock.laps}
+        bar.set_postfix(samples=display(metrics["reward_mean"], run.reward.unit))
         if tell(run, epoch, metrics):
             break
 
@@ -196,11 +199,9 @@ def fixed_prompts(prompts, config):
 
 
 def reward_metrics(prefix, texts, rewards, notes):
-    """For the log: mean and deviation of rewards (B,), and the reward's notes, if it has any.
+    """For the log: reward_mean, which rises, with noise; reward_std; [prompt, reward, note] of each image.
 
-    reward_mean  Healthy: rises, with noise.
-    reward_std   If it goes to 0, nothing is left to learn from.
-    notes        [prompt, reward, note] of each image.
+    If reward_std goes to 0, nothing is left to learn from.
     """
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
     if any(notes):
@@ -332,8 +333,8 @@ def load_parts(config):
 def new_run(flags):
     """A new run in a new folder."""
     config = build_config(flags)
-    if config.name and processes.is_first():
-        run_folder.refuse_existing(RUNS / config.name)  # before anything is loaded
+    if config.name and processes.is_first() and (RUNS / config.name).exists():  # told before the loading
+        raise ValueError(f"runs/{config.name} exists: choose another --name, or --resume it")
     parts = load_parts(config)
     stem = f"{short_name(config.reward)}-{config.algorithm}"
     run = Run(config, processes.from_first(lambda: run_folder.create_run(RUNS, config.name, stem)), *parts)
@@ -414,18 +415,6 @@ def outcome(run):
             f"{display(after, run.reward.unit)}{gain} on {run.config.eval_prompts} fixed prompts after "
             f"{last['reward_queries']} reward queries, {seconds // 60} min {seconds % 60:02} s"
             + (f"; watched: {', '.join(watched)}" if watched else ""))
-
-
-def progress_bar(run):
-    """The epochs that are left, under a bar that shows the last rewards."""
-    unit, last = run.reward.unit, run.config.epochs
-    with tqdm(total=last, initial=run.epoch, desc=run.reward.name, unit="epoch") as bar:
-        for epoch in range(run.epoch + 1, last + 1):
-            yield epoch
-            bar.update()
-            shown = {title: [row[name] for row in run.rows if row[name] is not None]
-                     for title, name in (("fixed_prompts", "eval_reward_mean"), ("samples", "reward_mean"))}
-            bar.set_postfix({title: display(values[-1], unit) for title, values in shown.items() if values})
 
 
 class Clock:

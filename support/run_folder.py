@@ -58,12 +58,6 @@ def read_lines(path):
 
 # ---- The folder, its log, checkpoint and model ----
 
-def refuse_existing(folder):
-    """Raise ValueError if there is a run of that name."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists: choose another --name, or go on with --resume {folder}")
-
-
 def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +68,7 @@ def create_run(parent, name, stem):
             return folder
         except FileExistsError:
             if name:
-                refuse_existing(folder)
+                raise
 
 
 @by_first
@@ -115,10 +109,8 @@ def save_checkpoint(folder, state):
 
 
 def load_checkpoint(folder):
-    """The saved state, on the CPU. ValueError if there is none."""
+    """The saved state, on the CPU."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} is no run, or has no checkpoint yet: there is no {path}")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of 10 GB, what is needed
 
 
