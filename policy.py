@@ -20,12 +20,12 @@ import copy
 import functools
 import inspect
 
-import numpy as np
 import torch
 
 from sampling import make_schedule, mean_sigma
-from support.loading import PRECISIONS, add_lora, denoiser_of, load_pipeline, save_pipeline
+from support.loading import PRECISIONS, add_lora, cached_encoding, denoiser_of, load_pipeline, save_pipeline
 from support.networks import one_line_errors
+from support.schedulers import chain_levels, training_levels
 
 PROBE = "a photo"  # a prompt for calls whose image nobody looks at
 # Their prediction depends on timestep, latent and prompts alone: tests/test_policy.py. Any other is tried.
@@ -44,7 +44,7 @@ class Policy:
 
     def __init__(self, pipeline, options, precision="fp32"):
         self.pipeline, self.options, self.precision, self.reference = pipeline, options, precision, None
-        self.denoiser = denoiser_of(pipeline)
+        self.denoiser, self.encode_prompt = denoiser_of(pipeline), cached_encoding(pipeline)
         self.device = self.denoiser.device
 
     @property
@@ -156,7 +156,8 @@ class Policy:
 
         negatives = {name: [text] * len(prompts) for name, text in self.options.items()
                      if name.startswith("negative_prompt") and isinstance(text, str)}
-        vars(pipeline).update(scheduler=tap, prepare_latents=prepare_latents)
+        ours = {"prepare_latents": prepare_latents, "encode_prompt": self.encode_prompt}
+        vars(pipeline).update(ours, scheduler=tap)
         try:  # without its no_grad; with a generator of its own: the global one is the rewards'
             made = type(pipeline).__call__.__wrapped__(
                 pipeline, prompt=list(prompts), num_inference_steps=self.steps, output_type=output,
@@ -165,7 +166,8 @@ class Policy:
             raise torch.OutOfMemoryError(str(error)) from error
         finally:
             vars(pipeline).update(scheduler=scheduler)
-            del pipeline.prepare_latents
+            for name in ours:
+                del vars(pipeline)[name]
         return tap, made[0]
 
     # ---- A second set of weights ----
@@ -218,38 +220,6 @@ def tapped(kind):
 
     return type("Tap", (kind,), dict(init_noise_sigma=1.0, scale_model_input=scale_model_input,
                                      set_timesteps=set_timesteps, step=step))
-
-
-# ---- The noise levels of a scheduler ----
-
-def is_flow(scheduler):
-    """Whether a scheduler, as plain_scheduler returns it, is that of a flow-matching model."""
-    return not hasattr(scheduler, "alphas_cumprod")
-
-
-def chain_levels(scheduler, timesteps):
-    """a and b (T + 1,), fp64, of x_t = a x_0 + b eps, in the chain that a scheduler has set."""
-    if is_flow(scheduler):
-        return 1 - scheduler.sigmas.double(), scheduler.sigmas.double()
-    final = scheduler.final_alpha_cumprod.reshape(1)
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], final]).double()
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-
-def training_levels(scheduler, mu=None):
-    """What a model was trained with: prediction type, and timesteps, a, b (1000,) of x_t = a x_0 + b eps.
-
-    With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift.
-    """
-    N = scheduler.config.num_train_timesteps
-    if not is_flow(scheduler):
-        alpha_bar = scheduler.alphas_cumprod.double()
-        a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-        return scheduler.config.prediction_type, torch.arange(N), a, b
-    scheduler = copy.copy(scheduler)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / N, N), **({} if mu is None else {"mu": mu}))
-    s = scheduler.sigmas[:-1].flip(0).double()
-    return "flow", scheduler.timesteps.flip(0), (1 - s).float(), s.float()
 
 
 # ---- Guidance ----

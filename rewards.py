@@ -46,7 +46,7 @@ from PIL import Image
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
 from prompts import as_prompts
 from support.networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained,
-                              hub_file, image_embeddings, load_clip, load_network, load_weights,
+                              hub_file, image_embeddings, load_clip, load_weights,
                               one_line_errors, read_weights, scoring_head)
 from support.settings import short_name
 from support.user_files import user_function
@@ -131,7 +131,8 @@ class VLM:
         from transformers import AutoModelForImageTextToText, AutoProcessor
         self.processor = from_pretrained(AutoProcessor, model, REWARD_MODEL, backend="pil")
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        self.network = load_network(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype).to(device)
+        network = from_pretrained(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype)
+        self.network = network.to(device)
         config = self.network.config
         if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
                 self.processor.chat_template or config.model_type == "llava"):
@@ -187,7 +188,7 @@ class BertRecall:
             config.num_hidden_layers = 40  # bert-score takes this layer of deberta-xlarge-mnli
             unused = r"\blayer\.4[0-7]\b"
         options["dtype"] = torch.float32
-        self.encoder = load_network(AutoModel, model, BERT_MODEL, unused, **options).to(device)
+        self.encoder = from_pretrained(AutoModel, model, BERT_MODEL, unused, **options).to(device)
         self.baseline = baseline
         with one_line_errors(BERT_MODEL, model):  # some encoders read no text by itself
             self(["a cat"], ["a cat"])

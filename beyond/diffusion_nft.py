@@ -20,22 +20,19 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
     """Three (N, D...) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
 
     A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b
-    is the strength. At v = v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with r =
-    1/2, changes nothing. RWR, which has positive weights alone, re-trains the policy on it.
+    is the strength. At v = v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with
+    r = 1/2, changes nothing. RWR, which has positive weights alone, re-trains the policy on it.
     """
     change = strength * (prediction - old_prediction)
     positive, negative = (((old_prediction + sign * change - target) ** 2).flatten(1).mean(1)
                           for sign in (1, -1))
-    return (preferences * positive + (1 - preferences) * negative).mean(), {
-        "denoising_error": ((prediction.detach() - target) ** 2).mean()}
+    loss = (preferences * positive + (1 - preferences) * negative).mean()
+    return loss, {"denoising_error": ((prediction.detach() - target) ** 2).mean()}
 
 
 def nft_update(policy, trajectory, preferences, learner, rng, config):
-    """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). v_old: the policy that drew the images.
-
-    Also read: config.nft_strength. v_old costs a copy of the weights that train.
-    """
-    old, preferences = policy.weights(), preferences.to(policy.device)
+    """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). Also read: config.nft_strength."""
+    old, preferences = policy.weights(), preferences.to(policy.device)  # v_old: a copy of what trains
 
     def loss_of(policy, images, noised, target):
         with torch.no_grad(), policy.with_weights(old):

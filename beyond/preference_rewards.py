@@ -1,17 +1,11 @@
 """Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. Contract: rewards.py.
 
 Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a
-published network when it is made, and is then called with images and prompts. We have not run the published
-weights. The tests send tiny random networks through this very code, and compare with the packages hpsv2 and
-image-reward (oracles/).
-
-Seconds an image: `python studies/benchmark.py --reward pickscore imagereward --images 8`, on two cores, with
-random weights of the published sizes.
-
-To add one, write a class here and name it in `rewards.LEARNED`.
+published network when it is made. We have not run the published weights: the tests send tiny random networks
+through this very code, and compare with the packages hpsv2 and image-reward (oracles/). Seconds an image:
+`python studies/benchmark.py --reward pickscore imagereward --images 8`, on two cores, with random weights of
+the published sizes. To add one, write a class here and name it in `rewards.LEARNED`.
 """
-import re
-
 import torch
 import torch.nn.functional as F
 
@@ -19,28 +13,37 @@ from support.networks import (REWARD_MODEL, announce, clip_embedding, clip_pixel
                               image_embeddings, load_clip, load_weights, read_weights, scoring_head)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+# Parts of the published names -> of those in transformers, one replacement after the other.
+OPEN_CLIP = {"^(?!visual|text_projection|logit_scale)": "text_model.", "^visual.(?!proj)": "vision_model.",
+             "^text_projection": "text_projection.weight", "^visual.proj": "visual_projection.weight",
+             "token_embedding": "embeddings.token_embedding", "class_embedding": "embeddings.class_embedding",
+             "positional_embedding": "embeddings.position_embedding.weight",
+             "conv1": "embeddings.patch_embedding", "transformer.resblocks": "encoder.layers",
+             "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "ln_final": "final_layer_norm",
+             "ln_([12])": r"layer_norm\1", r"\.attn\.": ".self_attn.", "c_fc": "fc1", "c_proj": "fc2"}
+BLIP = {"^patch_embed.proj": "embeddings.patch_embedding", "^cls_token": "embeddings.class_embedding",
+        "^pos_embed": "embeddings.position_embedding", "^blocks": "encoder.layers", "^norm": "post_layernorm",
+        "norm([12])": r"layer_norm\1", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
 
 
 class PickScore:
     """PickScore v1 (Kirstain et al. 2023): cosine of image and prompt, by a CLIP-H tuned on preferences.
 
-    About 0.2. The published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an
-    image. The formula is that of the model card. There is no package to compare with. reward_model: another
-    CLIP with its processor and tokenizer, by hub name or folder.
+    About 0.2; the published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an
+    image. The formula is the model card's; there is no package to compare with. reward_model: another CLIP
+    with its processor and tokenizer, by hub name or folder.
     """
 
     def __init__(self, device, reward_model=""):
         from transformers import AutoTokenizer
-        self.processor, self.clip = load_clip(
-            reward_model or "yuvalkirstain/PickScore_v1", device, REWARD_MODEL,
-                                              processor=reward_model or CLIP_H)
+        self.processor, self.clip = load_clip(reward_model or "yuvalkirstain/PickScore_v1", device,
+                                              REWARD_MODEL, processor=reward_model or CLIP_H)
         self.tokenizer = from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
         tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True,
-                                max_length=77,
-                                return_tensors="pt").to(self.clip.device)
+                                max_length=77, return_tensors="pt").to(self.clip.device)
         texts = clip_embedding(self.clip.get_text_features(**tokens))        # (B, E)
         return F.cosine_similarity(image_embeddings(self.clip, clip_pixels(self.processor, images)), texts)
 
@@ -48,50 +51,33 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28, with the names of open_clip.
 
-    Fetches 3.9 GB; needs 3.9 GB of memory (fp32). Its network has the size of PickScore's. Tested against the
-    package hpsv2. reward_model: a folder with HPS_v2_compressed.pt and with CLIP's config, processor and
-    tokenizer, as transformers saves them.
+    Fetches 3.9 GB; needs 3.9 GB of memory (fp32): PickScore's size. Tested against the package hpsv2.
+    reward_model: a folder with HPS_v2_compressed.pt and CLIP's config, processor and tokenizer, as
+    transformers saves them.
     """
 
     def __init__(self, device, reward_model=""):
         announce("HPS v2", reward_model or "xswu/HPSv2")
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
-        self.processor = from_pretrained(AutoImageProcessor, reward_model or CLIP_H, REWARD_MODEL,
-                                         backend="pil")
-        self.tokenizer = from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
-        config = from_pretrained(CLIPConfig, reward_model or CLIP_H, REWARD_MODEL)
+        clip_h = reward_model or CLIP_H
+        self.processor = from_pretrained(AutoImageProcessor, clip_h, REWARD_MODEL, backend="pil")
+        self.tokenizer = from_pretrained(AutoTokenizer, clip_h, REWARD_MODEL)
+        config = from_pretrained(CLIPConfig, clip_h, REWARD_MODEL)
         weights = read_weights(hub_file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt", REWARD_MODEL))
         weights = from_open_clip(weights.get("state_dict", weights))
-        self.clip = load_weights(CLIPModel(config), weights, "", REWARD_MODEL).to(device)
+        self.clip = load_weights(CLIPModel(config), weights, "", REWARD_MODEL, OPEN_CLIP).to(device)
 
 
 def from_open_clip(weights):
-    """A CLIP's weights under the names of open_clip -> under those of transformers' CLIPModel."""
-    names = {"^token_embedding": "text_model.embeddings.token_embedding",
-             "^positional_embedding": "text_model.embeddings.position_embedding.weight",
-             "^ln_final": "text_model.final_layer_norm",
-             "^transformer.resblocks": "text_model.encoder.layers",
-             "^visual.class_embedding": "vision_model.embeddings.class_embedding",
-             "^visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-             "^visual.conv1": "vision_model.embeddings.patch_embedding",
-             "^visual.ln_pre": "vision_model.pre_layrnorm",
-             "^visual.ln_post": "vision_model.post_layernorm",
-             "^visual.transformer.resblocks": "vision_model.encoder.layers",
-             "^text_projection": "text_projection.weight", "^visual.proj": "visual_projection.weight",
-             "ln_([12])": r"layer_norm\1", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-             r"\.attn\.": ".self_attn."}
-    renamed = {}
+    """open_clip's weights, split and turned as CLIPModel has them, under the names that OPEN_CLIP reads."""
+    ours = {}
     for name, weight in weights.items():
-        ours = name
-        for pattern, replacement in names.items():
-            ours = re.sub(pattern, replacement, ours)
-        if "in_proj_" in ours:  # query, key and value in one
+        if "in_proj_" in name:  # query, key and value in one
             for letter, third in zip("qkv", weight.chunk(3)):
-                renamed[ours.replace("in_proj_", f"{letter}_proj.")] = third
+                ours[name.replace("in_proj_", f"{letter}_proj.")] = third
         else:
-            renamed[ours] = weight.T if ours in ("text_projection.weight",
-                                                 "visual_projection.weight") else weight
-    return renamed
+            ours[name] = weight.T if name in ("text_projection", "visual.proj") else weight
+    return ours
 
 
 class ImageReward:
@@ -101,8 +87,7 @@ class ImageReward:
     (fp32); 0.7 s an image. Tested against the package image-reward. reward_model: a folder with
     ImageReward.pt and BERT's tokenizer.
     """
-    # Of the published score, from the package image-reward
-    MEAN, STD = 0.16717362830052426, 1.0333394966054072
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, from the package
 
     def __init__(self, device, reward_model=""):
         announce("ImageReward", reward_model or "THUDM/ImageReward")
@@ -110,17 +95,10 @@ class ImageReward:
         self.tokenizer = from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", REWARD_MODEL)
         weights = read_weights(hub_file(reward_model or "THUDM/ImageReward", "ImageReward.pt", REWARD_MODEL))
         vision, text = new_blip(weights)
-        names = {"^patch_embed.proj": "embeddings.patch_embedding",
-                 "^cls_token": "embeddings.class_embedding",
-                 "^pos_embed": "embeddings.position_embedding", "^norm": "post_layernorm",
-                 "^blocks": "encoder.layers",
-                 "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
-                 "norm([12])": r"layer_norm\1"}
-        self.vision = load_weights(vision, weights, "blip.visual_encoder.", REWARD_MODEL, names).to(device)
+        self.vision = load_weights(vision, weights, "blip.visual_encoder.", REWARD_MODEL, BLIP).to(device)
         self.text = load_weights(text, weights, "blip.text_encoder.", REWARD_MODEL).to(device)
-        head = scoring_head(text.config.hidden_size)
+        head, side = scoring_head(text.config.hidden_size), vision.config.image_size
         self.head = load_weights(head, weights, "mlp.layers.", REWARD_MODEL).to(device)
-        side = vision.config.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": side},
                                                crop_size={"height": side, "width": side})
 
@@ -128,10 +106,9 @@ class ImageReward:
     def __call__(self, images, prompts):
         pixels = clip_pixels(self.processor, images).to(self.vision.device)
         tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True,
-                                max_length=35,
-                                return_tensors="pt").to(self.vision.device)
-        return torch.cat([self.rate(*part) for part in zip(
-            pixels.split(32), tokens.input_ids.split(32), tokens.attention_mask.split(32))])
+                                max_length=35, return_tensors="pt").to(self.vision.device)
+        parts = zip(pixels.split(32), tokens.input_ids.split(32), tokens.attention_mask.split(32))
+        return torch.cat([self.rate(*part) for part in parts])
 
     def rate(self, pixels, tokens, mask):
         """Pixels (B, 3, H, W), tokens (B, L) and their mask (B, L) -> rewards (B,)."""
@@ -141,34 +118,27 @@ class ImageReward:
 
 
 def new_blip(weights):
-    """BLIP's vision and text networks, without weights yet, of the sizes of ImageReward's weights.
-
-    Raises ValueError if these are not ImageReward's.
-    """
+    """BLIP's vision and text networks, without weights yet, of the sizes of ImageReward's weights."""
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    def size(name, axis=0):
+    def shape(name):
         if f"blip.{name}" not in weights:
             raise ValueError(f"the reward model has no weights blip.{name}: is it ImageReward.pt?")
-        return weights[f"blip.{name}"].shape[axis]
+        return weights[f"blip.{name}"].shape
 
     def depth(prefix):
-        return len({name.split(".")[prefix.count(".")] for name in weights if name.startswith(prefix)})
+        return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
-    patch, patches = size("visual_encoder.patch_embed.proj.weight", 3), size("visual_encoder.pos_embed",
-                                                                             1) - 1
-    width, words = size("visual_encoder.patch_embed.proj.weight"), size("text_encoder.embeddings.word_embeddings.weight", 1)
-    vision = BlipVisionModel(BlipVisionConfig(
-        image_size=round(patches**0.5) * patch, patch_size=patch, hidden_size=width, layer_norm_eps=1e-6,
-        # BLIP's heads are 64 wide
-        num_attention_heads=width // 64, num_hidden_layers=depth("blip.visual_encoder.blocks."),
-        intermediate_size=size("visual_encoder.blocks.0.mlp.fc1.bias")))
-    text = BlipTextModel(BlipTextConfig(
-        vocab_size=size("text_encoder.embeddings.word_embeddings.weight"), hidden_size=words,
-                                        encoder_hidden_size=width,
-        num_attention_heads=words // 64, num_hidden_layers=depth("blip.text_encoder.encoder.layer."),
-        intermediate_size=size("text_encoder.encoder.layer.0.intermediate.dense.bias"),
-        max_position_embeddings=size("text_encoder.embeddings.position_embeddings.weight")),
-                         add_pooling_layer=False)
-    return vision, text
+    E, _, _, patch = shape("visual_encoder.patch_embed.proj.weight")
+    words, width = shape("text_encoder.embeddings.word_embeddings.weight")
+    vision = BlipVisionConfig(
+        image_size=round((shape("visual_encoder.pos_embed")[1] - 1) ** 0.5) * patch, patch_size=patch,
+        hidden_size=E, num_attention_heads=E // 64, num_hidden_layers=depth("blip.visual_encoder.blocks."),
+        intermediate_size=shape("visual_encoder.blocks.0.mlp.fc1.bias")[0], layer_norm_eps=1e-6)
+    text = BlipTextConfig(
+        vocab_size=words, hidden_size=width, encoder_hidden_size=E, num_attention_heads=width // 64,
+        num_hidden_layers=depth("blip.text_encoder.encoder.layer."),
+        intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.bias")[0],
+        max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight")[0])
+    return BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)

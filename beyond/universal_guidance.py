@@ -2,22 +2,19 @@
 
 Nothing is trained. The sampler itself follows the gradient of the reward. At each timestep, k times:
 
-    e      = e_u + w (e_c - e_u)                                                  the policy's prediction
-    e     += g b grad_z l(z_0),   l(z_0) = -r(decode(z_0), c)                     forward guidance, through U-Net and VAE
-    e     -= (a / b) D                                                            backward guidance, if m > 0
-    z_prev = a' z_0 + b' e                                                        the chain's step with eta = 0
-    z      = (a / a') z_prev + sqrt(b^2 - (a b' / a')^2) noise                    self-recurrence: noised again, to the same timestep
+    e      = e_u + w (e_c - e_u)                                the policy's prediction
+    e     += g b grad_z l(z_0),   l(z_0) = -r(decode(z_0), c)   forward guidance, through U-Net and VAE
+    e     -= (a / b) D                                          backward guidance, through the VAE, if m > 0
+    z_prev = a' z_0 + b' e                                      the chain's step with eta = 0
+    z      = (a / a') z_prev + sqrt(b^2 - (a b' / a')^2) noise  self-recurrence, to the same timestep
 
 a and b are those of x_t = a x_0 + b eps, a' and b' those of x_{t-1} (sampling.py); in diffusion b = sqrt(1 -
-alpha_bar), as the paper writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D is found by m
-steps of gradient descent on l(z_0 + D), from D = 0: so backward guidance moves z_0 by D, through the VAE
-alone. The k-th pass goes on with z_prev.
+alpha_bar), as the paper writes it. In each line z_0 = (z - b e) / a, with e as it is by then. D, by which z_0
+moves, is found by m steps of gradient descent on l(z_0 + D) from D = 0. The k-th pass goes on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at
-each step, and a reward that has a gradient. JPEG size and the answers of a VLM have none. (The paper: two
-minutes a picture, where DDPO's policy takes four seconds.)
-
-Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0, w = 3.
+each step. (The paper: two minutes a picture, DDPO's policy four seconds.) JPEG size and a VLM's answers have
+no gradient. Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0, w = 3.
 """
 import torch
 from tqdm import tqdm
@@ -25,9 +22,7 @@ from tqdm import tqdm
 from prompts import as_prompts
 from sampling import generators, noise, x_0_and_eps
 
-# The gradient to a pixel is too small for fp16: it is multiplied by this on its way back. That is meant for a
-# reward of order 1 that is an average over the pixels.
-FP16_SCALE = 1024
+FP16_SCALE = 1024  # of a gradient on its way back: that of a mean over all pixels is too small for fp16
 
 
 def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=1, backward_steps=0,
@@ -36,20 +31,16 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
 
     reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its
     policy has eta 0, scale and backward_steps are 0, and recurrences is 1. scale: g >= 0, per unit of the
-    reward. recurrences: k. backward_steps: m; backward_rate: the step size of their gradient descent. The
-    prompts are prompts.Prompt or texts. A chain that begins at pure noise, as those of flow matching, is
-    guided from its second step on. ValueError if the reward is not differentiable; FloatingPointError if a
-    latent is not finite.
+    reward. recurrences: k. backward_steps: m; backward_rate: their step size. prompts: prompts.Prompt or
+    texts. A chain that begins at pure noise, as flow matching's, is guided from its second step on.
+    ValueError if the reward is not differentiable; FloatingPointError if a latent is not finite.
     """
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
-    rngs, latents = generators(rng, len(prompts)), []
-    with tqdm(desc="guided sampling", total=len(prompts), leave=False, disable=None) as bar:
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            latents.append(guided_chains(policy, prompts[part], reward, rngs[part], scale, recurrences,
-                                         backward_steps, backward_rate))
-            bar.update(len(latents[-1]))
-    return torch.cat(latents)
+    rngs = generators(rng, len(prompts))
+    parts = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
+    return torch.cat([guided_chains(policy, prompts[part], reward, rngs[part], scale, recurrences,
+                                    backward_steps, backward_rate)
+                      for part in tqdm(parts, desc="guided sampling", leave=False, disable=None)])
 
 
 def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_steps, backward_rate):
@@ -60,17 +51,14 @@ def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_st
     texts, schedule, z = [prompt.text for prompt in as_prompts(prompts)], policy.schedule, noise(policy, rngs)
     for k in range(len(schedule.timesteps)):
         a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
-        # A flow begins at pure noise, which says nothing of the image: its first step is unguided
-        guides = bool(a > 0)
+        guides = bool(a > 0)  # pure noise, at which a flow begins, says nothing of the image
         for passes_left in reversed(range(recurrences if guides else 1)):
             z_0, e = guided_prediction(policy, z, k, texts, loss, scale * guides, backward_steps * guides,
                                        backward_rate)
-            z_prev = a_prev * z_0 + b_prev * e
+            z = z_prev = a_prev * z_0 + b_prev * e
             if passes_left:
                 again = (b**2 - (a * b_prev / a_prev) ** 2).clamp(min=0).sqrt()
                 z = a / a_prev * z_prev + again * noise(policy, rngs)
-            else:
-                z = z_prev
     if not z.isfinite().all():
         raise FloatingPointError("a latent is not finite: try a smaller scale")
     return z
@@ -81,8 +69,8 @@ def guided_prediction(policy, z, k, texts, loss, scale, backward_steps, backward
     schedule, a, b = policy.schedule, policy.schedule.a[k], policy.schedule.b[k]
     z.requires_grad_(scale > 0)
     with torch.set_grad_enabled(scale > 0):
-        z_0, e = x_0_and_eps(z, policy.predict(z, schedule.timesteps[k], texts), a, b,
-                             schedule.prediction_type)
+        prediction = policy.predict(z, schedule.timesteps[k], texts)
+        z_0, e = x_0_and_eps(z, prediction, a, b, schedule.prediction_type)
         if scale:
             e = e + scale * b * gradient(loss(z_0), z, policy.precision)
             z_0 = (z - b * e) / a
@@ -90,15 +78,13 @@ def guided_prediction(policy, z, k, texts, loss, scale, backward_steps, backward
     for _ in range(backward_steps):
         step = gradient(loss(z_0 + shift.requires_grad_()), shift, policy.precision)
         shift = shift.detach() - backward_rate * step
-    return (z_0 + shift, e - a / b * shift) if backward_steps else (z_0, e)
+    return z_0 + shift, e - a / b * shift
 
 
 def gradient(loss, z, precision):
-    """The gradient of the loss with respect to z. Raises FloatingPointError if it is not finite."""
+    """The gradient of the loss with respect to z. FloatingPointError if it is not finite."""
     grow = FP16_SCALE if precision == "fp16" else 1
     result, = torch.autograd.grad(grow * loss, z)
     if not result.isfinite().all():
-        raise FloatingPointError("the gradient of the reward is not finite" + ("; --precision bf16 or fp32 "
-                                                                               "may help" if grow > 1
-                                                                               else ""))
+        raise FloatingPointError("the reward's gradient is not finite; in fp16 try --precision bf16 or fp32")
     return result / grow

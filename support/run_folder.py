@@ -111,6 +111,8 @@ def save_checkpoint(folder, state):
 def load_checkpoint(folder):
     """The saved state, on the CPU."""
     path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} is no run: it has no {path.name}")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of 10 GB, what is needed
 
 

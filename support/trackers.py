@@ -12,18 +12,13 @@ def load_tracker(name, folder, settings, epoch):
     """A function that shows a row of the log. epoch: that after which the run goes on, -1 in a new run."""
     if name == "none" or not is_first():
         return lambda row: None
-    try:
-        return {"tensorboard": tensorboard, "wandb": wandb}[name](folder, settings, epoch)
-    except ImportError as error:
-        raise ValueError(f"--tracker {name} needs a package that is not installed ({error}): pip install "
-                         f"{name}") from error
+    return {"tensorboard": tensorboard, "wandb": wandb}[name](folder, settings, epoch)
 
 
 def tensorboard(folder, settings, epoch):
     """For `tensorboard --logdir runs`: files in runs/NAME/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
-    # What a resumed run makes again is not shown twice.
-    writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)
+    writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)  # no epoch is shown twice
 
     def show(row):
         for name, value in figures(row).items():
@@ -43,8 +38,7 @@ def wandb(folder, settings, epoch):
         run_folder.write_text(number, uuid.uuid4().hex)
     run = wandb.init(project="ddpo", name=folder.name, id=number.read_text(), resume="allow", dir=folder,
                      config=settings)
-    # An axis of our own: wandb would drop the epochs that a resumed run makes again.
-    run.define_metric("*", step_metric="epoch")
+    run.define_metric("*", step_metric="epoch")  # by its own axis wandb would drop epochs made again
 
     def show(row):
         images = {"fixed prompts": wandb.Image(str(image)) for image in evaluated(folder, row)}
@@ -61,4 +55,4 @@ def figures(row):
 
 def evaluated(folder, row):
     """The image of a row's evaluation, in a list, which is empty if there was none."""
-    return [run_folder.sample_file(folder, row["epoch"])] if row["eval_reward_mean"] is not None else []
+    return [] if row["eval_reward_mean"] is None else [run_folder.sample_file(folder, row["epoch"])]

@@ -8,20 +8,15 @@ from pathlib import Path
 
 @functools.cache
 def user_function(name, known=()):
-    """The function of 'path/to/file.py:function', in the shape of this project's rewards.
-
-    The file runs once, as a module. Its folder is appended to sys.path, so that it may import what lies
-    beside it. ValueError if there is no such function. known: the names that could have been given instead.
-    """
-    path, _, function = name.rpartition(":")
+    """The function of 'path/to/file.py:function' as a reward of ours. known: the names of the others."""
+    path, _, function_name = name.rpartition(":")
     if not path:
-        raise ValueError(f"no reward {name!r}: choose {', '.join(known)}, or your own as "
-                         "path/to/file.py:function")
+        raise ValueError(f"no reward {name!r}: choose {', '.join(known)} or path/to/file.py:function")
     if not Path(path).is_file():
         raise ValueError(f"no reward file {path!r}")
-    function = getattr(module_of(Path(path).resolve()), function, None)
+    function = getattr(module_of(Path(path).resolve()), function_name, None)
     if not callable(function):
-        raise ValueError(f"the reward file {path!r} has no function {name.rpartition(':')[2]!r}")
+        raise ValueError(f"the reward file {path!r} has no function {function_name!r}")
     asks = len(inspect.signature(function).parameters) > 2
 
     def reward(images, prompts):
@@ -33,7 +28,7 @@ def user_function(name, known=()):
 
 @functools.cache
 def module_of(path):
-    """The module of a Python file. Two functions of one file share it."""
+    """The module of a Python file, run once for all its functions. It may import what lies beside it."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"{path.stem}_of_user", path)
