@@ -16,8 +16,7 @@ Where we depart from these lines:
     count, not how large the loss is. The authors scale their softmax in the same way. In their sparse
     version every kept sample has the weight 1. In ours a prompt counts as often as it was drawn, however
     many of its samples are kept.
- 3. eps_theta is the guided prediction, as in the paper's appendix E.1. config.training_guidance 1 takes the
-    plain one.
+ 3. eps_theta is the guided prediction, as in the paper's appendix E.1 (config.training_guidance 1: plain).
  4. The norm is a mean over the latent dimensions, a constant factor.
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
 """

@@ -16,8 +16,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     epsilon. The last step but one has a large c at a tiny sigma: it alone makes 86 % of the gradient's
     variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image
     hardly changes there. Leaving them out is slightly biased, and pays: +24 % in 512 queries, against +2 %
-    when as many steps are drawn from all ten (three seeds: studies/results/README.md, "More reward per
-    second").
+    from as many steps drawn from all ten (studies/results/README.md, "More reward per second").
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
     and several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of
@@ -27,8 +26,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     moves, the ratio falls, whatever the advantage. So the low side of the clip is in effect a bound on the
     KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an earlier policy
     was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
- 9. An update may learn from some of the steps, drawn at random (learn_steps). That does not bias the
-    gradient.
+ 9. An update may learn from some of the steps, drawn at random (learn_steps). It does not bias the gradient.
 """
 import copy
 from collections import Counter
@@ -87,11 +85,10 @@ class PromptStatistics:
     """Rewards -> advantages, by running mean and deviation per prompt (D.3, and the authors' code).
 
     Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep
-    32, their PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would then
-    share a shift, so their one-prompt config takes the batch's statistics.) A prompt with fewer than
-    `min_count` rewards takes the statistics of the whole batch. With more prompts than images an epoch, most
-    prompts do so for many epochs (`own_statistics` in the log). For ablations the baseline may be "batch",
-    the batch's statistics for all, or "none", the bare rewards.
+    32, their PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would share a
+    shift, so their one-prompt config takes the batch's statistics.) A prompt with fewer than `min_count`
+    rewards takes the whole batch's statistics (`own_statistics` in the log says how many do not). For
+    ablations the baseline may be "batch", the batch's for all, or "none", the bare rewards.
     """
 
     def __init__(self, buffer, min_count, clip, baseline="prompt"):
@@ -182,9 +179,8 @@ def summary(infos):
 class Learner:
     """Optimizer steps on the weights that train: AdamW, micro-batches, fp16's scaler. It knows no epoch.
 
-    Read: config.micro_batch, the largest number of rows at a time, a knob of memory and speed; max_grad_norm,
-    the settings of AdamW, precision. The optimizer works in fp32. (The authors' JAX code keeps the first
-    moment in bf16.)
+    config.micro_batch is the largest number of rows at a time, a knob of memory and speed. The optimizer
+    works in fp32. (The authors' JAX code keeps the first moment in bf16.)
     """
 
     def __init__(self, policy, config):

@@ -12,8 +12,7 @@ stand-in for its scheduler (a tap), gives all that we need:
 So an architecture costs no code here. Three functions alone read diffusers' internals: `Policy._call`,
 `tapped`, and `cached_encoding` of support/loading.py. requirements.txt pins diffusers for their sake.
 
-N images that go through the network together. Latents (N, D...) are as the scheduler sees them: see
-sampling.py.
+N images that go through the network together. Latents (N, D...) are as the scheduler sees them.
 """
 import contextlib
 import copy

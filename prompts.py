@@ -2,11 +2,10 @@
 
     python prompts.py                  # the sets, with examples
 
-A prompt set is a list of `Prompt`. Training draws from it uniformly. To add one, write a function that
-returns the list, and name it in PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or
-JSON lines as
+A prompt set is a list of `Prompt`. To add one, write a function that returns the list, and name it in
+PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or JSON lines as
 
-{"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "difficulty": 1}
+    {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "mine": 1}
 
 in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that
 are right answers), and all other fields are metadata for a reward of your own.
@@ -21,11 +20,9 @@ COMMON_ANIMALS = """
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf
     lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck
     goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
-# Section 5.3; authors: "washing the dishes"
-ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
+ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]  # section 5.3; code: "washing the dishes"
 
-# For evaluation only. The lists are ours: the paper has 38 animals and 50 objects, but does not name them
-# all.
+# For evaluation only. The paper has 38 animals and 50 objects, but does not name them all: these are ours.
 UNSEEN_EMOJI_ANIMALS = """
     elephant penguin octopus panda koala owl crab flamingo peacock parrot swan otter sloth skunk badger
     hippo rhino giraffe leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug
@@ -39,8 +36,7 @@ OBJECTS = """
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
-                     **{word: word for word in ("fish", "sheep", "deer", "bison", "squid", "moose",
-                                                "jellyfish")}}
+                     **{word: word for word in "fish sheep deer bison squid moose jellyfish".split()}}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ The contract, for every reward here and for your own:
 
 A reward that is only watched (--watch) may return NaN for an image that it cannot judge. A function of your
 own with a third parameter gets `metadata`: B dictionaries, the other fields of a JSON-lines prompt file. It
-may say its unit, in which its values are shown: `my_reward.unit = "points"`, or "%" for shares from 0 to 1.
-It runs without gradients, on a copy of the images, after the generators of Python, numpy and torch were
-seeded from the run's seed and the epoch. A function that computes in torch alone may say
-`my_reward.differentiable = True`. DDPO does not need it. Universal guidance does
-(beyond/universal_guidance.py). If such a function calls another reward, it does so by `with_gradient`.
+may say its unit: `my_reward.unit = "points"`, or "%" for shares from 0 to 1. It runs without gradients, on a
+copy of the images, after Python's, numpy's and torch's generators were seeded from the run's seed and the
+epoch. For universal guidance (beyond/) it must compute in torch alone, and say so by
+`my_reward.differentiable = True`; another reward it then calls by `with_gradient`.
 
-Rewards can be called from a function of your own, with plain texts. This one adds two, with weights:
+A function of your own may call others, with plain texts. This one adds two, with weights:
 
     import torch
     from rewards import load_reward

@@ -28,8 +28,7 @@ update would have a ratio other than 1, and the estimators of ddpo.py would belo
 one that drew. The prediction and the decoding are the pipeline's own: policy.py.
 
 B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N images that go
-through the network together. Latents have any shape behind the batch: (C, H, W) of Stable Diffusion, (tokens,
-channels) of FLUX. Below it is written D...
+through the network together. D... is the shape of a latent: (C, H, W), or (tokens, channels) of FLUX.
 """
 import math
 from dataclasses import dataclass
@@ -173,8 +172,8 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
     """Draw one chain for each of B prompts. Returns the Trajectory; policy.decode turns its x_0 into images.
 
     rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of
-    its own, whatever it is. Without keep_chain only x_0 is kept: memory does not grow with T, and the
-    trajectory cannot be scored. title: of the progress bar. FloatingPointError if a latent is not finite.
+    its own. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be
+    scored. title: of the progress bar. FloatingPointError if a latent is not finite.
     """
     B, T, A = len(prompts), len(policy.schedule.timesteps), policy.schedule.actions
     rngs = generators(rng, B)
@@ -203,8 +202,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
 def generators(rng, count):
     """`count` generators of noise, one for each image, seeded from the CPU generator rng.
 
-    They make the noise of an image independent of batch_size, and let us draw it step by step: that of a
-    whole chain is as large as the chain.
+    They make an image's noise independent of batch_size. A whole chain's noise is as large as the chain.
     """
     seeds = torch.randint(2**62, (count,), generator=rng).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]

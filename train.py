@@ -4,7 +4,6 @@
     python train.py --reward compressibility --preset paper   # Stable Diffusion v1.4, on one GPU
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
-import hashlib
 import random
 import re
 import signal
@@ -29,6 +28,7 @@ from support.loading import is_lora, load_lora
 from support.settings import (build_config, call_options, load_settings, parse, reward_options,
                               saved_settings, short_name)
 from support.trackers import load_tracker
+from support.user_files import hashes_of
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
@@ -99,10 +99,8 @@ def judge(policy, reward, trajectory, prompts, clock):
 
 
 def advantages(texts, rewards, statistics, config):
-    """For DDPO: the advantage of each image, (B,), and for the log:
-
-    own_statistics  share of the images whose prompt has stats_min_count rewards of its own. It rises to 1. If
-                    prompts seldom come back it stays 0, and the baseline is the batch's.
+    """For DDPO: advantages (B,). For the log: own_statistics, the share of images with their own prompt's
+    statistics. It rises to 1. If prompts seldom come back it stays 0, and the baseline is the batch's.
     """
     values, own_statistics = statistics.advantages(texts, rewards)
     return values, {"own_statistics": own_statistics}
@@ -119,9 +117,8 @@ def preferences(texts, rewards, statistics, config):
 ALGORITHMS = {
     "ddpo-is": (advantages, partial(ddpo_update, loss=clipped_loss), True),
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),
-    "rwr": (lambda texts, rewards, _, c: (rwr_weights(texts, rewards, c.beta), {}), rwr_update, False),
-    "rwr-sparse": (lambda texts, rewards, _, c: (sparse_weights(texts, rewards, c.percentile), {}),
-                   rwr_update, False),
+    "rwr": (lambda texts, r, _, config: (rwr_weights(texts, r, config.beta), {}), rwr_update, False),
+    "rwr-sparse": (lambda texts, r, _, c: (sparse_weights(texts, r, c.percentile), {}), rwr_update, False),
     "nft": (preferences, nft_update, False)}
 
 # The metrics of an epoch, in the log's order: null in row 0, and where an algorithm has no such metric. What
@@ -164,8 +161,6 @@ def evaluate_fixed(run):
     eval_reward_mean, eval_reward_std  of these images. They rise more smoothly than reward_mean.
     watched                            name -> mean of a watched reward over the images that it can judge. If
                                        it falls while the reward rises, the reward is being gamed.
-
-    The images are not counted as reward queries: nothing is learned from them.
     """
     clock, reward = Clock(run.policy.device), run.reward
     seed_rewards(run.config, run.epoch)
@@ -258,12 +253,13 @@ class Run:
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
         self.config, self.folder, self.lock = config, folder, run_folder.lock_run(folder)
         self.prompts, self.policy, self.reward, self.watched = prompts, policy, reward, watched
+        self.files = (config.prompts, config.reward, *config.watch)
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:
             self.fixed_policy = policy.with_chain(config.eval_steps, config.eta, config.noise, scored=False)
         self.learner = Learner(policy, config)
-        self.statistics = PromptStatistics(config.stats_buffer, config.stats_min_count, config.advantage_clip,
-                                           config.baseline)
+        self.statistics = PromptStatistics(
+            config.stats_buffer, config.stats_min_count, config.advantage_clip, config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
         self.epoch, self.rows = -1, []
         if state:
@@ -275,7 +271,7 @@ class Run:
         """Write the checkpoint: everything that changes, the settings, and hashes of the user's files."""
         weights = {name: weight.detach() for name, weight in self.policy.trained.items()}
         run_folder.save_checkpoint(self.folder, {
-            "settings": saved_settings(self.config), "files": file_hashes(self.config), "epoch": self.epoch,
+            "settings": saved_settings(self.config), "files": hashes_of(self.files), "epoch": self.epoch,
             "weights": weights, "learner": self.learner.state_dict(), "statistics": self.statistics.rewards,
             "rng": self.rng.get_state()})
 
@@ -286,12 +282,6 @@ class Run:
             weight.data.copy_(state["weights"][name])
         self.learner.load_state_dict(state["learner"])
         self.rng.set_state(state["rng"])
-
-
-def file_hashes(config):
-    """name -> sha256, of the prompt file and the reward files."""
-    paths = [Path(name.rpartition(":")[0] or name) for name in (config.prompts, config.reward, *config.watch)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
 
 
 # ---- A run, new or resumed ----
@@ -349,10 +339,10 @@ def resume(folder, flags):
     config = load_settings(state["settings"], flags)
     if config.epochs < state["epoch"] or config.epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done {state['epoch']} epochs: give a larger --epochs to go on")
-    for name, now in file_hashes(config).items():
+    run = Run(config, folder, *load_parts(config), state)
+    for name, now in hashes_of(run.files).items():
         if state["files"].get(name) not in (None, now):
             print(f"{name} has changed since the checkpoint of {folder}", file=sys.stderr)
-    run = Run(config, folder, *load_parts(config), state)
     run_folder.save_config(folder, saved_settings(config))
     run_folder.forget_after(folder, run.epoch)
     run.save()  # with the settings that were given now

@@ -1,5 +1,6 @@
 """A user's reward file: its function, called as the contract of rewards.py says."""
 import functools
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -36,3 +37,9 @@ def module_of(path):
     sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+def hashes_of(names):
+    """file name -> sha256, of those of the names of rewards and prompts that are files."""
+    paths = [Path(name.rpartition(":")[0] or name) for name in names]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
