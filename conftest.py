@@ -67,6 +67,10 @@ IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))
 
 # ---- Tiny random models of the published architectures ----
 
+LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+SMALL = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with tiny_pipeline."""
@@ -84,17 +88,20 @@ def tiny_pipeline():
                                 cross_attention_dim=16,
         attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)
     text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                                num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length, projection_dim=16))
-    scheduler = PNDMScheduler(skip_prk_steps=True,
-                              **{k: v for k, v in STABLE_DIFFUSION.items() if k != "clip_sample"})
+        **LAYERS | dict(num_hidden_layers=1), vocab_size=len(tokenizer), projection_dim=16,
+        max_position_embeddings=tokenizer.model_max_length))
+    scheduler = PNDMScheduler(skip_prk_steps=True, **without(STABLE_DIFFUSION, "clip_sample"))
     return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
                                    requires_safety_checker=False)
+
+
+def without(options, *names):
+    """The options but for some."""
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def edit_weights(folder, edit):
@@ -117,8 +124,8 @@ def tiny_policy(tiny_model):
 @pytest.fixture(scope="session")
 def tiny_flow(tiny_model, tmp_path_factory):
     """The same with flow matching: a folder that plain diffusers draws from. Its last step is no action."""
-    pipeline, folder = StableDiffusionPipeline.from_pretrained(tiny_model,
-                                                               safety_checker=None), tmp_path_factory.mktemp("models") / "flow"
+    folder = tmp_path_factory.mktemp("models") / "flow"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     pipeline.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                                  flow_shift=2.0, steps_offset=1)
     pipeline.save_pretrained(folder)
@@ -129,15 +136,12 @@ def tiny_flow(tiny_model, tmp_path_factory):
 def tiny_sdxl(tmp_path_factory):
     """A folder with a pipeline of SDXL's architecture and its sampler, Euler: 8 x 8 latents."""
     torch.manual_seed(0)
-    part, (_, large) = tiny_pipeline(), tiny_clips()
-    unet = UNet2DConditionModel(**{**part.unet.config, "cross_attention_dim": 16 + 24,
-                                   "addition_embed_type": "text_time",
-                                   "addition_time_embed_dim": 8,
-                                   "projection_class_embeddings_input_dim": 6 * 8 + 24})
+    part, (_, large), folder = tiny_pipeline(), tiny_clips(), tmp_path_factory.mktemp("models") / "sdxl"
+    unet = UNet2DConditionModel(**{
+        **part.unet.config, "cross_attention_dim": 16 + 24, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24})
     scheduler = EulerDiscreteScheduler(timestep_spacing="leading",
-                                       **{k: v for k, v in STABLE_DIFFUSION.items() if k in (
-        "beta_start", "beta_end", "beta_schedule", "steps_offset")})
-    folder = tmp_path_factory.mktemp("models") / "sdxl"
+                                       **without(STABLE_DIFFUSION, "set_alpha_to_one", "clip_sample"))
     StableDiffusionXLPipeline(part.vae, part.text_encoder, large, part.tokenizer, part.tokenizer, unet,
                               scheduler,
                               force_zeros_for_empty_prompt=True).save_pretrained(folder)
@@ -148,26 +152,21 @@ def tiny_sdxl(tmp_path_factory):
 def tiny_sd3(tmp_path_factory):
     """A folder with a pipeline of Stable Diffusion 3's architecture: 8 x 8 latents, three text encoders."""
     torch.manual_seed(0)
-    part, (small, large) = tiny_pipeline(), tiny_clips()
-    vae = AutoencoderKL(**{**part.vae.config, "latent_channels": 16, "shift_factor": 0.06,
-                           "scaling_factor": 1.5,
-                           "use_quant_conv": False, "use_post_quant_conv": False})
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=16, num_layers=2,
-                                        attention_head_dim=8, num_attention_heads=2,
-                                        joint_attention_dim=48, caption_projection_dim=16,
-                                        pooled_projection_dim=16 + 24, out_channels=16,
-                                        pos_embed_max_size=8, qk_norm="rms_norm")
-    words = ["<pad>", "</s>", "<unk>", *"a an one two three cat cats dog dogs ant mice".split()]
-    t5_tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
-    t5_tokenizer.pre_tokenizer = Whitespace()
-    t5_tokenizer = PreTrainedTokenizerFast(tokenizer_object=t5_tokenizer, unk_token="<unk>",
-                                           pad_token="<pad>", eos_token="</s>")
+    part, (small, large), folder = tiny_pipeline(), tiny_clips(), tmp_path_factory.mktemp("models") / "sd3"
+    vae = AutoencoderKL(**{
+        **part.vae.config, "latent_channels": 16, "shift_factor": 0.06, "scaling_factor": 1.5,
+        "use_quant_conv": False, "use_post_quant_conv": False})
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8,
+                                        num_attention_heads=2,
+        joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=16 + 24, out_channels=16,
+        pos_embed_max_size=8, qk_norm="rms_norm")
+    words = tokenizer_of("<pad> </s> <unk> a an one two three cat cats dog dogs ant mice", eos_token="</s>")
     t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=48, d_kv=8, d_ff=16, num_layers=1,
                                  num_heads=2))
-    folder = tmp_path_factory.mktemp("models") / "sd3"
     StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, small,
-                             part.tokenizer, large, part.tokenizer, t5,
-                             t5_tokenizer).save_pretrained(folder)
+                             part.tokenizer,
+                             large, part.tokenizer, t5, words).save_pretrained(folder)
     return folder
 
 
@@ -175,10 +174,18 @@ def tiny_clips():
     """Two text encoders with projections, of widths 16 and 24."""
     tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
     return [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=16, num_hidden_layers=2,
-                                                       num_attention_heads=2, projection_dim=size,
+        **LAYERS | dict(hidden_size=size), vocab_size=len(tokenizer), projection_dim=size,
         max_position_embeddings=tokenizer.model_max_length, eos_token_id=tokenizer.eos_token_id))
             for size in (16, 24)]
+
+
+def tokenizer_of(words, **special):
+    """A tokenizer that knows these words alone."""
+    words = {word: k for k, word in enumerate(dict.fromkeys(words.split()))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
+                                   **special)
 
 
 @pytest.fixture(params=["tiny_model", "tiny_flow"], ids=["diffusion", "flow"])
@@ -186,19 +193,14 @@ def either_model(request):
     return request.getfixturevalue(request.param)
 
 
-LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-TINY_CLIP = dict(projection_dim=24, vision_config=dict(image_size=32, patch_size=8, **LAYERS),
-                 text_config=LAYERS)
-
-
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A folder with a CLIP of 32 x 32 pixels, its image processor and the toy model's tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "clip"
-    CLIPModel(CLIPConfig(**TINY_CLIP)).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32},
-                          crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    vision = dict(image_size=32, patch_size=8, **LAYERS)
+    CLIPModel(CLIPConfig(projection_dim=24, vision_config=vision, text_config=LAYERS)).save_pretrained(folder)
+    SMALL.save_pretrained(folder)
     CLIPTokenizer.from_pretrained(EMOJI / "tokenizer", model_max_length=77).save_pretrained(folder)
     return folder
 
@@ -207,26 +209,20 @@ def tiny_clip(tmp_path_factory):
 def tiny_vlm(tmp_path_factory):
     """A folder with a model of LLaVA's architecture, 32 x 32 pixels, its processor and a small tokenizer."""
     torch.manual_seed(0)
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
-             *"user : assistant ? . how many animals are in this image what animal "
-             "is a an one two three four cat cats dog dogs happening answer concisely going on".split()]
-    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(dict.fromkeys(words))},
-                                    unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
-                                        bos_token="<s>",
-                                        eos_token="</s>", additional_special_tokens=["<image>"])
-    layers = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    network = LlavaForConditionalGeneration(LlavaConfig(
+    folder, layers = tmp_path_factory.mktemp("models") / "vlm", LAYERS | dict(intermediate_size=32)
+    words = tokenizer_of(
+        "<pad> <unk> <s> </s> <image> user : assistant ? . how many animals are in this image what animal is "
+                         "a an one "
+        "two three four cat cats dog dogs happening answer concisely going on", bos_token="<s>",
+                         eos_token="</s>",
+        additional_special_tokens=["<image>"])
+    LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **layers), image_token_index=4,
-        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0,
+        text_config=LlamaConfig(vocab_size=len(words), max_position_embeddings=128, pad_token_id=0,
                                 bos_token_id=2,
-                                eos_token_id=3, **layers)))
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    folder = tmp_path_factory.mktemp("models") / "vlm"
-    LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                                eos_token_id=3, **layers))).save_pretrained(folder)
+    LlavaProcessor(SMALL, words, patch_size=8, vision_feature_select_strategy="default",
                    num_additional_image_tokens=1).save_pretrained(folder)
-    network.save_pretrained(folder)
     return folder
 
 
@@ -241,10 +237,9 @@ def learner(policy, learning_rate=1e-3, sgd=None, **changes):
 
     sgd: learning rate of plain SGD in AdamW's place, which would hide a wrong scale of the gradient.
     """
-    config = replace(build_config({"precision": "fp32"}), **{
-        "learning_rate": learning_rate, "updates_per_epoch": 2, "micro_batch": 8, "clip_range": 1e-2,
-                                                             "skip_last_steps": 0,
-        "batch_size": 8, **changes})
+    given = dict(learning_rate=learning_rate, updates_per_epoch=2, micro_batch=8, clip_range=1e-2,
+                 skip_last_steps=0, batch_size=8)
+    config = replace(build_config({"precision": "fp32"}), **given | changes)
     learner = Learner(policy, config)
     if sgd:
         learner.optimizer = torch.optim.SGD(learner.weights, lr=sgd)
@@ -351,8 +346,8 @@ def forked_one(rank, world, flags):
 def tiny_flags(tiny_model, **changes):
     """train.py's flags for a run of two epochs on a tiny model. A list gives a flag more than once."""
     flags = {"model": tiny_model, "epochs": 2, "samples-per-epoch": 4, "images-per-prompt": 2,
-             "updates-per-epoch": 2, "sampling-steps": 3,
-             "eval-prompts": 3, "eval-every": 1, "name": "r", **changes}
+             "updates-per-epoch": 2, "sampling-steps": 3, "eval-prompts": 3, "eval-every": 1, "name": "r",
+             **changes}
     return [part for name, value in flags.items() for one in (value if isinstance(value, list) else [value])
             for part in (f"--{name}", str(one))]
 

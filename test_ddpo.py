@@ -7,35 +7,32 @@ import hashlib
 import itertools
 import json
 import re
-import subprocess
-import sys
-import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
-import networks
 import numpy as np
 import pytest
-import settings
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from PIL import Image
 
 import baselines_rwr
 import ddpo
 import prompts
 import rewards
-import runs
 import sampling
 import train
-from conftest import (EMOJI, EMOJI_VLM, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
+from policy import Policy, load_policy
+from support import settings
+from support.schedulers import chain_levels, plain_scheduler, training_levels
+from conftest import (EMOJI, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights,
                       without_seconds)
-from policy import Policy, chain_levels, load_policy, plain_scheduler, training_levels
+
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
 
-AUTHORS = json.loads((ROOT / "oracles" / "authors_oracle.json").read_text())  # its "source" fields say which code it is
+# Its "source" fields say which code it is
+AUTHORS = json.loads((ROOT / "oracles" / "authors_oracle.json").read_text())
 
 
 def tensor(values):
@@ -46,13 +43,15 @@ def schedule_of(scheduler, steps, eta, **options):
     """The Schedule of a chain over a scheduler's own timesteps."""
     scheduler.set_timesteps(steps)
     kind, *_ = training_levels(scheduler)
-    return sampling.make_schedule(scheduler.timesteps, *chain_levels(scheduler, scheduler.timesteps), kind, eta, **options)
+    return sampling.make_schedule(scheduler.timesteps, *chain_levels(scheduler, scheduler.timesteps), kind,
+                                  eta, **options)
 
 
 def with_predictions(policy, uncond, cond, guidance_scale):
     """The policy with a U-Net that predicts just this (N, C, H, W), and that guidance."""
     policy = policy.with_guidance(guidance_scale)
-    policy.denoiser.forward = lambda x_t, *_, **__: (torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond) else cond,)
+    policy.denoiser.forward = lambda x_t, *_, **__: (torch.cat([uncond, cond]) if len(x_t) == 2 * len(cond)
+                                                     else cond,)
     policy.copies_of_timesteps = 2 if guidance_scale > 1 else 1
     return policy
 
@@ -60,7 +59,8 @@ def with_predictions(policy, uncond, cond, guidance_scale):
 def test_the_authors_step_and_log_prob():
     oracle = AUTHORS["step"]
     for steps, timesteps in oracle["timesteps"].items():
-        schedule = schedule_of(DDIMScheduler(**oracle["scheduler"], clip_sample=False), int(steps), oracle["eta"])
+        schedule = schedule_of(DDIMScheduler(**oracle["scheduler"], clip_sample=False), int(steps),
+                               oracle["eta"])
         assert schedule.timesteps.tolist() == timesteps
         for case in oracle["cases"]:
             given, theirs = case["inputs"], case["outputs"]
@@ -69,7 +69,8 @@ def test_the_authors_step_and_log_prob():
                 mean, sigma = sampling.mean_sigma(x_t, eps, timesteps.index(given["timestep"]), schedule)
                 torch.testing.assert_close(mean, tensor(theirs["mean"]), rtol=1e-5, atol=1e-5)
                 assert sigma.item() == pytest.approx(theirs["sigma"], rel=1e-5, abs=1e-7)
-                torch.testing.assert_close(mean + sigma * noise, tensor(theirs["x_prev"]), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(mean + sigma * noise, tensor(theirs["x_prev"]), rtol=1e-5,
+                                           atol=1e-5)
                 log_prob = sampling.log_prob(tensor(theirs["x_prev"]), tensor(theirs["mean"]), sigma)
                 torch.testing.assert_close(log_prob, tensor(theirs["log_prob"]), rtol=1e-4, atol=1e-4)
 
@@ -78,7 +79,8 @@ def test_the_authors_clipped_loss_and_its_gradient():
     for case in AUTHORS["clipped_loss"]["pairs"].values():
         given, theirs = case["inputs"], case["outputs"]
         log_probs = tensor(given["log_probs"]).requires_grad_()
-        loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]).clamp(-10, 10),
+        loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]),
+                                       tensor(given["advantages"]).clamp(-10, 10),
                                        given["clip_range"])
         loss.backward()
         assert loss.item() == pytest.approx(theirs["loss"], rel=1e-5)
@@ -88,16 +90,19 @@ def test_the_authors_clipped_loss_and_its_gradient():
 
 def test_the_authors_guided_loss_and_its_gradient_by_both_predictions(tiny_policy):
     given, theirs = (AUTHORS["clipped_loss"]["guided"][part] for part in ("inputs", "outputs"))
-    schedule = schedule_of(DDIMScheduler(**given["scheduler"], clip_sample=False), given["steps"], given["eta"])
+    schedule = schedule_of(DDIMScheduler(**given["scheduler"], clip_sample=False), given["steps"],
+                           given["eta"])
     cond, uncond = (tensor(given[name]).requires_grad_() for name in ("cond", "uncond"))
     log_probs, timesteps = [], schedule.timesteps.tolist()
-    for i, (x_t, x_prev, t) in enumerate(zip(tensor(given["x_t"]), tensor(given["x_prev"]), given["timesteps"])):
+    for i, (x_t, x_prev, t) in enumerate(zip(tensor(given["x_t"]), tensor(given["x_prev"]),
+                                             given["timesteps"])):
         policy = with_predictions(tiny_policy, uncond[i:i + 1], cond[i:i + 1], given["guidance_scale"])
         policy.schedule = schedule
         mean, sigma = sampling.p_mean_sigma(policy, x_t[None], timesteps.index(t), ["a cat"])
         log_probs.append(sampling.log_prob(x_prev[None], mean, sigma))
     log_probs = torch.cat(log_probs)
-    loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]), given["clip_range"])
+    loss, info = ddpo.clipped_loss(log_probs, tensor(given["old_log_probs"]), tensor(given["advantages"]),
+                                   given["clip_range"])
     loss.backward()
     torch.testing.assert_close(log_probs, tensor(theirs["log_probs"]), rtol=1e-5, atol=1e-5)
     assert loss.item() == pytest.approx(theirs["loss"], rel=1e-4)
@@ -111,8 +116,9 @@ def test_the_authors_guided_loss_and_its_gradient_by_both_predictions(tiny_polic
 def test_the_authors_advantages(buffer):
     given = AUTHORS["advantages"]["inputs"]
     statistics = ddpo.PromptStatistics(buffer, given["min_count"], clip=10)
-    for prompts, values, theirs in zip(given["prompts"], given["rewards"], AUTHORS["advantages"]["outputs"][f"buffer_{buffer}"]):
-        np.testing.assert_allclose(statistics.advantages(prompts, values)[0], theirs, atol=1e-6)
+    outputs = AUTHORS["advantages"]["outputs"][f"buffer_{buffer}"]
+    for texts, values, theirs in zip(given["prompts"], given["rewards"], outputs):
+        np.testing.assert_allclose(statistics.advantages(texts, values)[0], theirs, atol=1e-6)
 
 
 def test_the_authors_rwr_weights_and_kept_samples():
@@ -150,11 +156,12 @@ def test_the_authors_jpeg_sizes():
     theirs = AUTHORS["jpeg"]["outputs"]
     for k, formula in enumerate(AUTHORS["jpeg"]["inputs"]["formulas"]):
         image = torch.from_numpy(eval(formula, {"c": c, "y": y, "x": x}).astype(np.float32) / 1023)
-        assert np.asarray(networks.to_pil(image)).sum(dtype=int) == theirs["sum_rounded"][k]
+        assert np.asarray(rewards.to_pil(image)).sum(dtype=int) == theirs["sum_rounded"][k]
         assert 1000 * rewards.jpeg_kilobytes(image) == pytest.approx(theirs["bytes_rounded"][k])
 
 
-SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"), dict(beta_schedule="squaredcos_cap_v2"),
+SCHEDULES = [dict(), dict(steps_offset=3), dict(beta_schedule="linear"),
+             dict(beta_schedule="squaredcos_cap_v2"),
              dict(timestep_spacing="trailing"), dict(timestep_spacing="trailing", beta_schedule="linear")]
 
 
@@ -172,9 +179,11 @@ def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps
         steps_to = t - 1000 // steps
         if steps_to == t_next or (steps_to < 0 and t_next == -1):
             compared += 1
-            theirs, theirs_mean = (scheduler.step(prediction[k:k + 1], t, x_t[k:k + 1], eta=eta, variance_noise=n).prev_sample
+            theirs, theirs_mean = (scheduler.step(prediction[k:k + 1], t, x_t[k:k + 1], eta=eta,
+                                                  variance_noise=n).prev_sample
                                    for n in (noise[k:k + 1], torch.zeros(1, 4, 8, 8)))
-            torch.testing.assert_close(mean, theirs_mean, rtol=1e-5, atol=1e-4)  # their sigma of the last step has four digits
+            # Their sigma of the last step has four digits
+            torch.testing.assert_close(mean, theirs_mean, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(sigma * noise[k:k + 1], theirs - theirs_mean, rtol=1e-4, atol=1e-5)
         # Song et al. 2021, equations 12 and 16, in double precision
         a = scheduler.alphas_cumprod[t].double()
@@ -184,15 +193,19 @@ def test_step_equals_diffusers_or_the_closed_form(prediction_type, change, steps
         x_0 = {"epsilon": (x - (1 - a).sqrt() * p) / a.sqrt(), "sample": p,
                "v_prediction": a.sqrt() * x - (1 - a).sqrt() * p}[prediction_type]
         eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
-        torch.testing.assert_close(mean.double(), b.sqrt() * x_0 + (1 - b - s**2).sqrt() * eps, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mean.double(), b.sqrt() * x_0 + (1 - b - s**2).sqrt() * eps, rtol=1e-5,
+                                   atol=1e-5)
         torch.testing.assert_close(sigma.double(), s, rtol=1e-6, atol=0)
     # Under "trailing" at 30 steps, diffusers steps to another timestep than the next at 10 of 29.
     assert compared == steps or change.get("timestep_spacing") == "trailing" and steps in (7, 30)
 
 
 @pytest.mark.parametrize("change, steps, eta, message", [
-    (dict(steps_offset=0), 50, 1.0, "sigma is 0 at timestep 0"), (dict(set_alpha_to_one=True), 1, 1.0, "no action to learn from"),
-    (dict(timestep_spacing="linspace"), 50, 1.0, "sigma is 0"), (dict(), 50, 0.0, "eta"), (dict(), 50, -1.0, "eta"),
+    (dict(steps_offset=0), 50, 1.0, "sigma is 0 at timestep 0"),
+                                                         (dict(set_alpha_to_one=True), 1, 1.0,
+                                                          "no action to learn from"),
+    (dict(timestep_spacing="linspace"), 50, 1.0, "sigma is 0"), (dict(), 50, 0.0, "eta"),
+                                                         (dict(), 50, -1.0, "eta"),
     (dict(), 50, 1.5, "eta")])
 def test_degenerate_schedules_are_refused(change, steps, eta, message):
     with pytest.raises(ValueError, match=message):
@@ -200,7 +213,8 @@ def test_degenerate_schedules_are_refused(change, steps, eta, message):
 
 
 def test_no_models_scheduler_clips_the_image_or_leaves_a_step_without_noise():
-    for change in (dict(clip_sample=True), dict(thresholding=True), dict(steps_offset=0), dict(timestep_spacing="linspace"),
+    for change in (dict(clip_sample=True), dict(thresholding=True), dict(steps_offset=0),
+                   dict(timestep_spacing="linspace"),
                    dict(set_alpha_to_one=True)):
         scheduler = plain_scheduler(DDIMScheduler(**{**STABLE_DIFFUSION, **change}))
         assert not scheduler.config.clip_sample and not scheduler.config.thresholding
@@ -211,10 +225,12 @@ def test_no_models_scheduler_clips_the_image_or_leaves_a_step_without_noise():
 def test_a_last_step_without_noise_is_drawn_but_is_no_action(spacing, tiny_policy):
     scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "set_alpha_to_one": True, "timestep_spacing": spacing})
     schedule = schedule_of(scheduler, 4, 1.0)
-    assert (schedule.sigma[:3] > 0).all() and schedule.sigma[3] == schedule.b[4] == 0 and schedule.actions == 3
+    assert (schedule.sigma[:3]
+            > 0).all() and schedule.sigma[3] == schedule.b[4] == 0 and schedule.actions == 3
     x_t, prediction = torch.randn((2, 1, 4, 8, 8), generator=rng())
     mean, _ = sampling.mean_sigma(x_t, prediction, 3, schedule)
-    torch.testing.assert_close(mean, sampling.x_0_and_eps(x_t, prediction, schedule.a[3], schedule.b[3], "epsilon")[0])
+    torch.testing.assert_close(mean, sampling.x_0_and_eps(x_t, prediction, schedule.a[3], schedule.b[3],
+                                                          "epsilon")[0])
     policy, policy.schedule = tiny_policy, schedule
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
     assert trajectory.latents.shape[1] == 5 and trajectory.log_probs.shape == (8, 3)
@@ -224,8 +240,10 @@ def test_a_last_step_without_noise_is_drawn_but_is_no_action(spacing, tiny_polic
         return ddpo.clipped_loss(log_probs, old, advantages, clip_range)
     for skipped, learned in ((0, 3), (1, 3), (2, 2)):
         seen.clear()
-        ddpo.ddpo_update(policy, trajectory, torch.ones(8), loss=loss, **learner(policy, 0.0, skip_last_steps=skipped))
-        assert sorted(torch.cat(seen).tolist()) == sorted(trajectory.log_probs[:, :learned].flatten().tolist())
+        ddpo.ddpo_update(policy, trajectory, torch.ones(8), loss=loss,
+                         **learner(policy, 0.0, skip_last_steps=skipped))
+        assert sorted(torch.cat(seen).tolist()) == sorted(trajectory.log_probs[:,
+                                                                               :learned].flatten().tolist())
 
 
 def flow(steps, eta, **settings):
@@ -245,10 +263,12 @@ def test_without_noise_the_step_of_flow_matching_is_diffusers_euler_step(shift):
 
 
 def test_at_eta_one_the_step_of_flow_matching_is_the_posterior_of_the_forward_process():
-    """x_t = (a / a') x_prev + noise, and x_prev = a' x_0 + b' eps: Bayes' rule for two Gaussians, one dimension, double precision."""
+    """x_t = (a / a') x_prev + noise, and x_prev = a' x_0 + b' eps: Bayes' rule for two Gaussians, one
+    dimension, double precision."""
     schedule = flow(8, 1.0)
     x_0, x_t = torch.randn((2, 8), generator=rng()).double()
-    a, b, a_prev, b_prev = schedule.a[:-1].double(), schedule.b[:-1].double(), schedule.a[1:].double(), schedule.b[1:].double()
+    a, b = schedule.a.double(), schedule.b.double()
+    a, b, a_prev, b_prev = a[:-1], b[:-1], a[1:], b[1:]
     slope, noise = a / a_prev, b**2 - (a * b_prev / a_prev) ** 2
     precision = slope**2 / noise + 1 / b_prev**2
     expected = (slope * x_t / noise + a_prev * x_0 / b_prev**2) / precision
@@ -259,22 +279,27 @@ def test_at_eta_one_the_step_of_flow_matching_is_the_posterior_of_the_forward_pr
         torch.testing.assert_close(sigma.double(), precision[k] ** -0.5, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(**STABLE_DIFFUSION), FlowMatchEulerDiscreteScheduler()], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(**STABLE_DIFFUSION), FlowMatchEulerDiscreteScheduler()],
+                         ids=["diffusion", "flow"])
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_coefficients_preserving_sampling_turns_the_noise_by_an_angle(scheduler, eta):
-    """Wang and Yu 2025: x_prev = a' x_0 + b' (cos(eta pi / 2) eps + sin(eta pi / 2) new noise). At eta = 1 nothing of eps is left."""
-    schedule, (x_0, eps) = schedule_of(scheduler, 8, eta, noise="cps"), torch.randn((2, 8, 4, 8, 8), generator=rng())
+    """Wang and Yu 2025: x_prev = a' x_0 + b' (cos(eta pi / 2) eps + sin(eta pi / 2) new noise). At eta = 1
+    nothing of eps is left."""
+    schedule, (x_0, eps) = schedule_of(scheduler, 8, eta, noise="cps"), torch.randn((2, 8, 4, 8, 8),
+                                                                                    generator=rng())
     for k in range(8):
         a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
         prediction = sampling.target_of(x_0, eps, a, b, schedule.prediction_type)
         mean, sigma = sampling.mean_sigma(a * x_0 + b * eps, prediction, k, schedule)
-        torch.testing.assert_close(mean, a_prev * x_0 + b_prev * np.cos(eta * np.pi / 2) * eps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean, a_prev * x_0 + b_prev * np.cos(eta * np.pi / 2) * eps, rtol=1e-4,
+                                   atol=1e-4)
         torch.testing.assert_close(sigma, b_prev * np.sin(eta * np.pi / 2), rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_network_should_predict_is_what_says_the_image_and_the_noise():
     x_0, eps = torch.randn((2, 3, 4, 8, 8), generator=rng())
-    for kind, a, b in (("epsilon", 0.6, 0.8), ("v_prediction", 0.6, 0.8), ("sample", 0.6, 0.8), ("flow", 0.3, 0.7)):
+    for kind, a, b in (("epsilon", 0.6, 0.8), ("v_prediction", 0.6, 0.8), ("sample", 0.6, 0.8),
+                       ("flow", 0.3, 0.7)):
         target = sampling.target_of(x_0, eps, a, b, kind)
         for said, true in zip(sampling.x_0_and_eps(a * x_0 + b * eps, target, a, b, kind), (x_0, eps)):
             torch.testing.assert_close(said, true, rtol=1e-4, atol=1e-5)
@@ -300,14 +325,16 @@ def test_guided_prediction_equals_the_plain_formula(tiny_policy):
     cond, uncond = tiny_policy.pipeline.encode_prompt(["a cat", "an ant"], "cpu", 1, True)
     with torch.no_grad():
         cond, uncond = (tiny_policy.denoiser(x_t, t, states).sample for states in (cond, uncond))
-        guided, plain = (tiny_policy.with_guidance(w).predict(x_t, t, ["a cat", "an ant"]) for w in (5.0, 1.0))
+        guided, plain = (tiny_policy.with_guidance(w).predict(x_t, t, ["a cat", "an ant"])
+                         for w in (5.0, 1.0))
     torch.testing.assert_close(guided, uncond + 5 * (cond - uncond))
     torch.testing.assert_close(plain, cond)
 
 
 def test_at_ratio_one_both_estimators_have_the_same_gradient():
     old, advantages = torch.randn((2, 64), generator=rng())
-    for loss, value in ((ddpo.score_function_loss, -(advantages * old).mean()), (ddpo.clipped_loss, -advantages.mean())):
+    for loss, value in ((ddpo.score_function_loss, -(advantages * old).mean()),
+                        (ddpo.clipped_loss, -advantages.mean())):
         log_probs = old.clone().requires_grad_()
         ours, _ = loss(log_probs, old, advantages, 0.1)
         ours.backward()
@@ -351,13 +378,16 @@ def test_a_prompt_with_enough_rewards_uses_its_own_statistics_and_another_the_ba
     np.testing.assert_allclose(advantages, (batch - 3) / batch.std(), rtol=1e-6)
     assert share == 0
     advantages, share = statistics.advantages(["a", "b", "a"], torch.tensor([5.0, 0.0, 0.0]))
-    own_a, own_b = np.array([2, 5, 0]), np.array([3, 6, 0])  # appended first; the buffer dropped the oldest of "a"
-    np.testing.assert_allclose(advantages, [(5 - own_a.mean()) / own_a.std(), -3 / own_b.std(), -own_a.mean() / own_a.std()],
+    # Appended first; the buffer dropped the oldest of "a"
+    own_a, own_b = np.array([2, 5, 0]), np.array([3, 6, 0])
+    np.testing.assert_allclose(advantages, [(5 - own_a.mean()) / own_a.std(), -3 / own_b.std(),
+                                            -own_a.mean() / own_a.std()],
                                rtol=1e-6)
     assert share == 1
 
 
-@pytest.mark.parametrize("values", [[1, 2, 3, 5], np.array([1, 2, 3, 5]), torch.tensor([1, 2, 3, 5])], ids=type)
+@pytest.mark.parametrize("values", [[1, 2, 3, 5], np.array([1, 2, 3, 5]), torch.tensor([1, 2, 3, 5])],
+                         ids=type)
 def test_integer_rewards_are_not_truncated_and_advantages_are_float32(values):
     advantages, _ = ddpo.PromptStatistics(32, 16, 10).advantages("abcd", values)
     assert advantages.dtype == torch.float32
@@ -373,21 +403,26 @@ def test_equal_rewards_give_zero_and_outliers_are_clipped():
 
 @pytest.mark.parametrize("offset", [0.1, 1e6])
 def test_only_the_rounding_of_float32_counts_as_equal(offset):
-    """Rewards that a float32 network rounds one step up or down are equal; a deviation of half a millionth is not."""
+    """Rewards that a float32 network rounds one step up or down are equal; a deviation of half a millionth is
+    not."""
     one_step = np.nextafter(np.float32(offset), np.float32(np.inf)) - np.float64(np.float32(offset))
     rounded = np.float64(np.float32(offset)) + one_step * np.array([0, 1, 0, 1])
     apart = offset * (1 + 5e-7 * np.array([-1, 1, -1, 1]))
     assert ddpo.PromptStatistics(32, 16, 10).advantages("abcd", rounded)[0].tolist() == [0] * 4
-    assert ddpo.PromptStatistics(32, 16, 10).advantages("abcd", apart)[0].tolist() == pytest.approx([-1, 1, -1, 1])
+    assert ddpo.PromptStatistics(32, 16, 10).advantages("abcd",
+                                                        apart)[0].tolist() == pytest.approx([-1, 1, -1, 1])
 
 
 def test_advantages_do_not_depend_on_the_unit_of_the_reward():
     values = np.array([1.0, 2.0, 3.0, 5.0])
-    large, small = (ddpo.PromptStatistics(32, 16, 10).advantages("abcd", scale * values)[0] for scale in (1.0, 1e-6))
-    torch.testing.assert_close(large, small)  # with a floor of 1e-6 under the deviation, the second would be 0.6 of the first
+    large, small = (ddpo.PromptStatistics(32, 16, 10).advantages("abcd", scale * values)[0]
+                    for scale in (1.0, 1e-6))
+    # With a floor of 1e-6 under the deviation, the second would be 0.6 of the first
+    torch.testing.assert_close(large, small)
 
 
-@pytest.mark.parametrize("values", [[1e6, 1e6 + 0.5], np.array([1e6, 1e6 + 0.5]), torch.tensor([1e6, 1e6 + 0.5]).double()], ids=type)
+@pytest.mark.parametrize("values", [[1e6, 1e6 + 0.5], np.array([1e6, 1e6 + 0.5]),
+                                    torch.tensor([1e6, 1e6 + 0.5]).double()], ids=type)
 def test_a_large_offset_loses_no_differences_on_the_way_from_reward_to_advantage(values, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "offset", lambda images, prompts: values)
     kept, _ = rewards.load_reward("offset")(torch.rand(2, 3, 8, 8), [prompts.Prompt("a")] * 2)
@@ -399,7 +434,8 @@ def test_a_prompts_statistics_hold_all_its_rewards_of_the_epoch():
     """With one prompt and a buffer of 3, the last three alone would shift all advantages."""
     statistics, values = ddpo.PromptStatistics(buffer=3, min_count=3, clip=10), np.arange(8.0)
     for _ in range(2):  # rewards of the epoch before do not count any more
-        np.testing.assert_allclose(statistics.advantages(["a"] * 8, values)[0], (values - 3.5) / values.std(), rtol=1e-6)
+        np.testing.assert_allclose(statistics.advantages(["a"] * 8, values)[0], (values - 3.5) / values.std(),
+                                   rtol=1e-6)
     few, own = statistics.advantages(["a"], [9.0])  # fewer than the buffer: the last three, as always
     assert few.item() == pytest.approx((9 - 22 / 3) / np.std([6, 7, 9])) and own == 1
 
@@ -417,8 +453,9 @@ def test_with_a_buffer_of_one_the_images_of_a_prompt_are_compared_with_each_othe
 
 def test_evaluations_may_take_other_steps_than_training(tiny_model, own_reward):
     flags = dict(reward=own_reward("redness"), epochs=1)
-    few, many, both = (run(*tiny_flags(tiny_model, name=name, **flags, **steps)) for name, steps in (
-        ("few", {"sampling-steps": 3}), ("many", {"sampling-steps": 6}), ("both", {"sampling-steps": 3, "eval-steps": 6})))
+    few, many, both = (
+        run(*tiny_flags(tiny_model, name=name, **flags, **{"sampling-steps": steps, "eval-steps": evaluated}))
+        for name, steps, evaluated in (("few", 3, 0), ("many", 6, 0), ("both", 3, 6)))
     assert both[0]["eval_reward_mean"] == many[0]["eval_reward_mean"] != few[0]["eval_reward_mean"]
     assert both[1]["reward_mean"] == few[1]["reward_mean"] != many[1]["reward_mean"]
     assert both[1]["loss"] == few[1]["loss"]
@@ -426,7 +463,8 @@ def test_evaluations_may_take_other_steps_than_training(tiny_model, own_reward):
 
 def test_no_prompt_comes_twice_in_an_epoch_before_each_has_come_once():
     for n, count in ((45, 8), (4, 4), (4, 10)):
-        drawn = [train.draw_without_replacement(n, count, rng(seed)).tolist() for seed in range(300)]
+        asked = SimpleNamespace(samples_per_epoch=count, images_per_prompt=1)
+        drawn = [train.draw_prompts(list(range(n)), asked, rng(seed)) for seed in range(300)]
         for chosen in drawn:
             counts = [chosen.count(k) for k in range(n)]
             assert len(chosen) == count and max(counts) - min(counts) <= 1
@@ -435,22 +473,16 @@ def test_no_prompt_comes_twice_in_an_epoch_before_each_has_come_once():
 
 
 def test_as_many_images_of_an_epoch_share_a_prompt_as_are_asked_for(tiny_model, own_reward):
-    rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), **{"samples-per-epoch": 8, "images-per-prompt": 4}))
+    rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"),
+                           **{"samples-per-epoch": 8, "images-per-prompt": 4}))
     drawn = [text for text, _, _ in rows[1]["notes"]]
     assert drawn == [drawn[0]] * 4 + [drawn[4]] * 4 and drawn[0] != drawn[4]
 
 
-def test_statistics_survive_a_checkpoint():
-    one, two = (ddpo.PromptStatistics(4, 2, 10) for _ in range(2))
-    one.advantages("aab", [1, 2, 3])
-    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    after = [statistics.advantages("aaabb", [5, 3, 1, 2, 7]) for statistics in (one, two)]
-    assert after[0][0].tolist() == after[1][0].tolist() and after[0][1] == after[1][1] == 1
-
-
 def test_other_baselines_are_the_batch_alone_or_nothing():
     prompts, values = ["a"] * 4 + ["b"] * 4, np.arange(8.0)
-    advantages = {name: ddpo.PromptStatistics(4, 2, 100, name).advantages(prompts, values)[0] for name in ddpo.BASELINES}
+    advantages = {name: ddpo.PromptStatistics(4, 2, 100, name).advantages(prompts, values)[0]
+                  for name in ("prompt", "batch", "none")}
     np.testing.assert_allclose(advantages["batch"], (values - 3.5) / values.std(), rtol=1e-6)
     np.testing.assert_allclose(advantages["none"], values)
     bare, _ = ddpo.PromptStatistics(4, 2, 10.0, "none").advantages(["a"] * 2, [-80.0, -50.0])
@@ -473,7 +505,8 @@ def test_ratio_is_one_for_every_image_and_step_before_the_first_update(micro_bat
 def scores(policy, trajectory, micro_batch):
     """log p of every recorded action (B, A), scored micro_batch images at a time."""
     B, A = trajectory.log_probs.shape
-    return torch.stack([torch.cat([sampling.score(policy, trajectory, part, k)[0] for part in torch.arange(B).split(micro_batch)])
+    return torch.stack([torch.cat([sampling.score(policy, trajectory, part, k)[0]
+                                   for part in torch.arange(B).split(micro_batch)])
                         for k in range(A)], 1)
 
 
@@ -497,15 +530,17 @@ def test_bf16_autocast_keeps_the_ratio_within_a_thousandth_even_at_unequal_batch
 def test_images_keep_their_own_latents_and_prompts_when_shuffled(either_model, noise):
     policy = load_policy(either_model, 4, 0.7, 5.0, noise=noise)
     trajectory = sampling.rollout(policy, ["a cat", "an ant", "two dogs", "a bee"], rng(), 4)
-    assert trajectory.log_probs.shape == (4, policy.schedule.actions) and policy.schedule.actions == {"epsilon": 4, "flow": 3}[
-        policy.schedule.prediction_type]
-    # The last action of flow matching ends at a noise level of 0.004: a rounding of x_{t-1} is that much larger in its log p.
+    assert trajectory.log_probs.shape == (4, policy.schedule.actions)
+    assert policy.schedule.actions == {"epsilon": 4, "flow": 3}[policy.schedule.prediction_type]
+    # The last action of flow matching ends at a noise level of 0.004: a rounding of x_{t-1} is that much
+    # larger in its log p.
     tolerance, order = 2e-6 if policy.schedule.actions == 4 else 1e-4, torch.tensor([2, 0, 3, 1])
     other = replace(trajectory, prompts=trajectory.prompts[::-1])
     for k in range(policy.schedule.actions):
         scored, _ = sampling.score(policy, trajectory, order, k)
         torch.testing.assert_close(scored, trajectory.log_probs[order, k], rtol=0, atol=tolerance)
-        assert (sampling.score(policy, other, order, k)[0] - scored).abs().min() > 0  # so the line above does notice whose prompt is whose
+        # So the line above does notice whose prompt is whose
+        assert (sampling.score(policy, other, order, k)[0] - scored).abs().min() > 0
 
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(tiny_policy):
@@ -517,45 +552,10 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(tiny_policy):
 
 
 def test_without_chain_only_x_0_is_kept_and_it_is_the_same(tiny_policy):
-    chain, last = (sampling.rollout(tiny_policy, ["a cat"] * 2, rng(), 2, keep_chain=keep) for keep in (True, False))
+    chain, last = (sampling.rollout(tiny_policy, ["a cat"] * 2, rng(), 2, keep_chain=keep)
+                   for keep in (True, False))
     assert chain.latents.shape == (2, 5, 4, 8, 8) and last.latents.shape == (2, 1, 4, 8, 8)
     assert torch.equal(chain.x_0, last.x_0) and torch.equal(chain.x_0, chain.latents[:, -1])
-
-
-class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest number of bytes that the tensors made in it held at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.alive = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return result
-
-    def free(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-
-def test_without_chain_memory_does_not_grow_with_the_number_of_steps(tiny_model):
-    peaks = {}
-    for steps, keep_chain in itertools.product((5, 40), (False, True)):
-        policy = load_policy(tiny_model, steps, 1.0, 5.0)
-        with PeakMemory() as memory:
-            sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain)
-        peaks[steps, keep_chain] = memory.peak
-    chain = 8 * 35 * (4 * 8 * 8 + 1) * 4  # bytes of 35 more latents and log-probs of 8 images
-    assert peaks[40, False] - peaks[5, False] < 0.02 * chain
-    assert peaks[40, True] - peaks[5, True] > 0.99 * chain
 
 
 def test_rollout_equals_diffusers_own_pipeline(tiny_policy):
@@ -585,29 +585,17 @@ def first_noise(rng, images, states):
 
 
 def drawn_by_diffusers(pipeline, prompt, noise):
-    """One image (1, H, W, 3) by diffusers' pipeline from noise (1, T + 1, C, H, W): it draws its own inside its step."""
+    """One image (1, H, W, 3) by diffusers' pipeline from noise (1, T + 1, C, H, W): it draws its own inside
+    its step."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.step = partial(_step_with_noise, pipeline.scheduler.step, iter(noise[:, 1:].unbind(1)))
-    return pipeline(prompt, num_inference_steps=noise.shape[1] - 1, guidance_scale=5.0, eta=1.0, latents=noise[:, 0],
+    return pipeline(prompt, num_inference_steps=noise.shape[1] - 1, guidance_scale=5.0, eta=1.0,
+                    latents=noise[:, 0],
                     output_type="np").images
 
 
 def _step_with_noise(step, noise, *args, eta=1.0, generator=None, **kwargs):
     return step(*args, eta=eta, variance_noise=next(noise), **kwargs)
-
-
-def test_any_pipeline_loads_in_fp32_with_its_own_schedule_as_ddim(tiny_model, tmp_path):
-    half = tmp_path / "half"
-    StableDiffusionPipeline.from_pretrained(tiny_model).to(dtype=torch.float16).save_pretrained(half)
-    policy = load_policy(half, 10, 1.0, 5.0)
-    scheduler = policy.pipeline.scheduler
-    assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
-    assert (scheduler.config.beta_start, scheduler.config.steps_offset) == (0.00085, 1)
-    parts = (policy.denoiser, policy.pipeline.vae, policy.pipeline.text_encoder)
-    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
-    assert not any(part.training for part in parts)
-    assert all(weight.requires_grad for weight in policy.denoiser.parameters())
-    assert not any(weight.requires_grad for part in parts[1:] for weight in part.parameters())
 
 
 def test_an_image_that_is_not_finite_is_refused_and_not_taken_for_a_black_one(tiny_policy):
@@ -630,9 +618,8 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
     one, two = (load_policy(either_model, 3, 1.0, 5.0) for _ in range(2))
     trajectory = sampling.rollout(one, ["a cat", "a dog"], rng(), 2)
     advantages = torch.tensor([1.0, -2.0])
-    extras = learner(one, updates_per_epoch=1)
-    # SGD: AdamW would hide a wrong scale.
-    extras["optimizer"], optimizer = (torch.optim.SGD(policy.denoiser.parameters(), lr=0.1) for policy in (one, two))
+    extras, optimizer = learner(one, sgd=0.1, updates_per_epoch=1), torch.optim.SGD(two.denoiser.parameters(),
+                                                                                    lr=0.1)
     before = weights(one)
     ddpo.ddpo_update(one, trajectory, advantages, loss=ddpo.clipped_loss, **extras)
     total, actions = 0, two.schedule.actions
@@ -642,7 +629,9 @@ def test_update_equals_a_plain_loop_over_images_and_steps(either_model):
     total.backward()
     torch.nn.utils.clip_grad_norm_(two.denoiser.parameters(), 1.0)
     optimizer.step()
-    assert 0 < distance(before, weights(one)) and distance(weights(one), weights(two)) < 1e-3 * distance(before, weights(one))
+    assert 0 < distance(before, weights(one)) and distance(weights(one),
+                                                           weights(two)) < 1e-3 * distance(before,
+                                                                                           weights(one))
 
 
 @pytest.mark.parametrize("loss", [ddpo.score_function_loss, ddpo.clipped_loss])
@@ -652,8 +641,7 @@ def test_micro_batch_does_not_change_an_update(tiny_model, loss):
         policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8)
         # SGD: AdamW divides by the gradient's size and would blow rounding of near-zero gradients up.
-        extras = learner(policy, micro_batch=micro_batch, updates_per_epoch=2, max_grad_norm=1e9)
-        extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
+        extras = learner(policy, sgd=0.1, micro_batch=micro_batch, updates_per_epoch=2, max_grad_norm=1e9)
         info = ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng()), loss=loss, **extras)
         results.append((weights(policy), info))
     for other, info in results[1:]:
@@ -666,19 +654,22 @@ def slope_over_sigma(steps):
     """c / sigma of each step (T,), where c = d mean / d eps."""
     schedule = schedule_of(DDIMScheduler(**STABLE_DIFFUSION), steps, 1.0)
     zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-    return torch.stack([(sampling.mean_sigma(zero, one, k, schedule)[0] - sampling.mean_sigma(zero, zero, k, schedule)[0]).squeeze()
+    return torch.stack([(sampling.mean_sigma(zero, one, k, schedule)[0]
+                         - sampling.mean_sigma(zero, zero, k, schedule)[0]).squeeze()
                         / schedule.sigma[k] for k in range(steps)])
 
 
 @pytest.mark.parametrize("steps, share", [(5, 0.95), (10, 0.86), (50, 0.49)])
 def test_the_last_but_one_step_carries_most_of_the_gradients_variance(steps, share):
-    """By the closed form: a step's score for eps is c / sigma times unit noise, so its variance is (c / sigma)^2."""
+    """By the closed form: a step's score for eps is c / sigma times unit noise, so its variance is (c /
+    sigma)^2."""
     variance_of_step = slope_over_sigma(steps) ** 2
     assert variance_of_step[-2] / variance_of_step.sum() == pytest.approx(share, abs=0.01)
 
 
 def test_the_kl_and_the_squared_difference_of_dpoks_code_weigh_steps_differently():
-    """By the closed form: the KL of a difference d in eps is (c / sigma)^2 / 2 times d^2. DPOK's code takes d^2."""
+    """By the closed form: the KL of a difference d in eps is (c / sigma)^2 / 2 times d^2. DPOK's code takes
+    d^2."""
     kl = slope_over_sigma(50) ** 2 / 2
     assert (kl.median().item(), kl[-2].item()) == pytest.approx((0.088, 5.36), rel=0.01)
 
@@ -695,20 +686,21 @@ def test_skipped_steps_do_not_count_in_an_update(tiny_model):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_some_steps_of_an_update_are_drawn_evenly_for_all_its_images_so_that_the_gradient_is_unbiased(tiny_policy, monkeypatch):
+def test_some_steps_of_an_update_are_drawn_evenly_so_that_the_gradient_is_unbiased(tiny_policy, monkeypatch):
     counts = torch.zeros(8, 4)
 
-    def record(policy, trajectory, advantages, images, k, loss, config):
+    def record(policy, trajectory, advantages, k, loss, config, images):
         counts[images, k] += 1
         return torch.zeros((), requires_grad=True) * 0, {"ratio_deviation": torch.zeros(())}
 
     monkeypatch.setattr(ddpo, "surrogate", record)
-    monkeypatch.setattr(ddpo, "optimizer_step", lambda *_: (1.0, True))
+    monkeypatch.setattr(ddpo.Learner, "clipped_step", lambda _: {"grad_norm": 1.0, "skipped_updates": 0})
     trajectory = sampling.rollout(tiny_policy, ["a cat"] * 8, rng(), 8)
     extras = learner(tiny_policy, skip_last_steps=1, learn_steps=2, updates_per_epoch=1, micro_batch=3)
     for epoch in range(1, 301):
         ddpo.ddpo_update(tiny_policy, trajectory, torch.ones(8), loss=ddpo.clipped_loss, **extras)
-        assert (counts.sum(1) == 2 * epoch).all() and (counts == counts[0]).all()  # two steps, and the same ones of each image
+        # Two steps, and the same ones of each image
+        assert (counts.sum(1) == 2 * epoch).all() and (counts == counts[0]).all()
     assert (counts[:, 3] == 0).all()  # the skipped one
     assert (counts[0, :3] / 300 - 2 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5  # four standard errors
 
@@ -719,45 +711,46 @@ def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(ti
         policy = load_policy(tiny_model, 4, 1.0, 5.0, keep_reference=True)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
         extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
-        kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)), loss=ddpo.clipped_loss,
+        kls[weight] = [ddpo.ddpo_update(policy, trajectory, torch.randn(8, generator=rng(k)),
+                                        loss=ddpo.clipped_loss,
                                         **extras)["kl_pretrained"] for k in range(5)]
         assert all(not weight.requires_grad for weight in policy.reference.values())
     assert kls[0.0][0] == kls[100.0][0] == 0
     assert 0 < kls[100.0][-1] < kls[0.0][-1] / 2
 
 
-def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_model, monkeypatch, capsys):
-    monkeypatch.setitem(train.UPDATES, "ddpo-is", (partial(
-        ddpo.ddpo_update, loss=lambda *tensors: (tensors[0].sum() * float("inf"), ddpo.ratio_info(*tensors[:2], 0.1))), True))
-    run(*tiny_flags(tiny_model), code=2)
-    assert "the gradient is not finite" in capsys.readouterr().err
-    policy = load_policy(tiny_model, 3, 1.0, 5.0)
-    start, extras = weights(policy), learner(policy)
-    for weight in policy.denoiser.parameters():
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_touched(tiny_policy):
+    start, trainer = weights(tiny_policy), learner(tiny_policy)["learner"]
+    for weight in trainer.weights:
         weight.grad = torch.full_like(weight, float("nan"))
-    with pytest.raises(FloatingPointError):
-        ddpo.optimizer_step(policy.denoiser, extras["optimizer"], extras["scaler"], 1.0)
-    assert all(torch.equal(weight, start[name]) for name, weight in policy.denoiser.state_dict().items())
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        trainer.clipped_step()
+    assert all(torch.equal(weight, start[name]) for name, weight in weights(tiny_policy).items())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_the_fp16_scaler_skips_a_step_that_overflowed_and_lowers_its_scale(fused, tiny_policy):
-    parameters = list(tiny_policy.denoiser.parameters())
-    optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-3, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
-    for gradient, steps in ((1.0, True), (float("inf"), False), (1.0, True)):
-        before, scale = weights(tiny_policy), scaler.scale(torch.ones(())).item()
-        for weight in parameters:
+    trainer = learner(tiny_policy)["learner"]
+    trainer.optimizer = torch.optim.AdamW(trainer.weights, lr=1e-3, fused=fused)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(gradient):
+        scale = trainer.scaler.scale(torch.ones(())).item()
+        for weight in trainer.weights:
             weight.grad = torch.full_like(weight, gradient * scale)
-        norm, stepped = ddpo.optimizer_step(tiny_policy.denoiser, optimizer, scaler, 1.0)
+        return scale, trainer.clipped_step()
+
+    for gradient, steps in ((1.0, True), (float("inf"), False), (1.0, True)):
+        before = weights(tiny_policy)
+        scale, info = step(gradient)
         moved = any(not torch.equal(weight, before[name]) for name, weight in weights(tiny_policy).items())
-        assert stepped == moved == steps and scaler.get_scale() == (scale if steps else scale / 2)
-        assert norm == pytest.approx(sum(weight.numel() for weight in parameters) ** 0.5) or not steps
-    with pytest.raises(FloatingPointError, match="not finite at any scale"):  # it trains nothing
-        for _ in range(2):
-            for weight in parameters:
-                weight.grad = torch.full_like(weight, float("inf"))
-            scaler.scale(torch.ones(()))
-            ddpo.optimizer_step(tiny_policy.denoiser, optimizer, scaler, 1.0)
+        assert moved == steps == (not info["skipped_updates"])
+        assert trainer.scaler.get_scale() == (scale if steps else scale / 2)
+        size = sum(weight.numel() for weight in trainer.weights) ** 0.5
+        assert info["grad_norm"] == pytest.approx(size) or not steps
+    with pytest.raises(FloatingPointError, match="not finite"):  # at any scale: it trains nothing
+        for _ in range(4):
+            step(float("inf"))
 
 
 # ---- Reward-weighted regression ----
@@ -777,7 +770,8 @@ def test_rwr_weights_are_a_softmax_per_prompt_that_averages_one():
 def test_rwr_at_beta_zero_is_plain_fine_tuning_and_at_a_large_one_the_best_sample():
     prompts, values = ["a"] * 3 + ["b"] * 2, [0.1, 0.3, 0.2, -1e4, 1e4]
     assert baselines_rwr.rwr_weights(prompts, values, 0.0).tolist() == [1] * 5
-    torch.testing.assert_close(baselines_rwr.rwr_weights(prompts, values, 1e4), torch.tensor([0.0, 3, 0, 0, 2]))
+    torch.testing.assert_close(baselines_rwr.rwr_weights(prompts, values, 1e4),
+                               torch.tensor([0.0, 3, 0, 0, 2]))
 
 
 def test_sparse_weights_keep_the_top_fraction_of_each_prompt():
@@ -785,7 +779,8 @@ def test_sparse_weights_keep_the_top_fraction_of_each_prompt():
     weights = baselines_rwr.sparse_weights(prompts, [*range(20), 900, 903, 901, 902], percentile=0.9)
     assert weights.tolist() == [0] * 18 + [10, 10] + [0, 4, 0, 0]  # of fewer than ten: the best one
     assert baselines_rwr.sparse_weights(prompts, range(24), 0.0).tolist() == [1] * 24
-    assert baselines_rwr.sparse_weights(["a"] * 4, [1, 7, 7, 7], 0.5).tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])
+    assert baselines_rwr.sparse_weights(["a"] * 4, [1, 7, 7, 7],
+                                        0.5).tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])
 
 
 @pytest.mark.parametrize("weigh", [baselines_rwr.rwr_weights, baselines_rwr.sparse_weights])
@@ -796,11 +791,14 @@ def test_equal_rewards_or_a_single_sample_have_a_weight_of_one(weigh):
 def test_uniform_weights_without_guidance_are_the_plain_loss_of_flow_matching(tiny_flow):
     policy = load_policy(tiny_flow, 4, 1.0, 1.0)
     trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
-    info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(8), **learner(policy, 0.0, updates_per_epoch=1))
+    info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
+                                    **learner(policy, 0.0, updates_per_epoch=1))
     order, noise = torch.randperm(8, generator=(again := rng())), torch.randn(8, 4, 8, 8, generator=again)
-    sigmas = FlowMatchEulerDiscreteScheduler(shift=2.0).sigmas.flip(0)  # of training: 1,000, from the smallest
+    # Of training: 1,000, from the smallest
+    sigmas = FlowMatchEulerDiscreteScheduler(shift=2.0).sigmas.flip(0)
     s = sigmas[torch.randint(1000, (8,), generator=again)].view(8, 1, 1, 1)
-    x_0, (states, _) = trajectory.x_0[order], policy.pipeline.encode_prompt([trajectory.prompts[i] for i in order], "cpu", 1, False)
+    x_0, (states, _) = trajectory.x_0[order], policy.pipeline.encode_prompt([trajectory.prompts[i]
+                                                                             for i in order], "cpu", 1, False)
     with torch.no_grad():
         v = policy.denoiser((1 - s) * x_0 + s * noise, 1000 * s.flatten(), states).sample
     assert info["loss"] == pytest.approx(torch.nn.functional.mse_loss(v, noise - x_0).item(), rel=1e-4)
@@ -810,15 +808,19 @@ def test_uniform_weights_without_guidance_are_the_plain_loss_of_flow_matching(ti
 def test_uniform_weights_without_guidance_are_the_plain_denoising_loss(tiny_model, kind):
     policy = load_policy(tiny_model, 4, 1.0, 1.0, prediction_type=kind)
     trajectory = sampling.rollout(policy, ["a cat", "a dog", "an ant"], rng(), 3, keep_chain=False)
-    info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(3), **learner(policy, 0.0, updates_per_epoch=1, batch_size=3))
+    info = baselines_rwr.rwr_update(policy, trajectory, torch.ones(3),
+                                    **learner(policy, 0.0, updates_per_epoch=1, batch_size=3))
     order, noise = torch.randperm(3, generator=(again := rng())), torch.randn(3, 4, 8, 8, generator=again)
     t = torch.randint(1000, (3,), generator=again)
     with torch.no_grad():  # As in diffusers' train_text_to_image.py.
         pipeline, x_0 = policy.pipeline, trajectory.x_0[order]
         x_t = pipeline.scheduler.add_noise(x_0, noise, t)
-        ids = pipeline.tokenizer([trajectory.prompts[i] for i in order], padding="max_length", return_tensors="pt").input_ids
-        target = {"epsilon": noise, "v_prediction": pipeline.scheduler.get_velocity(x_0, noise, t), "sample": x_0}[kind]
-        plain = torch.nn.functional.mse_loss(pipeline.unet(x_t, t, pipeline.text_encoder(ids)[0]).sample, target)
+        ids = pipeline.tokenizer([trajectory.prompts[i] for i in order], padding="max_length",
+                                 return_tensors="pt").input_ids
+        target = {"epsilon": noise, "v_prediction": pipeline.scheduler.get_velocity(x_0, noise, t),
+                  "sample": x_0}[kind]
+        plain = torch.nn.functional.mse_loss(pipeline.unet(x_t, t, pipeline.text_encoder(ids)[0]).sample,
+                                             target)
     assert info["loss"] == pytest.approx(plain.item(), rel=1e-5)
 
 
@@ -844,9 +846,9 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
         policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat", "a dog"] * 4, rng(), 8, keep_chain=False)
         trajectory.latents[[0, 5]] += noise
-        extras = learner(policy, micro_batch=micro_batch, max_grad_norm=1e9)
-        extras["optimizer"] = torch.optim.SGD(policy.denoiser.parameters(), lr=0.1)
-        info = baselines_rwr.rwr_update(policy, trajectory, torch.tensor([0.0, 1, 2, 1, 1, 0, 2, 1]), **extras)
+        extras = learner(policy, sgd=0.1, micro_batch=micro_batch, max_grad_norm=1e9)
+        info = baselines_rwr.rwr_update(policy, trajectory, torch.tensor([0.0, 1, 2, 1, 1, 0, 2, 1]),
+                                        **extras)
         results.append((weights(policy), info))
     for other, info in results[1:]:
         assert info == pytest.approx(results[0][1], rel=1e-3)
@@ -857,65 +859,15 @@ def test_micro_batch_does_not_change_a_round_of_rwr_and_images_of_weight_zero_do
 def test_the_loss_is_guided_as_the_sampling_is_or_as_it_is_told(tiny_model, monkeypatch):
     losses, scales, predict = [], [], Policy.predict
     monkeypatch.setattr(Policy, "predict", lambda policy, x_t, t, prompts: (
-        scales.append(policy.guidance_scale) if len(x_t) == 8 and t.dim() else None) or predict(policy, x_t, t, prompts))
+        scales.append(policy.guidance_scale) if len(x_t) == 8 and t.dim() else None)
+                        or predict(policy, x_t, t, prompts))
     for guidance in (0.0, 3.0, 1.0):
         policy = load_policy(tiny_model, 4, 1.0, 5.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
         losses.append(baselines_rwr.rwr_update(policy, trajectory, torch.ones(8),
-                                               **learner(policy, training_guidance=guidance))["denoising_error"])
+                                               **learner(policy,
+                                                         training_guidance=guidance))["denoising_error"])
     assert scales == [5.0, 5.0, 3.0, 3.0, 1.0, 1.0] and len({round(loss, 5) for loss in losses}) == 3
-
-
-# ---- DiffusionNFT ----
-
-
-def test_the_loss_of_nft_is_that_of_its_formula_and_an_average_image_changes_nothing():
-    old, target = torch.randn(2, 3, 4, 2, 2, generator=rng())
-    v, r, b = old + 0.1 * torch.randn(old.shape, generator=rng(1)), torch.tensor([1.0, 0.25, 0.5]), 0.7
-    loss, _ = baselines_rwr.nft_loss(v, old, target, r, b)
-    expected = sum(r[i] * (((1 - b) * old + b * v - target)[i] ** 2).mean() + (1 - r[i]) * (
-        ((1 + b) * old - b * v - target)[i] ** 2).mean() for i in range(3)) / 3
-    torch.testing.assert_close(loss, expected)
-    start = old.clone().requires_grad_()
-    baselines_rwr.nft_loss(start, old, target, r, b)[0].backward()
-    torch.testing.assert_close(start.grad, 2 * b * (2 * r - 1)[:, None, None, None] * (old - target) / old.numel())
-    assert (start.grad[2] == 0).all()
-    assert baselines_rwr.nft_preferences(torch.tensor([-3.0, -1, 0, 0.5, 2])).tolist() == [0, 0, 0.5, 0.75, 1]
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_nft_compares_with_the_weights_that_drew_the_images_all_through_an_epoch(tiny_model, monkeypatch, rank):
-    seen, loss = [], baselines_rwr.nft_loss
-    monkeypatch.setattr(baselines_rwr, "nft_loss", lambda v, old, *rest: seen.append((v.detach(), old)) or loss(v, old, *rest))
-    policy = load_policy(tiny_model, 4, 1.0, 5.0, lora_rank=rank)
-    trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
-    noise, t = torch.randn(8, 4, 8, 8, generator=rng(1)), torch.full((8,), 300)
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
-    monkeypatch.setattr(baselines_rwr, "reshuffled_passes", lambda *_: torch.arange(8).expand(3, 8))
-    baselines_rwr.nft_update(policy, trajectory, torch.rand(8, generator=rng()), **learner(policy, 1e-2, nft_strength=1.0))
-    (v, old), (later, still_old), (latest, _) = seen
-    assert torch.equal(v, old) and torch.equal(old, still_old) and not old.requires_grad
-    assert min((later - old).abs().max(), (latest - old).abs().max()) > 1e-6
-
-
-def test_nft_follows_the_reward(tiny_model):
-    """Its images become likelier the better they are: the denoising error of the good ones falls, that of the bad ones rises."""
-    policy = load_policy(tiny_model, 4, 1.0, 5.0)
-    trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
-    noise, t, good = torch.randn(64, 4, 8, 8, generator=rng(1)), torch.randint(1000, (64,), generator=rng(2)), torch.arange(4).repeat(16)
-    a, b = (values[t].view(-1, 1, 1, 1) for values in policy.training_levels[1:])
-
-    def errors():
-        with torch.no_grad():
-            return [(policy.predict(a * trajectory.x_0[rows] + b * noise, t, ["a cat"] * 64) - noise).square().mean().item()
-                    for rows in (good, good + 4)]
-
-    before = errors()
-    baselines_rwr.nft_update(policy, trajectory, torch.tensor([1.0] * 4 + [0.0] * 4),
-                             **learner(policy, 1e-3, nft_strength=1.0, updates_per_epoch=10))
-    after = errors()
-    assert after[0] - before[0] < 0 < after[1] - before[1]
 
 
 # ---- Rewards and prompts ----
@@ -942,8 +894,10 @@ def test_the_jpeg_recipe_is_pinned():
 
 def test_articles_and_plurals():
     assert [prompts.with_article(noun) for noun in ("cat", "ant", "owl")] == ["a cat", "an ant", "an owl"]
-    assert [prompts.plural(noun) for noun in ("cat", "mouse", "fox", "butterfly", "monkey", "wolf", "goose", "sheep", "octopus",
-                                              "fly")] == ["cats", "mice", "foxes", "butterflies", "monkeys", "wolves", "geese",
+    assert [prompts.plural(noun) for noun in ("cat", "mouse", "fox", "butterfly", "monkey", "wolf", "goose",
+                                              "sheep", "octopus",
+                                              "fly")] == ["cats", "mice", "foxes", "butterflies", "monkeys",
+                                                          "wolves", "geese",
                                                           "sheep", "octopuses", "flies"]
     assert prompts.with_number("mouse", 3) == "three mice" and prompts.with_number("ant", 1) == "an ant"
 
@@ -957,16 +911,19 @@ def checksum(texts):
 
 
 def test_prompt_sets_are_the_papers():
-    # The 45 are assets/common_animals.txt of the authors' JAX code, line by line; the labels the first 398 lines of
-    # imagenet_classes.txt of their PyTorch port.
+    # The 45 are assets/common_animals.txt of the authors' JAX code, line by line; the labels the first 398
+    # lines of imagenet_classes.txt of their PyTorch port.
     assert (len(texts_of("common_animals")), checksum(texts_of("common_animals"))) == (45, "347b5a44")
     assert (len(texts_of("imagenet_animals")), checksum(texts_of("imagenet_animals"))) == (398, "9eab5418")
     assert texts_of("imagenet_animals")[0] == "tench, Tinca tinca"
-    assert texts_of("emoji_animals") == [prompts.with_article(animal) for animal in texts_of("common_animals")]
+    assert texts_of("emoji_animals") == [prompts.with_article(animal)
+                                         for animal in texts_of("common_animals")]
     assert texts_of("painted_animals") == [f"A painting of {text}" for text in texts_of("emoji_animals")]
-    assert texts_of("animal_activities") == [f"{text} {activity}" for text in texts_of("emoji_animals") for activity in (
+    assert texts_of("animal_activities") == [f"{text} {activity}" for text in texts_of("emoji_animals")
+                                             for activity in (
         "riding a bike", "playing chess", "washing dishes")]  # section 5.3
-    assert texts_of("dpok") == ["a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"]
+    assert texts_of("dpok") == ["a green colored rabbit", "four wolves in the park", "a dog and a cat",
+                                "a dog on the moon"]
     for name, last in (("two_to_eight_animals", 8), ("two_to_four_animals", 4)):
         assert texts_of(name) == [prompts.with_number(animal, number) for number in range(2, last + 1)
                                   for animal in texts_of("common_animals")]
@@ -982,16 +939,12 @@ def test_unseen_prompts_are_not_in_training():
 
 
 def test_counting_prompts_bring_their_questions_and_every_right_answer():
-    mice = {prompt.text: prompt.questions for prompt in prompts.load_prompts("two_to_four_animals")}["three mice"]
+    mice = {prompt.text: prompt.questions
+            for prompt in prompts.load_prompts("two_to_four_animals")}["three mice"]
     assert [answers for _, answers in mice] == [("three", "3"), ("mouse", "mice")]
-    assert [question for question, _ in mice] == ["How many animals are in this image?", "What animal is in this image?"]
+    assert [question for question, _ in mice] == ["How many animals are in this image?",
+                                                  "What animal is in this image?"]
     assert prompts.load_prompts("common_animals")[0].questions == ()
-
-
-def test_the_prompt_sets_are_listed_with_examples():
-    told = subprocess.run([sys.executable, str(ROOT / "prompts.py")], capture_output=True, text=True, check=True).stdout
-    assert "two_to_four_animals: 135, as 'two cats'" in told
-    assert all(f"{name}: " in told for name in prompts.PROMPT_SETS)
 
 
 # ---- It learns ----
@@ -1013,11 +966,12 @@ def gain(before, after):
     return (after - before).mean().item(), ((after - before).std() / len(before) ** 0.5).item()
 
 
-def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
+def test_it_learns_on_the_toy_model_and_not_from_shuffled_rewards():
     gains, dealer = {}, rng(1)
     for shuffled in (False, True):
         policy = load_policy(EMOJI, steps=4, eta=1.0, guidance_scale=1.0)
-        extras = learner(policy, 3e-4, updates_per_epoch=4, micro_batch=64, clip_range=2e-3, skip_last_steps=2)
+        extras = learner(policy, 3e-4, updates_per_epoch=4, micro_batch=64, clip_range=2e-3,
+                         skip_last_steps=2)
         statistics, before = ddpo.PromptStatistics(16, 8, 10), drawn_redness(policy)
         for _ in range(2):
             trajectory = sampling.rollout(policy, FOUR * 16, extras["rng"], 64)
@@ -1032,7 +986,7 @@ def test_it_learns_on_the_embedded_model_and_not_from_shuffled_rewards():
     assert abs(chance) < learned / 2  # noise moves the images too, but less, and in any direction
 
 
-def test_rwr_learns_on_the_embedded_model_in_one_round():
+def test_rwr_learns_on_the_toy_model_in_one_round():
     """Compared with a control: a round without a reward changes the images, too."""
     policy = load_policy(EMOJI, steps=5, eta=1.0, guidance_scale=1.0)
     trajectory = sampling.rollout(policy, FOUR * 24, rng(), 48, keep_chain=False)
@@ -1042,7 +996,8 @@ def test_rwr_learns_on_the_embedded_model_in_one_round():
     for beta in (0, 60):
         policy.denoiser.load_state_dict(start)
         extras = learner(policy, 2e-4, updates_per_epoch=10, batch_size=24, micro_batch=24)
-        baselines_rwr.rwr_update(policy, trajectory, baselines_rwr.rwr_weights(FOUR * 24, values, beta), **extras)
+        baselines_rwr.rwr_update(policy, trajectory, baselines_rwr.rwr_weights(FOUR * 24, values, beta),
+                                 **extras)
         red[beta] = drawn_redness(policy)
     learned, error = gain(red[0], red[60])
     assert learned > 5 * error
@@ -1051,121 +1006,14 @@ def test_rwr_learns_on_the_embedded_model_in_one_round():
 # ---- A run ----
 
 
-def test_a_flag_stands_above_the_preset_above_the_algorithm_above_the_paper():
-    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
-    assert (paper.learning_rate, paper.clip_range, paper.sampling_steps, paper.guidance_scale) == (1e-5, 1e-4, 50, 0.0)
-    assert (paper.samples_per_epoch, paper.updates_per_epoch, paper.weight_decay, paper.max_grad_norm) == (256, 4, 1e-4, 1.0)
-    assert (paper.stats_buffer, paper.stats_min_count, paper.advantage_clip, paper.prompts) == (32, 16, 10, "imagenet_animals")
-    assert [settings.usual_guidance(settings.build_config(flags)) for flags in (
-        {"preset": "paper", "precision": "fp32"}, {}, {"reward": "counting"})] == [5.0, 3.0, 1.0]
-    assert settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": "ddpo-sf"}).updates_per_epoch == 1
-    for algorithm in ("rwr", "rwr-sparse"):
-        rwr = settings.build_config({"preset": "paper", "precision": "fp32", "algorithm": algorithm})
-        assert (rwr.samples_per_epoch, rwr.updates_per_epoch, rwr.batch_size) == (10_000, 400, 128)
-        assert (rwr.beta, rwr.percentile, rwr.training_guidance) == (0.2, 0.9, 0)
-    assert settings.build_config({}).model == str(EMOJI) and settings.build_config({}).prompts == "emoji_animals"
-    assert settings.build_config({"prompts": ""}).prompts == "emoji_animals"
-    assert settings.build_config({"sampling_steps": 7}).sampling_steps == 7
-    for reward in ("alignment", "counting"):  # what the preset says for a reward stands above what it says for all
-        asked = settings.build_config({"reward": reward, "guidance_scale": 2.0})
-        assert (asked.reward_model, asked.prompts) == (str(EMOJI_VLM), "two_to_four_animals")
-        assert (asked.sampling_steps, asked.guidance_scale, asked.samples_per_epoch) == (4, 2.0, 256)
-    assert settings.build_config({"reward": "alignment", "preset": "paper", "precision": "fp32"}).reward_model == ""
-    assert settings.build_config({"sampling_steps": 2, "algorithm": "rwr"}).skip_last_steps == 2  # RWR does not read it
-
-
-def test_the_paper_preset_is_the_papers_tables():
-    """Appendix D.1, D.2 and D.5; buffer, minimum count and advantage clip as in the authors' code."""
-    paper = settings.build_config({"preset": "paper", "precision": "fp32"})
-    assert paper.model == "CompVis/stable-diffusion-v1-4" and paper.eta == 1 and paper.skip_last_steps == 0
-    assert (paper.adam_beta1, paper.adam_beta2, paper.adam_epsilon) == (0.9, 0.999, 1e-8)
-    assert paper.epochs * paper.samples_per_epoch == pytest.approx(50_000, rel=0.01) and paper.kl_weight == 0
-    for reward, prompt_set in (("aesthetic", "common_animals"), ("alignment", "animal_activities"), ("imagereward", "dpok"),
-                               ("counting", "two_to_eight_animals"), ("incompressibility", "imagenet_animals")):
-        assert settings.build_config({"preset": "paper", "precision": "fp32", "reward": reward}).prompts == prompt_set
-
-
-def test_the_presets_of_sdxl_and_of_flow_matching_train_adapters_with_groups_and_flow_grpos_steps():
-    sdxl, flow = (settings.build_config({"preset": name, "precision": "fp32", "reward": "pickscore"}) for name in ("sdxl", "flow"))
-    assert (sdxl.model, flow.model) == ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-3.5-medium")
-    assert (flow.sampling_steps, flow.eval_steps, flow.images_per_prompt, flow.lora_alpha, flow.height) == (10, 40, 24, 64, 512)
-    for preset in (sdxl, flow):
-        assert (preset.lora_rank, preset.stats_buffer, preset.eval_steps, preset.guidance_scale) == (32, 1, 40, 0)
-
-
-def test_a_watched_reward_finds_its_options_as_a_trained_one_does(own_reward):
-    def options(name, **flags):
-        return settings.reward_options(settings.build_config({"precision": "fp32", **flags}), name)
-
-    # The trained reward's are the run's, another's the preset's.
-    assert options("alignment", reward="alignment", bert_baseline=0.5)["bert_baseline"] == 0.5
-    preset = {"reward_model": str(EMOJI_VLM), "wording": "paper", "bert_model": str(EMOJI), "bert_baseline": 0.0}
-    assert options("alignment", watch=["alignment"]) == options("alignment") == preset
-    assert options("alignment", watch=["alignment"], wording="code") == {**preset, "wording": "code"}  # a flag, at its default
-    assert options("counting", reward="alignment", watch=["counting"], reward_model="x") == {"reward_model": str(EMOJI_VLM)}
-    assert options("alignment", preset="paper") == {"reward_model": "", "wording": "code", "bert_model": "", "bert_baseline": 0.0}
-    # A flag is for the trained reward if that reads it, else for the watched ones.
-    assert options("pickscore", watch=["pickscore"], reward_model="x") == {"reward_model": "x"}
-    assert options("pickscore", reward="aesthetic", watch=["pickscore"], reward_model="x") == {"reward_model": ""}
-    assert options(own_reward("redness"), watch=[own_reward("redness")]) == {}
-
-
-def test_watch_stands_for_all_that_the_preset_watches(own_reward):
-    judge = str(ROOT / "emoji" / "judge.py")
-    assert settings.build_config({}).watch == (f"{judge}:animal", f"{judge}:number")
-    assert settings.build_config({"reward": f"{judge}:animal"}).watch == (f"{judge}:number",)  # what is trained is not watched
-    watched = settings.build_config(settings.parse(["--watch", "own.py:redness", "--watch", "pickscore"], "")).watch
-    assert watched == (str(Path("own.py").resolve()) + ":redness", "pickscore")
-    assert settings.build_config({"watch": ["none"]}).watch == ()
-    assert settings.build_config({"preset": "paper", "precision": "fp32"}).watch == ()
-
-
-@pytest.mark.parametrize("unit", ["None", "3", "(-1, 'kB')", "'two words'"])
-def test_a_unit_that_is_not_a_word_is_refused(unit):
-    Path("own.py").write_text(f"def f(images, prompts): return images.mean((1, 2, 3))\nf.unit = {unit}\n")
-    with pytest.raises(ValueError, match="the unit of the reward f is .* must be a word"):
-        rewards.load_reward("own.py:f")
-
-
-def test_the_animation_of_a_long_run_shows_some_of_the_evaluations(with_drawings):
-    for epoch in range(50):
-        (Path("r") / "samples").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (5 * epoch, 0, 0)).save(Path("r") / "samples" / f"epoch_{epoch:04d}.png")
-    runs.save_samples(Path("r"), 50, [Image.new("RGB", (40, 40), "blue")], [""])
-    with Image.open("r/progress.gif") as gif:
-        assert gif.n_frames <= 20 * 5
-        gif.seek(gif.n_frames - 1)
-        assert gif.convert("RGB").getpixel((20, 20)) == (0, 0, 255)  # the last one is among them
-
-
-def test_a_run_logs_every_epoch_and_leaves_its_images(with_drawings, tiny_model, own_reward, capsys):
-    rows = run(*tiny_flags(tiny_model, reward=own_reward("redness"), epochs=3, **{"eval-every": 2}))
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    assert [row["reward_queries"] for row in rows] == [0, 4, 8, 12]
-    assert [row["eval_reward_mean"] is None for row in rows] == [False, True, False, False]
-    assert rows[0]["loss"] is None and all(
-        np.isfinite(row[name]) for row in rows[1:] for name in train.TRAINING_METRICS if name not in ("denoising_error", "kl_pretrained"))
-    assert {"reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "loss", "approx_kl",
-            "ratio_mean", "clip_fraction_low", "clip_fraction_high", "grad_norm", "ratio_deviation"} <= set(rows[1])
-    assert all(row["ratio_deviation"] <= 2e-6 for row in rows[1:])
-    assert [(text, note) for text, _, note in rows[0]["eval_notes"]] == [
-        ("a cat", "A CAT"), ("a raccoon", "A RACCOON"), ("a turtle", "A TURTLE")]
-    left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
-    assert {"config.json", "log.jsonl", "progress.png", "progress.gif", "curve.png", "checkpoint/state.pt", "model/model_index.json",
-            "samples/epoch_0000.png", "samples/epoch_0002.png", "samples/epoch_0003.png"} <= left
-    assert not [name for name in left if "new-" in name]
-    with Image.open("runs/r/progress.gif") as gif:
-        assert gif.n_frames > 3  # between three evaluations the images fade
-    assert capsys.readouterr().out.splitlines()[-1].startswith("redness: ")
-
-
 def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_model):
     rows = run(*tiny_flags(tiny_model, **{"learning-rate": 1e-2, "guidance-scale": 5}))
-    pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")  # with the sampler that the model was published with
+    # With the sampler that the model was published with
+    pipeline = StableDiffusionPipeline.from_pretrained("runs/r/model")
     pipeline.scheduler = plain_scheduler(pipeline.scheduler)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     reloaded = load_policy("runs/r/model", 3, 1.0, 5.0)
-    state = torch.load("runs/r/checkpoint/state.pt", weights_only=True)
+    state = torch.load("runs/r/checkpoint.pt", weights_only=True)
     for name, weight in reloaded.denoiser.state_dict().items():
         assert torch.equal(weight, state["weights"][name])
     fixed = [prompts.emoji_animals()[k * 45 // 3] for k in range(3)]
@@ -1177,65 +1025,27 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
     assert values.mean().item() == pytest.approx(rows[-1]["eval_reward_mean"], abs=1e-6)
 
 
-def test_watched_rewards_are_logged_and_told_and_an_image_that_one_cannot_judge_does_not_count(with_drawings, 
-        tiny_model, own_reward, capsys, monkeypatch):
-    watch = [own_reward(name) for name in ("is_cat", "unknown", "brightness")]
-    curves, draw_curve = [], runs.draw_curve
-    monkeypatch.setattr(runs, "draw_curve", lambda *args: curves.append(args) or draw_curve(*args))
-    rows = run(*tiny_flags(tiny_model, watch=watch, **{"eval-every": 2}))  # on "a cat", "a raccoon" and "a turtle"
-    first, between, last = (row["watched"] for row in rows)
-    assert between is None and list(first) == ["is_cat", "unknown", "brightness"]
-    assert first["is_cat"] == last["is_cat"] == 1 and first["unknown"] is None
-    brightness = [f"{watched['brightness']:.2f} lux" for watched in (first, last)]
-    assert capsys.readouterr().out.splitlines()[-1].endswith(
-        f"; watched: is_cat 100 % -> 100 %, unknown - -> -, brightness {' -> '.join(brightness)}")
-    assert curves[-1][3] == {"is_cat": (100, "%"), "unknown": (1, ""), "brightness": (1, "lux")}
-    plain = run(*tiny_flags(tiny_model, name="plain", **{"eval-every": 2}))
-    assert plain[-1]["kl_pretrained"] is None  # without --kl-weight nobody knows it
-    assert [{**row, "watched": None} for row in without_seconds(plain)] == [
-        {**row, "watched": None} for row in without_seconds(rows)]  # watching changes nothing
-
-
-def test_the_curve_has_an_axis_for_shares_and_one_for_each_other_watched_reward(with_drawings, monkeypatch):
-    from matplotlib.figure import Figure
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: figures.append(self) or path.write_bytes(b""))
-    for epoch, mean in ((0, None), (1, -2.0)):
-        runs.append_row(Path("r"), {
-            "epoch": epoch, "reward_queries": 4 * epoch, "reward_mean": mean, "reward_std": 0.5, "eval_reward_mean": -2.5 + epoch,
-            "watched": {"animal": 1.0, "number": 0.5, "pickscore": 0.2, "unknown": None}})
-    runs.draw_curve(Path("r"), "compressibility", (-1, "kB"), {
-        "animal": (100, "%"), "number": (100, "%"), "pickscore": (1, ""), "unknown": (1, "")})
-    left, *right = figures[0].axes
-    assert left.get_ylabel() == "compressibility (kB)" and [list(line.get_ydata()) for line in left.lines] == [[2.0], [2.5, 1.5]]
-    assert [axes.get_ylabel() for axes in right] == ["watched (%)", "pickscore"]
-    assert [[list(line.get_ydata()) for line in axes.lines] for axes in right] == [[[100, 100], [50, 50]], [[0.2, 0.2]]]
-
-
 def test_same_seed_same_log_and_another_seed_the_same_evaluation_noise(tiny_model):
-    one, two, other = (run(*tiny_flags(tiny_model, name=name, seed=seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    one, two, other = (run(*tiny_flags(tiny_model, name=name, seed=seed)) for name,
+                       seed in (("a", 3), ("b", 3), ("c", 4)))
     assert without_seconds(one) == without_seconds(two)
-    assert one[1]["reward_mean"] != other[1]["reward_mean"] and one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
+    assert one[1]["reward_mean"] != other[1]["reward_mean"]
+    assert one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
 
 
-def test_how_often_one_evaluates_changes_nothing(tiny_model, own_reward):
-    def training(every):
-        rows = run(*tiny_flags(tiny_model, name=f"every-{every}", reward=own_reward("shuffled"), **{"eval-every": every}))
-        return [[row[name] for name in train.TRAINING_METRICS if not name.startswith("seconds")] for row in rows]
-
-    assert training(1) == training(2)  # though the reward draws from Python's own generator
-
-
-def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_time(tiny_model, own_reward, monkeypatch):
+def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_time(tiny_model, own_reward,
+                                                                                  monkeypatch):
     whole = run(*tiny_flags(tiny_model, name="whole", reward=own_reward("letters")))
     monkeypatch.setattr(train, "IMAGES_AT_ONCE", 3)
-    assert without_seconds(run(*tiny_flags(tiny_model, name="parts", reward=own_reward("letters")))) == without_seconds(whole)
+    assert without_seconds(run(*tiny_flags(tiny_model, name="parts",
+                                           reward=own_reward("letters")))) == without_seconds(whole)
 
 
 # ---- The tour and the README ----
 
 def test_the_tours_cells_run_and_are_committed_with_their_outputs():
-    cells = [cell for cell in json.loads((ROOT / "tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [cell for cell in json.loads((ROOT / "tour.ipynb").read_text())["cells"]
+             if cell["cell_type"] == "code"]
     shown = [cell for cell in cells if re.search(r"^ *(show|print)\(", "".join(cell["source"]), re.MULTILINE)]
     assert len(shown) == 7 and all(cell["outputs"] for cell in shown)
     code = "\n\n".join("".join(cell["source"]) for cell in cells)
@@ -1245,15 +1055,16 @@ def test_the_tours_cells_run_and_are_committed_with_their_outputs():
     assert names["after"].shape == (8, 3, 64, 64) and (names["after_one"] != 0).any()
 
 
-
 def test_every_function_the_readme_names_stands_in_the_file_that_it_links_to():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(links) >= 6
     for name, file in links:
-        assert re.search(rf"^(    )?(def|class) {name}\b|^    {name}: ", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+        assert re.search(rf"^(    )?(def|class) {name}\b|^    {name}: ",
+                         (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
 def test_every_file_that_a_readme_links_to_is_there():
-    for page in (*ROOT.glob("*.md"), *(page for room in ("emoji", "studies", "oracles") for page in (ROOT / room).rglob("*.md"))):
+    for page in (*ROOT.glob("*.md"), *(page for room in ("emoji", "studies", "oracles")
+                                       for page in (ROOT / room).rglob("*.md"))):
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"

@@ -1,4 +1,4 @@
-"""A reward of random numbers: what training changes when there is nothing to learn. The control of the alignment study.
+"""Random numbers as a reward: what training changes when there is nothing to learn. The alignment's control.
 
     python train.py --reward studies/noise.py:noise
 """
@@ -6,5 +6,5 @@ import torch
 
 
 def noise(images, prompts):
-    """A number of mean 0 and deviation 1 for each image, whatever it shows. images (B, 3, H, W); returns (B,)."""
-    return torch.randn(len(images))  # of the global generator, whose state a run saves
+    """A number of mean 0 and deviation 1 for each of B images, whatever it shows: (B,)."""
+    return torch.randn(len(images))  # of the global generator, which a run seeds from its seed and the epoch

@@ -1,37 +1,47 @@
-"""Tables and figures from the finished runs of a study. A line is one run's entry in results/REWARD/STUDY.jsonl (see compare.py).
+"""Tables and figures from the finished runs of a study. A line is one run's, in results/REWARD/STUDY.jsonl.
 
-The policy of a run changes only when an epoch ends. So its reward is a step function of the queries. If an epoch ends without an
-evaluation, its reward is interpolated.
+The policy of a run changes only when an epoch ends. So its reward is a step function of the queries. If an
+epoch ends without an evaluation, its reward is interpolated.
 """
-import numpy as np
-from settings import DDPO, RWR, Config, learned_steps, lowest
+from functools import partial
+from pathlib import Path
 
-import runs
-from rewards import short_name, unit_of
+import numpy as np
+
+from rewards import unit_of
+from support.run_folder import first_row, sample_files, stack_rows, titled, write_atomically, write_text
+from support.settings import DDPO, RWR, Config, short_name
+from train import floor_of
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
-T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10]
+T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
+        2.12, 2.11, 2.10]
 
 
 # ---- Figures of one run ----
 
+def config_of(line):
+    """The Config of a line's settings. One that came later has its default, one that is gone is dropped."""
+    known = Config.__dataclass_fields__
+    return Config(**{name: value for name, value in line["settings"].items() if name in known})
+
+
 def evaluations(line):
     """A run's evaluations: queries (n,) and mean reward on the fixed prompts (n,)."""
-    rows = [row for row in line["rows"] if row["eval_reward_mean"] is not None]
-    return tuple(np.array([row[name] for row in rows], float) for name in ("reward_queries", "eval_reward_mean"))
+    rows = [(row["reward_queries"], row["eval_reward_mean"]) for row in line["rows"]]
+    return np.array([row for row in rows if row[1] is not None], float).T
 
 
 def watched_values(line, name):
     """A watched reward at the run's evaluations (n,), NaN where it is not known."""
-    rows = [row for row in line["rows"] if row["eval_reward_mean"] is not None]
-    return np.array([(row["watched"] or {}).get(name) for row in rows], float)
+    rows = [row["watched"] or {} for row in line["rows"] if row["eval_reward_mean"] is not None]
+    return np.array([values.get(name) for values in rows], float)
 
 
 def rewards_by_epoch(line):
     """Queries and reward at the end of every epoch, up to the last evaluation."""
     queries, reward = evaluations(line)
-    epochs = np.array([row["reward_queries"] for row in line["rows"]], float)
-    epochs = epochs[epochs <= queries[-1]]
+    epochs = np.array([row["reward_queries"] for row in line["rows"] if row["reward_queries"] <= queries[-1]])
     return epochs, np.interp(epochs, queries, reward)
 
 
@@ -49,32 +59,31 @@ def queries_to(line, gain):
 
 
 def gain_percent(line, queries=np.inf):
-    """Reward gained by the end of a run, or after so many queries (interpolated), in percent of the start; NaN from a start of 0."""
+    """Reward gained by the end, or after so many queries, in percent of the start; NaN from a start of 0."""
     at, reward = rewards_by_epoch(line)
     end = np.interp(queries, at, reward)
     return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
 
 
 def gain_in_time(line):
-    """The gain that `--stop-below NAME=90%` would have left, NAME being the first watched reward; the whole gain without one.
+    """The gain at the last evaluation before the first watched reward is below nine tenths of its start.
 
-    It is that of the last evaluation before the watched reward is below nine tenths of its start.
+    It is what `--stop-below NAME=90%` would have left. If nothing is watched, it is the whole gain.
     """
-    queries, _ = evaluations(line)
     values = watched_values(line, next(iter(watched_units([line])), ""))
-    fallen = np.nonzero(values < lowest(values[0], 0.9))[0]
-    return gain_percent(line, queries[fallen[0] - 1] if len(fallen) else np.inf)
+    fallen = np.nonzero(values < floor_of(values[0], 0.9))[0]
+    return gain_percent(line, evaluations(line)[0][fallen[0] - 1] if len(fallen) else np.inf)
 
 
 def passes_per_query(line):
-    """U-Net passes that a reward query costs, learning included, for an image and a step each. Back and forth counts three.
+    """U-Net passes that a query costs, for an image and a step each, learning included: back and forth is 3.
 
     They stand for seconds, of which most are theirs, and are the same on every machine.
     """
-    config = Config(**line["settings"])
+    config = config_of(line)
     guided = 1 if config.guidance_scale == 1 else 2
     if config.algorithm in DDPO:
-        learned, rows = learned_steps(config), guided
+        learned, rows = config.learn_steps or config.sampling_steps - config.skip_last_steps, guided
         each = 4 if config.kl_weight else 3  # the reference policy's pass, too
     else:
         learned = config.updates_per_epoch * config.batch_size / config.samples_per_epoch
@@ -87,34 +96,40 @@ def passes_per_query(line):
 
 def by_label(lines):
     """label -> its lines, in the order of the first."""
-    groups = {}
-    for line in lines:
-        groups.setdefault(line["label"], []).append(line)
-    return groups
+    return {label: [line for line in lines if line["label"] == label]
+            for label in dict.fromkeys(line["label"] for line in lines)}
 
 
 def interval(values):
     """Mean, and half the 95 % interval of the mean (Student's t over the seeds); NaN for one seed."""
-    values = np.asarray(values, float)
-    n = len(values)
+    values, n = np.asarray(values, float), len(values)
     half = values.std(ddof=1) / n**0.5 if n > 1 else np.nan
     return values.mean(), half * T_95[min(n, len(T_95)) - 1]
 
 
-def gain_over_control(label, group, groups):
-    """The gain of RWR's runs minus that of the same epochs without a reward, seed by seed; [] if these were not run."""
+def gain_over_control(group, groups):
+    """The gain of RWR's runs minus that of the same epochs without a reward, by seed; [] if not run."""
+    label = group[0]["label"]
+    if group[0]["settings"]["algorithm"] not in RWR or "no reward" in label:
+        return []
     control = groups.get(f"{label}, no reward", groups.get("no reward", []))
     control = {line["seed"]: gain_percent(line) for line in control}
-    is_rwr = group[0]["settings"]["algorithm"] in RWR and "no reward" not in label
-    return [gain_percent(line) - control[line["seed"]] for line in group if is_rwr and line["seed"] in control]
+    return [gain_percent(line) - control[line["seed"]] for line in group if line["seed"] in control]
 
 
-def cell(values, digits=2, scale=1.0):
+def cell(values, digits=2):
     """Mean and interval as a table shows them; '-' for none."""
-    mean, half = interval([scale * value for value in values]) if len(values) else (np.nan, np.nan)
+    mean, half = interval(values) if len(values) else (np.nan, np.nan)
     if not np.isfinite(mean):
         return "-"
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def reached(group, gain):
+    """The queries to a gain as a table shows them, if all seeds reached it."""
+    values = [queries_to(line, gain) for line in group]
+    count = np.isfinite(values).sum()
+    return cell(values, 0) if count == len(group) else f"reached by {count} of {len(group)} seeds"
 
 
 # ---- A study's table, figure and images ----
@@ -127,37 +142,35 @@ def watched_units(lines):
 
 def table(lines, unit):
     """The study in Markdown, one row a label. unit: the reward's, see rewards.unit_of."""
-    factor, watched = unit[0], watched_units(lines)
-    first = list(watched)[:1]  # a column of its own, if anything is watched
-    rows = [["", "seeds", runs.titled("start", unit), runs.titled("end", unit), "reward gained (%)",
-             *(f"gained before {name} fell below 90 % of its start (%)" for name in first), "gain over control (%)",
-             runs.titled("mean during training", unit), *(runs.titled(f"{name} at the end", of_name) for name, of_name in watched.items()),
-             "queries to a gain of 10 %", "of 20 %", "queries", "updates", "minutes"]]
-    groups, costs = by_label(lines), costs_that_differ(lines)
-    rows[0] += [f"gained (%) in {name}" for name in costs]
-    for label, group in groups.items():
-        ends = [evaluations(line) for line in group]
-        reached = []
-        for gain in (0.1, 0.2):
-            values = [queries_to(line, gain) for line in group]
-            count = np.isfinite(values).sum()
-            reached.append(cell(values, 0) if count == len(group) else f"reached by {count} of {len(group)} seeds")
-        rows.append([
-            label, str(len(group)), cell([reward[0] for _, reward in ends], scale=factor),
-            cell([reward[-1] for _, reward in ends], scale=factor), cell([gain_percent(line) for line in group], 1),
-            *(cell([gain_in_time(line) for line in group], 1) for _ in first),
-            cell(gain_over_control(label, group, groups), 1), cell([mean_during_training(line) for line in group], scale=factor),
-            *(cell([watched_values(line, name)[-1] for line in group], 1 if name_unit == "%" else 2, scale)
-              for name, (scale, name_unit) in watched.items()),
-            *reached, f"{ends[0][0][-1]:.0f}", str(group[0]["updates"]), cell([line["minutes"] for line in group], 1),
-            *(cell([gain_percent(line, queries_of(line)) for line in group], 1) for queries_of in costs.values())])
-    return markdown(rows)
+    def mean(figure, digits=1, factor=1.0):
+        return lambda group: cell([factor * figure(line) for line in group], digits)
+
+    groups, watched = by_label(lines), watched_units(lines)
+    columns = [  # title, and what makes a cell of a label's lines
+        ("seeds", lambda group: str(len(group))),
+        (titled("start", unit), mean(lambda line: evaluations(line)[1][0], 2, unit[0])),
+        (titled("end", unit), mean(lambda line: evaluations(line)[1][-1], 2, unit[0])),
+        ("reward gained (%)", mean(gain_percent)),
+        *((f"gained before {name} fell below 90 % of its start (%)", mean(gain_in_time))
+          for name in list(watched)[:1]),
+        ("gain over control (%)", lambda group: cell(gain_over_control(group, groups), 1)),
+        (titled("mean during training", unit), mean(mean_during_training, 2, unit[0])),
+        *((titled(f"{name} at the end", own),
+           mean(lambda line, name=name: watched_values(line, name)[-1], 1 if own[1] == "%" else 2, own[0]))
+          for name, own in watched.items()),
+        ("queries to a gain of 10 %", partial(reached, gain=0.1)), ("of 20 %", partial(reached, gain=0.2)),
+        ("queries", lambda group: f"{evaluations(group[0])[0][-1]:.0f}"),
+        ("updates", lambda group: str(group[0]["updates"])), ("minutes", mean(lambda line: line["minutes"])),
+        *((f"gained (%) in {cost}", mean(lambda line, queries=queries: gain_percent(line, queries(line))))
+          for cost, queries in costs_that_differ(lines).items())]
+    return markdown(["", *(title for title, _ in columns)], [
+        [label, *(cell_of(group) for _, cell_of in columns)] for label, group in groups.items()])
 
 
 def costs_that_differ(lines):
-    """In what the runs are compared besides their ends: "1,536 queries" -> a function of a line, how many queries that is for it.
+    """"1,536 queries" -> a function of a line, how many queries that is for it; {} if all spend the same.
 
-    The smallest number of queries, and of U-Net passes, that a run of the study spends; {} if all spend the same queries.
+    The costs are the smallest number of queries, and of U-Net passes, that a run of the study spends.
     """
     queries = [evaluations(line)[0][-1] for line in lines]
     if max(queries) == min(queries):
@@ -167,79 +180,68 @@ def costs_that_differ(lines):
             f"{passes:,.0f} U-Net passes": lambda line: passes / passes_per_query(line)}
 
 
-def markdown(rows):
-    """A table; the first row is its head."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def markdown(head, rows):
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def without_drift(lines, opposite):
-    """Table of the mean gain over a reward and its opposite, seed by seed. What happens to the images under both cancels."""
-    others = {(line["label"], line["seed"]): line for line in opposite}
-    rows = [["", "seeds", "mean gain over both rewards (%)", "mean of the gains before the first watched reward fell below 90 % of its start (%)"]]
+    """Table of the mean gain over a reward and its opposite, by seed. What both do to the images cancels."""
+    others, rows = {(line["label"], line["seed"]): line for line in opposite}, []
     for label, group in by_label(lines).items():
         pairs = [(line, others[label, line["seed"]]) for line in group if (label, line["seed"]) in others]
         if pairs:
-            rows.append([label, str(len(pairs)), *(cell([(gain(one) + gain(other)) / 2 for one, other in pairs], 1)
-                                                   for gain in (gain_percent, gain_in_time))])
-    return markdown(rows)
+            rows.append([label, str(len(pairs)), *(
+                cell([(gain(one) + gain(other)) / 2 for one, other in pairs], 1)
+                for gain in (gain_percent, gain_in_time))])
+    return markdown(["", "seeds", "mean gain over both rewards (%)", "mean of the gains before the first "
+                     "watched reward fell below 90 % of its start (%)"], rows)
 
 
 def figure(lines, reward, unit, path):
-    """Left: reward against queries, mean and 95 % interval. Right: reward against the first watched reward, if there is one."""
+    """Left: reward against queries, mean and 95 % interval. Right: against the first watched reward."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    factor, watched = unit[0], watched_units(lines)
+    groups, watched = by_label(lines), list(watched_units(lines).items())[:1]
     plot = Figure(figsize=(13 if watched else 8, 4.2), layout="constrained")
-    left, *right = plot.subplots(1, 2 if watched else 1, sharey=True, squeeze=False)[0]
-    colors = colormaps["tab20" if len(by_label(lines)) > 10 else "tab10"].colors
-    for color, (label, group) in zip(colors, by_label(lines).items()):
+    left, *right = plot.subplots(1, 1 + len(watched), sharey=True, squeeze=False)[0]
+    colors = colormaps["tab20" if len(groups) > 10 else "tab10"].colors
+    for color, (label, group) in zip(colors, groups.items()):
         queries, _ = rewards_by_epoch(group[0])
-        values = factor * np.array([rewards_by_epoch(line)[1] for line in group])
+        values = unit[0] * np.array([rewards_by_epoch(line)[1] for line in group])
         mean, half = np.array([interval(column) for column in values.T]).T
-        seeds = f"{len(group)} seed{'s' * (len(group) > 1)}"
-        left.plot(queries, mean, drawstyle="steps-post", color=color, label=f"{label} ({seeds})")
+        left.plot(queries, mean, drawstyle="steps-post", color=color, label=f"{label}, seeds: {len(group)}")
         left.fill_between(queries, mean - half, mean + half, step="post", color=color, alpha=0.2, linewidth=0)
-        left.plot(queries[-1], mean[-1], "o", markersize=4, color=color)
-        for axes, (name, (scale, _)) in zip(right, watched.items()):
-            seen = scale * np.array([watched_values(line, name) for line in group])
-            rewards = factor * np.array([evaluations(line)[1] for line in group])
+        for axes, (name, own) in zip(right, watched):
+            seen = own[0] * np.array([watched_values(line, name) for line in group])
+            rewards = unit[0] * np.array([evaluations(line)[1] for line in group])
             axes.plot(seen.mean(0), rewards.mean(0), "-", color=color)
             axes.plot(seen[:, -1], rewards[:, -1], "o", color=color)
-    name = {"compressibility": "JPEG size (kB): lower is better", "incompressibility": "JPEG size (kB): higher is better"}
-    left.set(xlabel="reward queries", ylabel=name.get(reward, runs.titled(reward, unit)), title="mean and 95 % interval over seeds")
-    for axes, (name, of_name) in zip(right, watched.items()):
-        axes.set(xlabel=runs.titled(f"watched: {name}", of_name), title="line: mean during training; points: seeds at the end")
+            axes.set(xlabel=titled(f"watched: {name}", own), title="line: mean; points: seeds at the end")
+    left.set(xlabel="reward queries", ylabel=titled(reward, unit), title="mean and 95 % interval over seeds")
     plot.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    runs.write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
-
-
-def sample_rows(lines, parent, path):
-    """The first fixed prompts before, and after each label's run of the first seed, one row each.
-
-    parent: the folder of the runs. Nothing is drawn if one of their folders is gone.
-    """
-    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
-    grids = [runs.sample_files(parent / line["folder"]) for line in first]
-    if all(grids):
-        rows = {"before": grids[0][0], **{line["label"]: grid[-1] for line, grid in zip(first, grids)}}
-        runs.write_atomically(path, runs.stack_rows([runs.first_row(grid) for grid in rows.values()], list(rows)).save)
+    write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
 
 
 def report(lines, reward, parent, path, command):
-    """Write STUDY.md, STUDY.png and the images. Returns the table. reward: as for --reward."""
-    name, unit = short_name(reward), unit_of(reward)
-    figure(lines, name, unit, path.with_name(path.name + ".png"))
-    images = path.with_name(path.name + "_images.png")
-    sample_rows(lines, parent, images)
-    commands = "\n".join(f"* {label}: `{group[0]['command']}`" for label, group in by_label(lines).items())
-    made = "; ".join(sorted({f"commit {line['commit']}, {line['machine']}" for line in lines}))
-    intervals = "Intervals are 95 % (Student's t) over the seeds. " if len(by_label(lines)) < len(lines) else ""
-    rows = f"\n\nThe first fixed prompts, seed {lines[0]['seed']}:\n\n![images]({images.name})" if images.exists() else ""
-    text = table(lines, unit)
-    runs.write_text(path.with_name(path.name + ".md"), (
-        f"# {path.name}: {name}\n\n`{command}`; {made}.\n\n{intervals}A gain is a share of the start. Gain over control: "
-        "the gain minus that of the same epochs of RWR without a reward, seed by seed. Watched rewards are over "
-        f"{lines[0]['settings']['eval_prompts']} fixed prompts. Mean during training: of the policies that drew the samples.\n\n{text}\n\n![the curves]({path.name}.png){rows}\n\n"
-        f"The first seed's commands:\n\n{commands}\n"))
+    """Write STUDY.md, STUDY.png and, if the first seed's folders are in `parent`, STUDY_images.png.
+
+    The images are the first fixed prompts before, and after each label's run. Returns the table.
+    """
+    name, unit, images = short_name(reward), unit_of(reward), Path(f"{path}_images.png")
+    figure(lines, name, unit, Path(f"{path}.png"))
+    first = [line for line in lines if line["seed"] == lines[0]["seed"]]
+    grids = [sample_files(parent / line["folder"]) for line in first]
+    if all(grids):
+        strips = [first_row(grid) for grid in (grids[0][0], *(grid[-1] for grid in grids))]
+        write_atomically(images, stack_rows(strips, ["before", *(line["label"] for line in first)]).save)
+    text, made = table(lines, unit), {f"commit {line['commit']}, {line['machine']}" for line in lines}
+    write_text(Path(f"{path}.md"), "\n\n".join([
+        f"# {path.name}: {name}", f"`{command}`; {'; '.join(sorted(made))}.",
+        "Intervals are 95 % (Student's t) over the seeds. A gain is a share of the start. Gain over control: "
+        "the gain minus that of the same epochs of RWR without a reward, seed by seed. Watched rewards are "
+        f"over {lines[0]['settings']['eval_prompts']} fixed prompts. Mean during training: of the policies "
+        "that drew the samples.", text, f"![the curves]({path.name}.png)",
+        *["The first fixed prompts, first seed:", f"![images]({images.name})"] * images.exists(),
+        "The first seed's commands:", "\n".join(f"* {one['label']}: `{one['command']}`" for one in first)]))
     return text

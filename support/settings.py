@@ -202,7 +202,11 @@ def build_config(flags):
     """The Config of a dict of flags. ValueError: see check."""
     asked = {name: flags.get(name, getattr(Config, name)) for name in ("preset", "algorithm", "reward")}
     rank = flags.get("lora_rank", chosen(**asked, lora=False).get("lora_rank"))
-    config = Config(**{**chosen(**asked, lora=bool(rank)), **flags})
+    values = chosen(**asked, lora=bool(rank))
+    for name in flags.get("watch", ()):  # the rules' options of a watched reward, if the trained one has none
+        own = chosen(**{**asked, "reward": name, "lora": bool(rank)})
+        values = {option: own[option] for option in options_of(name) if option in own} | values
+    config = Config(**{**values, **flags})
     for name in flags:
         readers = Config.__dataclass_fields__[name].metadata.get("read_by", ALGORITHMS)
         if config.algorithm not in readers:
@@ -264,8 +268,12 @@ def reward_options(config, name):
     """The options of a reward: the run's, but the rules' for one that it neither trains nor watches."""
     own = chosen(preset=config.preset, algorithm=config.algorithm, reward=name, lora=bool(config.lora_rank))
     values = vars(config) if name in (config.reward, *config.watch) else {**vars(Config), **own}
-    return {item.name: values[item.name] for item in fields(Config)
-            if name in item.metadata.get("rewards", ())}
+    return {option: values[option] for option in options_of(name)}
+
+
+def options_of(reward):
+    """The settings that a reward reads."""
+    return [item.name for item in fields(Config) if reward in item.metadata.get("rewards", ())]
 
 
 def facts(name):

@@ -16,18 +16,19 @@ import ddpo
 import sampling
 from baselines_rwr import rwr_update
 from beyond.diffusion_nft import nft_update
-from conftest import (EMOJI, STABLE_DIFFUSION, edit_json, edit_weights, learner, rng, run, tiny_flags,
+from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, learner, rng, run, tiny_flags,
                       tiny_pipeline, weights)
-from policy import Policy, load_policy, training_levels
-from support.loading import load_pipeline, plain_scheduler
+from policy import Policy, load_policy
+from support.loading import load_pipeline
+from support.schedulers import plain_scheduler, training_levels
 
+CLOSE = dict(rtol=0, atol=1e-5)
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 TEXTS = ["a cat", "two dogs on the moon"]
 TOKENIZER = transformers.CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
 TOKENIZER.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-LAYERS = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-              num_key_value_heads=2, vocab_size=len(TOKENIZER))
-QWEN3 = transformers.Qwen3Config(**LAYERS, head_dim=8)
+GROUPED = dict(LAYERS, num_key_value_heads=2, vocab_size=len(TOKENIZER))
+QWEN3 = transformers.Qwen3Config(**GROUPED, head_dim=8)
 HEADS = dict(attention_head_dim=16, num_attention_heads=2)
 FLUX = dict(**HEADS, in_channels=16, num_layers=1, num_single_layers=1)
 PIXART = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 8}
@@ -67,7 +68,7 @@ def qwen():
         latents_mean=[0.1] * 4, latents_std=[1.3] * 4)
     rope = {"mrope_section": [1, 1, 2], "type": "default"}
     text = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        text_config=dict(**LAYERS, rope_theta=1e6, rope_scaling=rope, bos_token_id=0, eos_token_id=1),
+        text_config=dict(**GROUPED, rope_theta=1e6, rope_scaling=rope, bos_token_id=0, eos_token_id=1),
         vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)))
     parts = FLOW(use_dynamic_shifting=True), decoder, text, TOKENIZER, network
     return diffusers.QwenImagePipeline(*parts), 16, {"negative_prompt": "a", "max_sequence_length": 256}
@@ -89,7 +90,7 @@ def sana():
     decoder = diffusers.AutoencoderDC(
         latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), scaling_factor=0.41407)
-    text = transformers.Gemma2Model(transformers.Gemma2Config(**LAYERS, head_dim=8))
+    text = transformers.Gemma2Model(transformers.Gemma2Config(**GROUPED, head_dim=8))
     parts = TOKENIZER, text, decoder, network, diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     return diffusers.SanaPipeline(*parts), 32, {**PIXART, "complex_human_instruction": None}
@@ -125,6 +126,7 @@ def drawn_by_diffusers(folder, policy, lora=None):
     """Images of TEXTS by plain diffusers, with the policy's chain and options."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler) is type(policy.pipeline.published_scheduler)
     pipeline.scheduler = plain_scheduler(pipeline.scheduler)
     if lora:
         pipeline.load_lora_weights(lora)
@@ -133,7 +135,7 @@ def drawn_by_diffusers(folder, policy, lora=None):
     return pipeline(prompt=TEXTS, num_inference_steps=3, output_type="pt", generator=rng(0), **options).images
 
 
-def drawn_without_noise(policy):
+def drawn_by_chain(policy):
     """The same by the policy's chain at eta 0, from the noise that the pipeline itself draws with seed 0."""
     chain = policy.with_chain(3, 0.0, scored=False)
     x_t = chain._call(TEXTS, timesteps=[])[0].latents.float()
@@ -155,8 +157,7 @@ def refused(model, load=load_pipeline, *steps, **options):
 
 def test_without_noise_the_images_are_those_of_the_pipelines_own_call_and_a_gradient_goes_back(family):
     policy, t = family.policy, family.policy.schedule.timesteps[1]
-    torch.testing.assert_close(
-        drawn_without_noise(policy), drawn_by_diffusers(family.folder, policy), rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn_by_chain(policy), drawn_by_diffusers(family.folder, policy), **CLOSE)
     x_t = torch.randn(1, *policy.latent_shape, generator=rng()).requires_grad_()
     for value in (policy.predict(x_t, t, TEXTS[:1]).square(), policy.decode_with_gradient(x_t)[:, 0]):
         gradient, = torch.autograd.grad(value.sum(), x_t)
@@ -165,17 +166,17 @@ def test_without_noise_the_images_are_those_of_the_pipelines_own_call_and_a_grad
 
 def test_the_ratio_is_one_an_update_moves_it_and_plain_diffusers_draws_the_same_with_what_is_saved(family):
     policy = load_policy(family.folder, 3, keep_reference=True, **family.options, **family.lora)
-    trajectory, before = sampling.rollout(policy, TEXTS, rng(), 2), drawn_without_noise(policy)
+    trajectory, before = sampling.rollout(policy, TEXTS, rng(), 2), drawn_by_chain(policy)
     extras = {**learner(policy, 1e-2, kl_weight=1.0, skip_last_steps=1), "loss": ddpo.clipped_loss}
     one, two = (ddpo.ddpo_update(policy, trajectory, torch.tensor([1.0, -1.0]), **extras) for _ in range(2))
     assert one["ratio_deviation"] <= 5e-6 < two["ratio_deviation"] and two["kl_pretrained"] > 1e-9
-    after = drawn_without_noise(policy)
+    after = drawn_by_chain(policy)
     assert not torch.allclose(before, after, atol=1e-4)
     with policy.with_weights(policy.reference):  # without a gradient, the pretrained policy to the last bit
-        assert torch.equal(drawn_without_noise(policy), before)
+        assert torch.equal(drawn_by_chain(policy), before)
     policy.save("saved")
     folders = (family.folder, policy, "saved") if family.lora["lora_rank"] else ("saved", policy)
-    torch.testing.assert_close(drawn_by_diffusers(*folders), after, rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn_by_diffusers(*folders), after, **CLOSE)
 
 
 def test_rwr_and_nft_learn_from_images_at_timesteps_of_their_own(family):
@@ -348,8 +349,7 @@ def test_without_t5_it_is_not_needed_and_plain_diffusers_loads_what_is_saved(tin
     assert torch.equal(states[:, :16], whole[:, :16])  # CLIP's tokens
     assert not states[:, 16:].any() and whole[:, 16:].any()
     policy.save("saved")
-    torch.testing.assert_close(
-        drawn_without_noise(policy), drawn_by_diffusers("saved", policy), rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn_by_chain(policy), drawn_by_diffusers("saved", policy), **CLOSE)
     assert "--no-t5 is for Stable Diffusion 3" in refused(tiny_sdxl, t5=False)
 
 
