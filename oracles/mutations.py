@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "test_ddpo.py"
 EMOJI, EVALUATE, GUIDANCE, LORA, NFT, POLICY, PROCESSES = (
-    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "lora", "nft", "policy", "processes"))
+    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "lora", "nft", "policy",
+                                         "processes"))
 PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
     f"tests/test_{name}.py" for name in ("prompts", "rewards", "runs", "settings", "studies", "trackers"))
 
@@ -26,7 +27,8 @@ MUTATIONS = [
     ("support/imagenet_animals.txt", "hammerhead, hammerhead shark", "hammerhead", METHOD),
     ("ddpo.py", "advantages * clipped).mean()", "advantages * clipped).mean() + 1", METHOD),
     # sampling.py
-    ("support/schedulers.py", "scheduler.final_alpha_cumprod.reshape(1)", "scheduler.alphas_cumprod[:1]", METHOD),
+    ("support/schedulers.py", "scheduler.final_alpha_cumprod.reshape(1)", "scheduler.alphas_cumprod[:1]",
+     METHOD),
     ("sampling.py", "return density.flatten(1).mean(1)", "return density.flatten(1).sum(1)", METHOD),
     ("sampling.py", "trajectory.latents[images, k + 1]", "trajectory.latents[images, k]", METHOD),
     ("sampling.py", "manual_seed(seed) for seed in seeds", "manual_seed(0) for seed in seeds", METHOD),
@@ -101,7 +103,8 @@ MUTATIONS = [
     ("policy.py", "if not apart <= 1e-3:", "if False:", POLICY),
     ("policy.py", "t.repeat(self.copies_of_timesteps)", "t.flip(0).repeat(self.copies_of_timesteps)", POLICY),
     ("policy.py", "tap.latents = first if latents is None else latents", "tap.latents = first", POLICY),
-    ("support/schedulers.py", '{} if mu is None else {"mu": mu}', '{} if mu is None else {"mu": 0.0}', POLICY),
+    ("support/schedulers.py", '{} if mu is None else {"mu": mu}', '{} if mu is None else {"mu": 0.0}',
+     POLICY),
     ("policy.py", "torch.cat(parts)[torch.cat(rows).argsort()]", "torch.cat(parts)", POLICY),
     # several processes, evaluation, trackers
     ("support/processes.py", "slice(n * rank // size(), n * (rank + 1) // size())", "slice(0, n // size())",
