@@ -25,7 +25,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
     moves, the ratio falls, whatever the advantage. So the low side of the clip is in effect a bound on the
     KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an earlier policy
-    was destroyed by it (studies/centred_ratio.py, studies/results/README.md).
+    was destroyed by it (studies/results/README.md, "A centred ratio").
  9. An update may learn from some of the steps, drawn at random (learn_steps). It does not bias the gradient.
 """
 import copy

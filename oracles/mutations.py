@@ -128,7 +128,6 @@ MUTATIONS = [
     ("studies/report.py", "(reward[:-1] * np.diff(queries))", "(reward[1:] * np.diff(queries))", STUDIES),
     ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]",
      STUDIES),
-    ("studies/variance.py", "((N - 1) * leave_one_out.var())", "(leave_one_out.var())", STUDIES),
 ]
 
 

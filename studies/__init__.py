@@ -1,4 +1,4 @@
-"""Questions asked of many runs, the gradient's variance, costs. Results: results/README.md."""
+"""Questions asked of many runs, and costs. Results: results/README.md."""
 import argparse
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""compare.py, report.py, variance.py, guidance.py, memory.py."""
+"""compare.py, report.py, guidance.py, memory.py."""
 import shutil
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import ddpo
-import sampling
-from conftest import learner, rng, run, tiny_pipeline
-from policy import load_policy
-from studies import compare, guidance, memory, report, variance
+from conftest import run, tiny_pipeline
+from studies import compare, guidance, memory, report
 from support.run_folder import append_line, read_lines
 from support.settings import build_config
 
@@ -133,26 +130,6 @@ def test_a_comparison_trains_what_no_study_has_and_goes_on_where_it_was_stopped(
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
     assert "| done | 1 | 2.00 | 0.50 | 75.0 | 50.0 | - | 1.50 | 50.0 |" in capsys.readouterr().out
     assert len(read_lines(log)) == 3 and log.with_suffix(".md").exists() and log.with_suffix(".png").exists()
-
-
-def test_the_variance_is_that_of_ddpo_sfs_gradient_along_the_direction(tiny_model, tiny_policy):
-    noise = np.random.default_rng(0).standard_normal(2000)
-    snr, error = variance.jackknife(0.2 + 2 * noise, batch=64)
-    assert [snr, error] == [pytest.approx(0.8, abs=3 * error), pytest.approx((64 / 2000)**0.5, rel=0.05)]
-    trained = load_policy(tiny_model, steps=4)
-    for weight in trained.denoiser.parameters():
-        weight.data += 0.01 * torch.randn(weight.shape, generator=rng())
-    u = variance.direction(tiny_policy, trained)
-    assert sum(part.square().sum() for part in u).item() == pytest.approx(1, rel=1e-4)
-    trajectory = sampling.rollout(tiny_policy, ["a cat", "a dog", "an ant"], rng(), 3)
-    advantages, config = torch.tensor([1.0, -2.0, 0.5]), learner(tiny_policy)["config"]
-    for k in range(4):
-        loss, _ = ddpo.surrogate(tiny_policy, trajectory, advantages, k, ddpo.score_function_loss, config,
-                                 torch.arange(3))
-        (loss / 4).backward()
-    along = sum((weight.grad * part).sum() for weight, part in zip(tiny_policy.denoiser.parameters(), u))
-    projected = variance.projected_scores(tiny_policy, trajectory, range(4), u)
-    assert -(advantages.numpy() @ projected) / 3 == pytest.approx(along.item(), rel=1e-3)
 
 
 def test_the_scale_is_that_of_the_most_reward_among_those_that_keep_the_watched_reward():
