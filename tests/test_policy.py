@@ -17,7 +17,7 @@ import sampling
 from baselines_rwr import rwr_update
 from beyond.diffusion_nft import nft_update
 from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, learner, rng, run, tiny_flags,
-                      tiny_pipeline, weights)
+                      tiny_pipeline, weights, without_seconds)
 from policy import Policy, load_policy
 from support.loading import load_pipeline
 from support.schedulers import plain_scheduler, training_levels
@@ -201,8 +201,7 @@ def test_a_run_by_the_command_is_resumed_to_the_last_bit(family):
                "eval-prompts": 1, "eval-every": 2, "samples-per-epoch": 2, "updates-per-epoch": 1}
     run(*tiny_flags(family.folder, name="parts", epochs=1, **options))
     parts, whole = run("--resume", "runs/parts", "--epochs", 2), run(*tiny_flags(family.folder, **options))
-    assert [row["reward_mean"] for row in whole] == [row["reward_mean"] for row in parts]
-    assert whole[2]["eval_reward_mean"] == parts[2]["eval_reward_mean"]
+    assert without_seconds(whole[2:]) == without_seconds(parts[2:])
     one, two = (torch.load(f"runs/{name}/checkpoint.pt")["weights"] for name in ("r", "parts"))
     assert one and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -273,14 +272,13 @@ def test_the_training_levels_of_a_flow_are_shifted_as_its_chain_is():
 
 
 def test_policies_share_a_pipeline_and_an_exception_amid_a_call_leaves_it_whole(tiny_policy):
-    eight, x_t = tiny_policy.with_chain(8, 1.0), torch.randn(1, 4, 8, 8, generator=rng())
-    t = tiny_policy.schedule.timesteps[1]
+    eight, x_t, t = tiny_policy.with_chain(8, 1.0), torch.ones(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         want, parts = tiny_policy.predict(x_t, t, ["a cat"]), {**vars(tiny_policy.pipeline)}
         with pytest.raises(RuntimeError):
             tiny_policy.predict(x_t[:, :2], t, ["a cat"])
         assert vars(tiny_policy.pipeline) == parts
-        eight.predict(x_t, eight.schedule.timesteps[1], ["a dog"])
+        eight.predict(x_t, t, ["a dog"])
         assert torch.equal(tiny_policy.predict(x_t, t, ["a cat"]), want)
 
 
@@ -294,6 +292,9 @@ def test_prompts_are_encoded_once_for_all_steps_and_one_that_is_cut_is_told(tiny
                      **learner(tiny_policy, micro_batch=4, updates_per_epoch=1))
     assert len(encoded) <= 4 and not any(weight.grad is not None for weight in network.parameters())
     assert capsys.readouterr().err.count("truncated") == 1
+    with torch.autocast("cpu", torch.bfloat16):  # whose rounded states would be served to calls in fp32
+        states, _ = tiny_policy.encode_prompt(["an ant"], "cpu", 1, False)
+    assert torch.equal(states, tiny_policy.pipeline.encode_prompt(["an ant"], "cpu", 1, False)[0])
 
 
 def test_other_options_of_the_call_are_used_and_what_it_does_not_know_is_refused(tiny_model):
@@ -333,7 +334,6 @@ def test_precision_goes_by_part_and_a_vae_that_overflows_stays_in_fp32(tiny_mode
     assert kinds(tiny_model, in_fp32=True) == ["float32", "float32", "bfloat16"]
     folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
     edit_json(folder / "vae" / "config.json", force_upcast=False)
-    assert kinds(folder) == ["bfloat16"] * 3
     for path in folder.rglob("*.safetensors"):  # some models are published in half precision alone
         save_file(load_file(path), path.with_suffix(".fp16.safetensors"), {"format": "pt"})
         path.unlink()
