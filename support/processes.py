@@ -1,13 +1,11 @@
 """Several processes as one training, each with a GPU of its own: torchrun --nproc-per-node 8 train.py ...
 
 Every process holds the whole policy and the same generator. So all draw the same prompts, noise and order,
-and each does its share of the work: it draws, judges and learns from its own rows. Then chains and gradients
-are added up over the processes, and rewards are gathered in a row. All processes therefore compute the same
-statistics, advantages and weights. Their number is a knob of speed: it changes the result in rounding only.
-(A reward that keeps a state of its own is an exception.)
+and each draws, judges and learns from its own rows. Then chains and gradients are added up over the
+processes, and rewards are gathered in a row. So all compute the same statistics, advantages and weights:
+their number changes the result in rounding only. (Rewards that keep a state of their own are an exception.)
 
-Without torchrun there is one process, which exchanges nothing. If one of several processes fails, torchrun
-ends the others.
+Without torchrun there is one process, which exchanges nothing. If one fails, torchrun ends the others.
 """
 import functools
 import os

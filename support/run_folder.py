@@ -198,22 +198,18 @@ def stack_rows(strips, labels):
     return rows
 
 
-def save_gif(strips, labels, path, width=720, blended_frames=4):
-    """A GIF in which each row of images fades into the next over so many frames. The last stays longest."""
+def save_gif(strips, labels, path, width=720):
+    """A GIF of rows of images, each with its label below. The last stays longest."""
     width = min(width, strips[0].width)
-    height = strips[0].height * width // strips[0].width
-    strips = [strip.resize((width, height), Image.Resampling.LANCZOS) for strip in strips]
-    frames, milliseconds = [], []
-    for k, (strip, label) in enumerate(zip(strips, labels)):
-        for share in range(blended_frames + 1) if k else [blended_frames]:
-            frame = Image.new("RGB", (width, height + LINE_HEIGHT + 4), "white")
-            frame.paste(Image.blend(strips[max(k - 1, 0)], strip, share / blended_frames))
-            pen = ImageDraw.Draw(frame)
-            pen.text((width / 2, height + 2), label, fill="black", anchor="ma", font_size=LINE_HEIGHT)
-            frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # much faster than the default
-            milliseconds.append(600 if share == blended_frames else 80)
-    milliseconds[-1] = 3000
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    height, frames = strips[0].height * width // strips[0].width, []
+    for strip, label in zip(strips, labels):
+        frame = Image.new("RGB", (width, height + LINE_HEIGHT + 4), "white")
+        frame.paste(strip.resize((width, height), Image.Resampling.LANCZOS))
+        pen = ImageDraw.Draw(frame)
+        pen.text((width / 2, height + 2), label, fill="black", anchor="ma", font_size=LINE_HEIGHT)
+        frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # much faster than the default
+    durations = [600] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 # ---- Curve ----
