@@ -117,7 +117,7 @@ def preferences(texts, rewards, statistics, config):
 ALGORITHMS = {
     "ddpo-is": (advantages, partial(ddpo_update, loss=clipped_loss), True),
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),
-    "rwr": (lambda texts, r, _, config: (rwr_weights(texts, r, config.beta), {}), rwr_update, False),
+    "rwr": (lambda texts, r, _, c: (rwr_weights(texts, r, c.beta), {}), rwr_update, False),
     "rwr-sparse": (lambda texts, r, _, c: (sparse_weights(texts, r, c.percentile), {}), rwr_update, False),
     "nft": (preferences, nft_update, False)}
 
