@@ -8,7 +8,7 @@ studies/results/README.md, "What it costs". To add one, write a class here and n
 import torch
 import torch.nn.functional as F
 
-from support.networks import (REWARD_MODEL, announce, clip_embedding, clip_pixels, from_pretrained, hub_file,
+from support.networks import (REWARD_MODEL, announce, clip_pixels, from_pretrained, hub_file,
                               image_embeddings, load_clip, load_weights, read_weights, scoring_head)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -43,7 +43,7 @@ class PickScore:
     def __call__(self, images, prompts):
         tokens = self.tokenizer([prompt.text for prompt in prompts], padding="max_length", truncation=True,
                                 max_length=77, return_tensors="pt").to(self.clip.device)
-        texts = clip_embedding(self.clip.get_text_features(**tokens))        # (B, E)
+        texts = self.clip.get_text_features(**tokens).pooler_output        # (B, E)
         return F.cosine_similarity(image_embeddings(self.clip, clip_pixels(self.processor, images)), texts)
 
 

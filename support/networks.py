@@ -147,12 +147,7 @@ def normalised(images, processor):
 def image_embeddings(clip, pixels):
     """CLIP's input (B, 3, 224, 224) -> its image embeddings (B, E), not normalised."""
     parts = [clip.get_image_features(part.to(clip.device, clip.dtype)) for part in pixels.split(32)]
-    return torch.cat([clip_embedding(part) for part in parts]).float()
-
-
-def clip_embedding(features):
-    """The tensor in what CLIP returns: in newer versions of transformers an object that holds it."""
-    return features if isinstance(features, torch.Tensor) else features.pooler_output
+    return torch.cat([part.pooler_output for part in parts]).float()
 
 
 def scoring_head(width):
