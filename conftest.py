@@ -32,6 +32,7 @@ from policy import load_policy
 from support import run_folder
 from support.settings import build_config
 
+torch.set_num_threads(1)  # pytest runs two processes (pyproject.toml); the forked ones must round as these do
 ROOT = Path(__file__).resolve().parent
 EMOJI, EMOJI_FLOW, EMOJI_VLM = (ROOT / "emoji" / name for name in ("model", "flow", "vlm"))
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
@@ -287,15 +288,6 @@ def run(*flags, code=0):
     assert returned == code
     folders = sorted(Path("runs").glob("*"), key=lambda folder: folder.stat().st_mtime)
     return run_folder.read_rows(folders[-1]) if folders else []
-
-
-@pytest.fixture
-def one_thread():
-    """In this process, too, as in the forked ones, so that they round alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def forked(count, *flags, send=None):

@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, forked, run, tiny_flags, without_seconds
 from support import run_folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rounded(value):

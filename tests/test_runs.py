@@ -63,7 +63,7 @@ def test_the_log_the_images_and_the_last_line_of_a_run(with_drawings, tiny_model
     start, end = (f"{row['eval_reward_mean']:.3g}" for row in (rows[0], rows[-1]))
     outcome = capsys.readouterr().out.splitlines()[-1]
     assert outcome.startswith(f"redness: {start} -> {end} (")
-    assert " on 3 fixed prompts after 12 reward queries, 0 min 0" in outcome
+    assert " on 3 fixed prompts after 12 reward queries, 0 min " in outcome
     assert outcome.endswith(f"is_cat 100 % -> 100 %, unknown - -> -, brightness {before} -> {after}")
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
     assert {"config.json", "log.jsonl", "progress.png", "progress.gif", "curve.png", "checkpoint.pt", "lock",
@@ -111,7 +111,7 @@ def test_the_curve_has_one_right_axis_for_each_unit(with_drawings, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 2], ids=["weights", "lora"])
 @pytest.mark.parametrize("model, algorithm", [("tiny_model", "ddpo-is"), ("tiny_flow", "rwr")])
 def test_a_run_killed_at_random_moments_equals_one_never_stopped(
-        model, algorithm, rank, own_reward, request, one_thread):
+        model, algorithm, rank, own_reward, request):
     reward = own_reward("shuffled")  # it draws from Python's own generator
     flags = tiny_flags(request.getfixturevalue(model), algorithm=algorithm, epochs=5, reward=reward,
                        **{"lora-rank": rank, "eval-every": 2})
@@ -206,7 +206,7 @@ def test_a_watched_reward_that_can_judge_nothing_ends_a_run_at_once(tiny_model, 
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
     (["--name", "taken", "--model", "nowhere"], "runs/taken exists: choose another --name"),
     (["--resume", "runs/nothing"], "runs/nothing is no run"),
-    (["--resume", "runs/taken"], "has no checkpoint yet")], ids=str)
+    (["--resume", "runs/taken"], "is no run: it has no checkpoint.pt")], ids=str)
 def test_a_mistake_is_one_line_and_makes_nothing(flags, message, tiny_model, own_reward, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("runs/taken").mkdir(parents=True)
