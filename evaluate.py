@@ -11,7 +11,7 @@ ones:
     before, after, change  means over the images that the reward can judge, each with a 95 % interval
     improved               share of these images with a higher reward than before
 
-The images, before above after, go to before_after.png in the run's folder.
+The images, before above after, go to before_after.png in the run's folder. By default all is as in the run.
 """
 import argparse
 import sys
@@ -89,9 +89,8 @@ def with_interval(values, unit):
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="By default all is as in the run.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("runs", nargs="+", type=Path, help="folders under runs/")
     parser.add_argument("--reward", action="append", help="as in train.py; may be repeated")
     parser.add_argument("--prompts", help="a set of python prompts.py, or a file")
