@@ -47,11 +47,6 @@ class Prompt:
     metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
 
 
-def as_prompts(prompts):
-    """Texts or prompts -> prompts."""
-    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
 # ---- English ----
 
 def with_article(noun):

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
-from prompts import as_prompts
+from prompts import Prompt
 from support.networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained,
                               hub_file, image_embeddings, load_clip, load_weights,
                               one_line_errors, read_weights, scoring_head)
@@ -295,6 +295,11 @@ class Reward:
             raise ValueError(f"the reward {self.name} has no gradient; aesthetic has one, and a function "
                              "of your own in torch, if it says so by .differentiable = True")
         return values_and_notes(self.function(images, as_prompts(prompts)), len(images))[0]
+
+
+def as_prompts(prompts):
+    """Texts or prompts -> prompts."""
+    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def values_and_notes(result, B):

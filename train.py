@@ -225,7 +225,7 @@ def floor_of(start, kept):
 def fallen_rewards(run):
     """In words, the watched rewards that the last evaluation found below their limit, or could not judge."""
     fallen, units = [], {reward.name: reward.unit for reward in run.watched}
-    for name, (number, is_share) in stop_limits(run.config).items():
+    for name, (number, is_share) in run.limits.items():
         first, last = (row["watched"][name] for row in (run.rows[0], run.rows[-1]))
         limit = floor_of(first, number) if is_share and first is not None else number
         if last is None or last < limit:
@@ -246,33 +246,33 @@ def go_back(run, fallen):
 class Run:
     """A run in memory: what it is given, and all that changes.
 
-    state: of an earlier run, to go on with. epoch: the last that the log tells of, -1 before that of the
-    pretrained weights. rows: the log. track: shows a row elsewhere. lock: held while the run lives.
+    state: of an earlier run, to go on with. epoch: the last in the log, -1 before that of the pretrained
+    weights. rows: the log. track: shows a row elsewhere. lock: held while the run lives.
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
         self.config, self.folder, self.lock = config, folder, run_folder.lock_run(folder)
         self.prompts, self.policy, self.reward, self.watched = prompts, policy, reward, watched
-        self.files = (config.prompts, config.reward, *config.watch)
+        self.settings, self.limits = saved_settings(config), stop_limits(config)
+        self.files = hashes_of((config.prompts, config.reward, *config.watch))
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:
             self.fixed_policy = policy.with_chain(config.eval_steps, config.eta, config.noise, scored=False)
-        self.learner = Learner(policy, config)
+        self.learner, self.epoch, self.rows = Learner(policy, config), -1, []
         self.statistics = PromptStatistics(
             config.stats_buffer, config.stats_min_count, config.advantage_clip, config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
-        self.epoch, self.rows = -1, []
         if state:
             self.load_state_dict(state)
             self.rows = run_folder.read_rows(folder)[:self.epoch + 1]
-        self.track = load_tracker(config.tracker, folder, saved_settings(config), self.epoch)
+        self.track = load_tracker(config.tracker, folder, self.settings, self.epoch)
 
     def save(self):
         """Write the checkpoint: everything that changes, the settings, and hashes of the user's files."""
         weights = {name: weight.detach() for name, weight in self.policy.trained.items()}
         run_folder.save_checkpoint(self.folder, {
-            "settings": saved_settings(self.config), "files": hashes_of(self.files), "epoch": self.epoch,
-            "weights": weights, "learner": self.learner.state_dict(), "statistics": self.statistics.rewards,
+            "settings": self.settings, "files": self.files, "epoch": self.epoch, "weights": weights,
+            "learner": self.learner.state_dict(), "statistics": self.statistics.rewards,
             "rng": self.rng.get_state()})
 
     def load_state_dict(self, state):
@@ -312,7 +312,7 @@ def load_parts(config):
     prompts = load_prompts(config.prompts)
     if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
         raise ValueError(f"--prompts {config.prompts}: counting needs questions, as in two_to_eight_animals")
-    stop_limits(config)
+    stop_limits(config)  # refused before the loading
     reward, *watched = load_rewards(config)
     policy = policy_of(config)
     if config.training_guidance:
@@ -328,7 +328,7 @@ def new_run(flags):
     parts = load_parts(config)
     stem = f"{short_name(config.reward)}-{config.algorithm}"
     run = Run(config, processes.from_first(lambda: run_folder.create_run(RUNS, config.name, stem)), *parts)
-    run_folder.save_config(run.folder, saved_settings(config))
+    run_folder.save_config(run.folder, run.settings)
     run.save()  # so that a run can be resumed from its first moment
     return run
 
@@ -340,10 +340,10 @@ def resume(folder, flags):
     if config.epochs < state["epoch"] or config.epochs == state["epoch"] and (folder / "model").exists():
         raise ValueError(f"{folder} has done {state['epoch']} epochs: give a larger --epochs to go on")
     run = Run(config, folder, *load_parts(config), state)
-    for name, now in hashes_of(run.files).items():
+    for name, now in run.files.items():
         if state["files"].get(name) not in (None, now):
             print(f"{name} has changed since the checkpoint of {folder}", file=sys.stderr)
-    run_folder.save_config(folder, saved_settings(config))
+    run_folder.save_config(folder, run.settings)
     run_folder.forget_after(folder, run.epoch)
     run.save()  # with the settings that were given now
     return run

@@ -19,7 +19,6 @@ no gradient. Bansal et al. transfer a style with g = 6 for a loss of scale 100, 
 import torch
 from tqdm import tqdm
 
-from prompts import as_prompts
 from sampling import generators, noise, x_0_and_eps
 
 FP16_SCALE = 1024  # of a gradient on its way back: that of a mean over all pixels is too small for fp16
@@ -48,7 +47,8 @@ def guided_chains(policy, prompts, reward, rngs, scale, recurrences, backward_st
     def loss(z_0):
         return -reward.with_gradient(policy.decode_with_gradient(z_0), prompts).sum()
 
-    texts, schedule, z = [prompt.text for prompt in as_prompts(prompts)], policy.schedule, noise(policy, rngs)
+    texts = [getattr(prompt, "text", prompt) for prompt in prompts]
+    schedule, z = policy.schedule, noise(policy, rngs)
     for k in range(len(schedule.timesteps)):
         a, b, a_prev, b_prev = schedule.a[k], schedule.b[k], schedule.a[k + 1], schedule.b[k + 1]
         guides = bool(a > 0)  # pure noise, at which a flow begins, says nothing of the image
