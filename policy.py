@@ -265,14 +265,15 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
     pipeline = load_pipeline(model, device, precision, t5, prediction_type, in_fp32=trains and not lora_rank)
     name, call = type(pipeline).__name__, call or {}
     with one_line_errors("model", model):
-        if name == "StableDiffusionPipeline":
-            guidance_scale = guidance_scale or sd_guidance
+        guidance_scale = guidance_scale or (sd_guidance if name == "StableDiffusionPipeline" else 0)
         size = {side: pixels for side, pixels in (("height", height), ("width", width)) if pixels}
         options = {**guidance_options(pipeline, guidance_scale), **size, **call}
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")
         policy = Policy(pipeline, options, precision).with_chain(steps, eta, noise, scored)
+        if not set(size.values()) <= set(policy.image_size):
+            raise ValueError(f"it draws {policy.image_size} pixels with --height and --width {size}")
         if name not in TESTED or call:
             refuse_other_steps(policy)
         if lora_rank:

@@ -29,7 +29,7 @@ A function of your own may call others, with plain texts. This one adds two, wit
         return sum(weight * reward(images, prompts)[0] for weight, reward in parts)
 
 To add a reward to this file, write a function and name it in REWARDS; or a class that loads a network, and
-name it in LEARNED. A new option of it is a setting, its default prompts are a rule (support/settings.py).
+name it in LEARNED, here and in support/settings.py (its options are settings, its default prompts a rule).
 """
 import functools
 import io
@@ -337,6 +337,5 @@ def display(value, unit):
     factor, name = unit                                                      # of unit_of
     if value is None or value != value:
         return "-"
-    if name == "%":
-        return f"{factor * value:.0f} %"
-    return f"{factor * value:.2f} {name}" if name else f"{value:.3g}"
+    shown = {"%": f"{factor * value:.0f} %", "": f"{value:.3g}"}
+    return shown.get(name, f"{factor * value:.2f} {name}")

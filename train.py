@@ -113,7 +113,7 @@ def preferences(texts, rewards, statistics, config):
 
 
 # Of each algorithm: how rewards become coefficients of the images, the update, and whether it learns from the
-# chain. RWR needs x_0 alone, so no chain is kept.
+# chain. (RWR needs x_0 alone.) A new one is named in support/settings.py, too: DDPO or FINE_TUNING.
 ALGORITHMS = {
     "ddpo-is": (advantages, partial(ddpo_update, loss=clipped_loss), True),
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),

@@ -80,7 +80,7 @@ MUTATIONS = [
     ("train.py", "reward(images, prompts[part])", "reward(images, prompts[:len(images)])", METHOD),
     ("train.py", "torch.Generator().manual_seed(EVAL_SEED)", "torch.Generator().manual_seed(config.seed)",
      METHOD),
-    ("train.py", "values.nanmean().item()", "values.nan_to_num().mean().item()", METHOD),
+    ("train.py", "values.nanmean().item()", "values.nan_to_num().mean().item()", RUNS),
     ("train.py", "torch.randperm(n, generator=rng) for _", "torch.randint(n, (n,), generator=rng) for _",
      METHOD),
     ("train.py", "        seed_rewards(config, epoch)\n", "", RUNS),

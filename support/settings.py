@@ -16,7 +16,7 @@ from support import processes
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "emoji"
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
-FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")
+FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")  # which settings an algorithm reads: see Config
 ALGORITHMS = (*DDPO, *RWR, "nft")
 PRESETS = ("emoji", "paper", "lora", "sdxl", "flow")
 VLM = ("alignment", "counting")  # rewards by a vision-language model
@@ -203,6 +203,8 @@ def build_config(flags):
     asked = {name: flags.get(name, getattr(Config, name)) for name in ("preset", "algorithm", "reward")}
     rank = flags.get("lora_rank", chosen(**asked, lora=False).get("lora_rank"))
     values = chosen(**asked, lora=bool(rank))
+    if not rank:
+        values.pop("lora_alpha", None)
     for name in flags.get("watch", ()):  # the rules' options of a watched reward, if the trained one has none
         own = chosen(**{**asked, "reward": name, "lora": bool(rank)})
         values = {option: own[option] for option in options_of(name) if option in own} | values
@@ -253,7 +255,16 @@ def load_settings(settings, flags):
     if others:
         raise ValueError(f"{', '.join(others)}: not with --resume; only {', '.join(map(flag_of, allowed))}")
     places = {name: absolute(settings[name], ROOT) for name in facts("place")}
-    return completed(Config(**{**settings, **places, **flags}))
+    before, config = Config(**{**settings, **places}), Config(**{**settings, **places, **flags})
+    if names_of(before) != names_of(config):
+        raise ValueError(f"--resume: the run's rewards are {', '.join(names_of(before))}; give only their "
+                         "new place")
+    return completed(config)
+
+
+def names_of(config):
+    """The names of the trained and the watched rewards."""
+    return [short_name(name) for name in (config.reward, *config.watch)]
 
 
 def shared_settings(config):
@@ -318,7 +329,7 @@ def check(config):
 
 def refusals(c):
     """Pairs: whether something is wrong with a Config, and what to say then."""
-    ddpo, names = c.algorithm in DDPO, [short_name(name) for name in (c.reward, *c.watch)]
+    ddpo, names = c.algorithm in DDPO, names_of(c)
     images = c.batch_size if c.algorithm in FINE_TUNING else c.samples_per_epoch // c.updates_per_epoch
     learned = c.sampling_steps - c.skip_last_steps
     yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name; the run's folder is runs/NAME"
@@ -364,8 +375,10 @@ def call_options(config):
 
 def parse(argv, description):
     """The flags that were given, as a dict. ValueError if one is unknown or malformed."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, epilog="Defaults are the paper's; a preset changes them: support/settings.py.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # one line, not the usage of sixty flags
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME")
     for item in fields(Config):

@@ -6,6 +6,8 @@ import inspect
 import sys
 from pathlib import Path
 
+from support.networks import one_line_errors
+
 
 @functools.cache
 def user_function(name, known=()):
@@ -35,7 +37,8 @@ def module_of(path):
     spec = importlib.util.spec_from_file_location(f"{path.stem}_of_user", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
+    with one_line_errors("the reward file", path):
+        spec.loader.exec_module(module)
     return module
 
 
