@@ -376,7 +376,7 @@ def call_options(config):
 def parse(argv, description):
     """The flags that were given, as a dict. ValueError if one is unknown or malformed."""
     parser = argparse.ArgumentParser(
-        description=description, epilog="Defaults are the paper's; a preset changes them: support/settings.py.",
+        description=description, epilog="Defaults are the paper's; for presets see support/settings.py.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # one line, not the usage of sixty flags
