@@ -4,8 +4,8 @@
     DDPO-IS   grad J = E[ sum_t  p_theta / p_old grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ],  clipped
 
 Where we depart from these two lines. The authors' code does 1 to 3, too.
- 1. r becomes an advantage: it is whitened per prompt (D.3). A constant baseline does not bias the gradient,
-    and it makes the variance smaller.
+ 1. r becomes an advantage: it is whitened per prompt (D.3). A baseline makes the variance smaller; a
+    constant one would not bias the gradient.
  2. log p is the mean over the D latent dimensions (sampling.log_prob says why). So p_theta / p_old becomes
     its D-th root, and the clip range is one per dimension. The sum over t becomes a mean: a constant
     factor, which AdamW does not see. (The norm at which gradients are clipped does see it.)
@@ -23,9 +23,9 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     the group alone, as in GRPO: a baseline from the first epoch on. It learned twice as fast
     (studies/results/README.md).
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
-    moves, the ratio falls, whatever the advantage. So the low side of the clip is in effect a bound on the
-    KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an earlier policy
-    was destroyed by it (studies/results/README.md, "A centred ratio").
+    moves, the ratio falls, whatever the advantage. So where that is negative, the low side of the clip
+    bounds the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an
+    earlier policy was destroyed by it (studies/results/README.md, "A centred ratio").
  9. An update may learn from some of the steps, drawn at random (learn_steps). It does not bias the gradient.
 """
 import copy
@@ -66,7 +66,7 @@ def ratio_info(log_probs, old_log_probs, clip_range):
                         it grows, lower the learning rate.
     ratio_mean          mean of p_theta / p_old. Healthy: a little below 1.
     clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually much larger than the other,
-                        since the mean is below 1: 0.25 in a default run's first epoch, 0.03 in its last.
+                        since the mean is below 1: 0.41 in a default run's first epoch, 0.07 in its last.
     clip_fraction_high  share of images with a ratio above 1 + clip_range.
     ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update: below 2e-6 in fp32
                         on a CPU, else learning scores another policy than the one that sampled.

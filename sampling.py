@@ -1,19 +1,19 @@
 """The denoising chain as a Markov decision process (paper, section 4.3): schedule, step, drawing, scoring.
 
     MDP                    diffusion
-    state s_t              (prompt c, timestep t, latent x_t)
-    action a_t             x_{t-1}, the next, less noisy latent. We call it x_prev, as diffusion does.
-    policy pi(a_t | s_t)   p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM, eta > 0
+    state                  (prompt c, timestep t, latent x_t)
+    action                 x_{t-1}, the next, less noisy latent; x_prev, named for its smaller index
+    policy                 p_theta(x_{t-1} | x_t, c) = Normal(mu_theta(x_t, c, t), sigma_t^2 I): DDIM, eta > 0
     reward                 r(x_0, c) after the last step, 0 before
 
 One step covers diffusion and flow matching, since in both a noised latent is x_t = a_t x_0 + b_t eps:
 
                            diffusion                        flow matching
-    a_t, b_t               sqrt(ab_t), sqrt(1 - ab_t)       1 - s_t, s_t: the noise level s falls from 1 to 0
+    a_t, b_t               sqrt(abar_t), sqrt(1 - abar_t)   1 - s_t, s_t: the noise level s falls from 1 to 0
     network's prediction   eps, x_0, or v = a eps - b x_0   v = eps - x_0
     timestep t             999 to 0                         1000 s_t
 
-(ab is alpha_bar.) The prediction says which x_0 and eps are in x_t. Then, with a' and b' those of x_{t-1},
+(abar is alpha_bar.) The prediction says which x_0 and eps are in x_t. Then, with a' and b' those of x_{t-1},
 
     mean = a' x_0 + sqrt(b'^2 - sigma^2) eps,   sigma = eta b' sqrt(1 - rho^2),   rho = a b' / (a' b)
 

@@ -3,7 +3,7 @@
 Every process holds the whole policy and the same generator. So all draw the same prompts, noise and order,
 and each draws, judges and learns from its own rows. Then chains and gradients are added up over the
 processes, and rewards are gathered in a row. So all compute the same statistics, advantages and weights:
-their number changes the result in rounding only. (Rewards that keep a state of their own are an exception.)
+their number changes the result in rounding only. (Rewards that are random or keep a state are an exception.)
 
 Without torchrun there is one process, which exchanges nothing. If one fails, torchrun ends the others.
 """

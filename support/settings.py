@@ -213,7 +213,8 @@ def build_config(flags):
         readers = Config.__dataclass_fields__[name].metadata.get("read_by", ALGORITHMS)
         if config.algorithm not in readers:
             raise ValueError(f"{flag_of(name)} is read by {', '.join(readers)}, not by {config.algorithm}")
-    if "training_guidance" not in flags and config.guidance_scale not in (0, config.sd_guidance):
+    usual = "sd_guidance" not in flags and config.guidance_scale in (0, config.sd_guidance)
+    if "training_guidance" not in flags and not usual:
         config.training_guidance = Config.training_guidance  # the rule's goes with the rule's guidance
     if "watch" not in flags:  # the rule's choice may have the name of the reward that is trained
         config.watch = tuple(name for name in config.watch if short_name(name) != short_name(config.reward))
