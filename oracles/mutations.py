@@ -74,7 +74,7 @@ MUTATIONS = [
      SETTINGS),
     ("support/settings.py", "clip_range=2e-3, skip_last_steps=2", "clip_range=2e-3, skip_last_steps=1",
      SETTINGS),
-    ("support/settings.py", "guidance_scale not in (0, config.sd_guidance)", "guidance_scale == 0", SETTINGS),
+    ("support/settings.py", "config.guidance_scale in (0, config.sd_guidance)", "True", SETTINGS),
     ("support/settings.py", "if name in (config.reward, *config.watch) else", "if True else", SETTINGS),
     ("train.py", "return start - (1 - kept) * abs(start)", "return start", RUNS),
     ("train.py", "reward(images, prompts[part])", "reward(images, prompts[:len(images)])", METHOD),
