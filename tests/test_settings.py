@@ -1,5 +1,7 @@
 """Settings: what the rules choose, what a flag overrides, what is refused."""
 import inspect
+import itertools
+import json
 
 import pytest
 
@@ -25,41 +27,38 @@ def test_the_paper_preset_is_the_papers_tables():
     assert (c.samples_per_epoch, c.updates_per_epoch, c.skip_last_steps, c.kl_weight) == (256, 4, 0, 0)
     assert (c.stats_buffer, c.stats_min_count, c.advantage_clip) == (32, 16, 10)
     assert c.epochs * c.samples_per_epoch == pytest.approx(50_000, rel=0.01)
-    for reward, prompt_set in (("aesthetic", "common_animals"), ("alignment", "animal_activities"),
-                               ("imagereward", "dpok"), ("counting", "two_to_eight_animals"),
-                               ("incompressibility", "imagenet_animals")):
-        assert paper(reward=reward).prompts == prompt_set
-    assert paper(algorithm="ddpo-sf").updates_per_epoch == 1
+    sets = {"aesthetic": "common_animals", "incompressibility": "imagenet_animals", "imagereward": "dpok",
+            "alignment": "animal_activities", "counting": "two_to_eight_animals"}
+    assert {reward: paper(reward=reward).prompts for reward in sets} == sets
     for algorithm in settings.RWR:
         rwr = paper(algorithm=algorithm)
         assert (rwr.samples_per_epoch, rwr.updates_per_epoch, rwr.batch_size) == (10_000, 400, 128)
         assert (rwr.beta, rwr.percentile, rwr.training_guidance) == (0.2, 0.9, 0)
 
 
-@pytest.mark.parametrize("asked, expected", [
-    ({}, dict(epochs=8, learning_rate=2e-4, clip_range=2e-3, skip_last_steps=2, images_per_prompt=8,
-              sd_guidance=3)),
-    (dict(lora_rank=4), dict(learning_rate=3e-3, epochs=8)),
-    (dict(lora_rank=4, learning_rate=1e-3), dict(learning_rate=1e-3)),
-    (dict(algorithm="ddpo-sf"), dict(epochs=32, samples_per_epoch=16, updates_per_epoch=1,
-                                     learning_rate=1e-4)),
-    (dict(algorithm="rwr"), dict(epochs=4, samples_per_epoch=128, beta=60, training_guidance=1.4)),
-    # The rule's goes with its guidance
-    (dict(algorithm="rwr", guidance_scale=2.0), dict(training_guidance=0)),
-    (dict(algorithm="nft"), dict(updates_per_epoch=10, batch_size=32, learning_rate=1e-4)),
-    (dict(reward="alignment"), dict(sampling_steps=4, epochs=12, wording="paper", sd_guidance=1,
-                                    eval_prompts=135)),
-    (dict(reward="counting", algorithm="rwr-sparse"), dict(samples_per_epoch=768, learning_rate=2e-4)),
-    (dict(reward="counting", algorithm="nft"), dict(epochs=4, updates_per_epoch=120, learning_rate=3e-4)),
-    (dict(preset="lora"), dict(lora_rank=4, learning_rate=3e-4,
-                               model="stable-diffusion-v1-5/stable-diffusion-v1-5")),
-    (dict(preset="sdxl"), dict(lora_rank=32, stats_buffer=1, images_per_prompt=8, eval_steps=40)),
-    (dict(preset="flow"), dict(lora_alpha=64, images_per_prompt=24, sampling_steps=10, height=512,
-                               eval_steps=40))],
-    ids=str)
-def test_a_flag_stands_above_a_later_rule_above_an_earlier_one_above_the_paper(asked, expected):
-    config = build_config({"precision": "fp32", **asked})
-    assert {name: getattr(config, name) for name in expected} == expected
+def test_every_preset_algorithm_and_reward_has_its_settings(monkeypatch):
+    """presets.json: setting -> value, or words -> value. Words name presets, algorithms, rewards; rank-4 is
+    --lora-rank 4, "*" all others. The results were measured with these settings."""
+    monkeypatch.setattr(settings, "check", lambda config: None)  # fp16 on a CPU
+    table = json.loads((ROOT / "tests" / "presets.json").read_text())
+    for preset, algorithm, reward, rank in itertools.product(
+            settings.PRESETS, settings.ALGORITHMS, (*rewards.REWARDS, "own.py:own"), (0, 4)):
+        flags = dict(preset=preset, algorithm=algorithm, reward=reward, device="cpu")
+        expected, words = {**flags}, {preset, algorithm, reward, f"rank-{rank}"}
+        for name, value in table.items():
+            while isinstance(value, dict):
+                value = value[next((key for key in value if words & {*key.split()}), "*")]
+            expected[name] = value
+        config = build_config(flags | ({"lora_rank": rank} if rank else {}))
+        assert settings.saved_settings(config) == expected, words
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (dict(lora_rank=4, learning_rate=1e-3), dict(learning_rate=1e-3)), (dict(epochs=7), dict(epochs=7)),
+    (dict(algorithm="rwr"), dict(training_guidance=1.4)),  # it goes with the rule's guidance
+    (dict(algorithm="rwr", guidance_scale=2.0), dict(training_guidance=0, guidance_scale=2))], ids=str)
+def test_a_flag_stands_above_the_rules(flags, expected):
+    assert vars(build_config(flags)).items() >= expected.items()
 
 
 def test_a_watched_reward_finds_its_options_as_a_trained_one_does():
@@ -71,8 +70,8 @@ def test_a_watched_reward_finds_its_options_as_a_trained_one_does():
     assert options("alignment") == toy  # neither trained nor watched, as in evaluate.py: the rules'
     assert options("alignment", watch=["alignment"], wording="code") == {**toy, "wording": "code"}
     assert options("alignment", preset="paper")["reward_model"] == ""
-    assert options("pickscore", reward="aesthetic", watch=["pickscore"],
-                   reward_model="x") == {"reward_model": "x"}
+    flags = dict(reward="aesthetic", watch=["pickscore"], reward_model="x")
+    assert options("pickscore", **flags) == {"reward_model": "x"}
 
 
 def test_watch_stands_for_all_that_the_rules_watch():
@@ -93,30 +92,29 @@ def test_the_choices_of_the_settings_are_the_tables_of_the_code():
     assert set(settings.LEARNED) == set(rewards.LEARNED)
     for name, kind in rewards.LEARNED.items():
         assert settings.options_of(name) == list(inspect.signature(kind).parameters)[1:]
-    assert {what["prompts"] for _, what in settings.RULES if "prompts" in what} <= set(prompts.PROMPT_SETS)
+    for where, what in settings.RULES:
+        asked = where.get("reward", ())
+        assert {*([asked] if isinstance(asked, str) else asked)} <= {*rewards.REWARDS}
+        assert what.get("prompts", "dpok") in prompts.PROMPT_SETS
 
 
 @pytest.mark.parametrize("flags, told", [
     ("--algorithm rwr --clip-range 1", "--clip-range is read by ddpo-is, not by rwr"),
-    ("--bert-model x", "--bert-model is read by alignment alone"), ("--clip-range -1", "must be above 0"),
+    ("--percentile 1", "not by ddpo-is"), ("--bert-model x", "--bert-model is read by alignment alone"),
+    ("--clip-range -1", "must be above 0"), ("--eta 0 --reward compressibility", "must be above 0"),
     ("--learn-steps 9", "too few to learn from"), ("--skip-last-steps 10", "too few to learn from"),
     ("--samples-per-epoch 60", "does not divide"), ("--updates-per-epoch 3", "equal shares"),
-    ("--algorithm ddpo-sf --updates-per-epoch 2", "ddpo-sf takes one"), ("--percentile 1", "not by ddpo-is"),
-    ("--images-per-prompt 1", "compares an image with itself"),
-                                         ("--stats-min-count 9", "more than --stats-buffer"),
-    ("--precision fp16 --device cpu", "needs a GPU"),
-                                         ("--precision bf16 --compile --device cpu", "outer level"),
-    ("--noise x", "invalid choice"), ("--device tpu", "--device tpu"),
-                                         ("--call []x", "must be a JSON object"),
-    ("--height 64 --call {\"height\":64}", "both say height"), ("--lora-alpha 4", "goes with --lora-rank"),
-    ("--name a/b", "must be a plain name"), ("--watch none --stop-below animal=0.9", "of a watched reward"),
+    ("--algorithm ddpo-sf --updates-per-epoch 2", "ddpo-sf takes one"),
+    ("--images-per-prompt 1", "compares an image with itself"), ("--name a/b", "must be a plain name"),
+    ("--stats-min-count 9", "more than --stats-buffer"), ("--lora-alpha 4", "goes with --lora-rank"),
+    ("--precision fp16 --device cpu", "needs a GPU"), ("--device tpu", "--device tpu"),
+    ("--precision bf16 --compile --device cpu", "outer level"), ("--noise x", "invalid choice"),
+    ("--call []x", "must be a JSON object"), ("--height 64 --call {\"height\":64}", "both say height"),
+    ("--watch none --stop-below animal=0.9", "of a watched reward"), ("--unknown 1", "unrecognized"),
     ("--stop-below animal", "must be as animal=0.9"), ("--reward x", "no reward 'x'"),
-                                         ("--reward x.py:f", "no reward file"),
-    ("--prompts x", "no prompts 'x'"), ("--reward counting --prompts dpok", "counting needs questions"),
-    ("--tracker wandb", "pip install wandb"), ("--eta 0 --reward compressibility", "must be above 0"),
-    ("--watch pickscore --watch pickscore", "two rewards have one name"),
-                                         ("--unknown 1", "unrecognized arguments"),
-    ("--epochs x", "invalid int value")])
+    ("--reward x.py:f", "no reward file"), ("--prompts x", "no prompts 'x'"), ("--epochs x", "invalid int"),
+    ("--reward counting --prompts dpok", "counting needs questions"), ("--tracker wandb", "pip install"),
+    ("--watch pickscore --watch pickscore", "two rewards have one name")])
 def test_a_mistake_on_the_command_line_is_one_line_and_loses_nothing(flags, told, capsys):
     assert train.main(flags.split()) == 2
     line, = capsys.readouterr().err.strip().splitlines()
