@@ -272,8 +272,8 @@ def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precisi
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")
         policy = Policy(pipeline, options, precision).with_chain(steps, eta, noise, scored)
-        if not set(size.values()) <= set(policy.image_size):
-            raise ValueError(f"it draws {policy.image_size} pixels with --height and --width {size}")
+        if not size.items() <= dict(zip(("height", "width"), policy.image_size)).items():
+            raise ValueError(f"it draws {policy.image_size} pixels (height, width) when asked for {size}")
         if name not in TESTED or call:
             refuse_other_steps(policy)
         if lora_rank:

@@ -318,10 +318,10 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     A learned reward loads its network, on that device and with those options.
     """
     if name in LEARNED:
-        return Reward(name, LEARNED[name](device, **options), unit_of(name), nan_allowed)
-    if name in REWARDS:
-        return Reward(name, REWARDS[name], unit_of(name), nan_allowed)
-    return Reward(short_name(name), user_function(name, tuple(REWARDS)), unit_of(name), nan_allowed)
+        function = LEARNED[name](device, **options)
+    else:
+        function = REWARDS.get(name) or user_function(name, tuple(REWARDS))
+    return Reward(short_name(name), function, unit_of(name), nan_allowed)
 
 
 def unit_of(name):

@@ -345,7 +345,8 @@ def resume(folder, flags):
             print(f"{name} has changed since the checkpoint of {folder}", file=sys.stderr)
     run_folder.save_config(folder, run.settings)
     run_folder.forget_after(folder, run.epoch)
-    run.save()  # with the settings that were given now
+    if flags:  # they are settings of the run from now on
+        run.save()
     return run
 
 
@@ -395,16 +396,15 @@ def description(run):
 def outcome(run):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
     rows = [row for row in run.rows if row["eval_reward_mean"] is not None]
-    first, last, (factor, unit) = rows[0], rows[-1], run.reward.unit
+    first, last, unit = rows[0], rows[-1], run.reward.unit  # a factor and a name
     before, after = first["eval_reward_mean"], last["eval_reward_mean"]
-    gain = f" ({100 * factor * (after - before) / abs(before):+.0f} %)" if before and unit != "%" else ""
-    seconds = round(sum(row[name] or 0 for row in run.rows for name in row if name.startswith("seconds_")))
-    watched = [f"{other.name} {display(first['watched'][other.name], other.unit)} -> "
-               f"{display(last['watched'][other.name], other.unit)}" for other in run.watched]
-    return (f"{run.reward.name}: {display(before, run.reward.unit)} -> "
-            f"{display(after, run.reward.unit)}{gain} on {run.config.eval_prompts} fixed prompts after "
-            f"{last['reward_queries']} reward queries, {seconds // 60} min {seconds % 60:02} s"
-            + (f"; watched: {', '.join(watched)}" if watched else ""))
+    gain = f" ({100 * unit[0] * (after - before) / abs(before):+.0f} %)" if before and unit[1] != "%" else ""
+    seconds = round(run_folder.seconds_of(run.rows))
+    watched = ", ".join(f"{other.name} {display(first['watched'][other.name], other.unit)} -> "
+                        f"{display(last['watched'][other.name], other.unit)}" for other in run.watched)
+    return (f"{run.reward.name}: {display(before, unit)} -> {display(after, unit)}{gain} on "
+            f"{run.config.eval_prompts} fixed prompts after {last['reward_queries']} reward queries, "
+            f"{seconds // 60} min {seconds % 60:02} s" + (f"; watched: {watched}" if watched else ""))
 
 
 class Clock:

@@ -239,13 +239,13 @@ def start(run):
 def line_of(run, made_at):
     """The line of a run that is finished."""
     rows = run_folder.read_rows(run.folder)
-    seconds = sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
+    minutes = round(run_folder.seconds_of(rows) / 60, 2)
     kept = "epoch reward_queries eval_reward_mean watched reward_mean approx_kl grad_norm loss".split()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     return {"label": run.label, "seed": run.seed, "folder": run.name, "model": run.model, "commit": made_at,
             "command": shlex.join(["python", "train.py", *run.words]).replace(f"{ROOT}/", ""),
             "machine": f"{device}, threads: {torch.get_num_threads()}, torch {torch.__version__}",
-            "minutes": round(seconds / 60, 2), "updates": run.config.epochs * run.config.updates_per_epoch,
+            "minutes": minutes, "updates": run.config.epochs * run.config.updates_per_epoch,
             "rows": [{name: row[name] for name in kept} for row in rows], "settings": settings_of(run.config),
             "units": {short_name(name): unit_of(name) for name in run.config.watch}}
 

@@ -2,7 +2,7 @@
 
     python train.py --reward studies/redness.py:redness --stop-below animal=90% --name red
     python studies/guidance.py runs/red
-    python studies/guidance.py runs/wolf --eval-prompts 50 --recurrences 6 --micro-batch 1    # README
+    python studies/guidance.py runs/red --eval-prompts 50 --recurrences 6
 
 Prints two tables. The first is a sweep of the scale g on other noise than the second. The rule: of the scales
 that keep nine tenths of what the first watched reward of the run was without guidance, take the one with the

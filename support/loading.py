@@ -41,9 +41,11 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     that does not say it. If all takes over half of a GPU, the text encoders are there only while they encode.
     """
     silence_libraries()
-    load = load_single_file if Path(model).is_file() else load_parts
     with one_line_errors("model", model), all_weights_loaded() as missing:
-        pipeline = load(model, precision, t5, in_fp32)
+        if Path(model).is_file():
+            pipeline = load_single_file(model, t5)
+        else:
+            pipeline = load_folder(model, precision, t5, in_fp32)
         networks, denoiser = networks_of(pipeline), denoiser_of(pipeline)
         missing += [f"{part}.{name}" for part, network in networks.items()
                     for name, weight in network.named_parameters() if weight.is_meta]
@@ -70,7 +72,7 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     return pipeline
 
 
-def load_parts(model, precision, t5, in_fp32):
+def load_folder(model, precision, t5, in_fp32):
     """The pipeline of a folder or hub name, by diffusers' from_pretrained."""
     from diffusers import DiffusionPipeline
     if is_lora(model):
@@ -93,7 +95,7 @@ def load_parts(model, precision, t5, in_fp32):
         raise
 
 
-def load_single_file(model, precision, t5, in_fp32):
+def load_single_file(model, t5):
     """The pipeline of one file of weights of Stable Diffusion 1, 2 or SDXL."""
     import diffusers
     from diffusers.loaders import single_file_utils
@@ -101,6 +103,8 @@ def load_single_file(model, precision, t5, in_fp32):
     if not any(name.startswith("model.diffusion_model.") for name in weights):
         raise ValueError("it is a LoRA or a part of a model: it has no weights model.diffusion_model.*")
     kind = single_file_utils.infer_diffusers_model_type(weights)
+    if not t5:
+        raise ValueError("--no-t5 is for Stable Diffusion 3, and not in one file")
     if kind not in ("v1", "v2", "xl_base"):
         raise ValueError(f"its weights are of the kind {kind}: in one file we load v1, v2 and xl_base")
     # A file has no settings and no tokenizer. Diffusers' own source of those of Stable Diffusion 2 is gone.

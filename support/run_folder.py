@@ -102,6 +102,11 @@ def read_rows(folder):
     return read_lines(folder / "log.jsonl")
 
 
+def seconds_of(rows):
+    """The seconds that a log tells of."""
+    return sum(row[name] or 0 for row in rows for name in row if name.startswith("seconds_"))
+
+
 @by_first
 def save_checkpoint(folder, state):
     """Write the state of a run in one file."""

@@ -258,8 +258,7 @@ def load_settings(settings, flags):
     places = {name: absolute(settings[name], ROOT) for name in facts("place")}
     before, config = Config(**{**settings, **places}), Config(**{**settings, **places, **flags})
     if names_of(before) != names_of(config):
-        raise ValueError(f"--resume: the run's rewards are {', '.join(names_of(before))}; give only their "
-                         "new place")
+        raise ValueError(f"--resume takes the run's own rewards alone: {', '.join(names_of(before))}")
     return completed(config)
 
 

@@ -398,3 +398,4 @@ def test_a_single_file_is_the_same_model_and_without_a_weight_or_of_another_kind
             ([first, "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"], "xl_refiner")):
         save_file({name: weights.get(name, torch.zeros(4)) for name in names}, "other.safetensors")
         assert message in refused("other.safetensors")
+    assert "--no-t5 is for Stable Diffusion 3" in refused("dreams.ckpt", t5=False)
