@@ -26,11 +26,11 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPText
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
                           T5Config, T5EncoderModel)
 
+import policy
 import train
 from ddpo import Learner
-from policy import load_policy
 from support import run_folder
-from support.settings import build_config
+from support.settings import Config, build_config
 
 torch.set_num_threads(1)  # pytest runs two processes (pyproject.toml); the forked ones must round as these do
 ROOT = Path(__file__).resolve().parent
@@ -228,6 +228,14 @@ def tiny_vlm(tmp_path_factory):
 
 
 # ---- Learning, by the functions ----
+
+def load_policy(model, steps, eta=1.0, guidance_scale=0.0, trains=True, scored=True, call=None, **settings):
+    """The policy of a model, in fp32 on the CPU."""
+    given = {"precision": "fp32", "device": "cpu", **settings}
+    config = Config(model=str(model), sampling_steps=steps, eta=eta, guidance_scale=guidance_scale,
+                    call=json.dumps(call or {}), **given)
+    return policy.load_policy(config, None if trains else str(model), scored)
+
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
+from policy import load_policy
 from prompts import load_prompts
 from rewards import display, load_reward, to_pil
 from support import run_folder
 from support.settings import absolute, load_settings, refuse, reward_options
-from train import draw_fixed, policy_of
+from train import draw_fixed
 
 COLUMNS = 12
 HEADER = ["run", "reward", "prompts", "images", "before", "after", "change", "improved"]
@@ -40,7 +41,7 @@ def evaluate(folder, args):
     rewards = [load_reward(name, config.device, nan_allowed=True, **reward_options(config, name))
                for name in dict.fromkeys([*asked, *config.watch])]
     prompts = load_prompts(config.prompts)
-    drawn = [draw_fixed(policy_of(config, source, scored=False), prompts, config)
+    drawn = [draw_fixed(load_policy(config, source, scored=False), prompts, config)
              for source in (config.model, model)]  # one after the other: two would not fit on a GPU
     chosen, texts = drawn[0][0], [prompt.text for prompt in drawn[0][0]]
     rows, labels = [], texts * 2

@@ -20,12 +20,16 @@ import functools
 import inspect
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sampling import make_schedule, mean_sigma
-from support.loading import PRECISIONS, add_lora, cached_encoding, denoiser_of, load_pipeline, save_pipeline
+from support.loading import (PRECISIONS, add_lora, denoiser_of, is_lora, load_lora, load_pipeline,
+                             networks_of, save_pipeline)
 from support.networks import one_line_errors
 from support.schedulers import chain_levels, training_levels
+from support.settings import call_options
 
+KEPT_NUMBERS = 2**27  # of results of encode_prompt: half a GB in fp32. More are dropped, all at once
 PROBE = "a photo"  # a prompt for calls whose image nobody looks at
 # Their prediction depends on timestep, latent and prompts alone: tests/test_policy.py. Any other is tried.
 TESTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
@@ -43,7 +47,7 @@ class Policy:
 
     def __init__(self, pipeline, options, precision="fp32"):
         self.pipeline, self.options, self.precision, self.reference = pipeline, options, precision, None
-        self.denoiser, self.encode_prompt = denoiser_of(pipeline), cached_encoding(pipeline)
+        self.denoiser, self.encode_prompt = denoiser_of(pipeline), remembered_encoding(pipeline)
         self.device = self.denoiser.device
 
     @property
@@ -221,6 +225,32 @@ def tapped(kind):
                                      set_timesteps=set_timesteps, step=step))
 
 
+def remembered_encoding(pipeline):
+    """The pipeline's encode_prompt, with a memory. Encoders on the CPU visit the denoiser's device."""
+    encode, device, kept = pipeline.encode_prompt, denoiser_of(pipeline).device, {}
+    guests = [network for name, network in networks_of(pipeline).items()
+              if name.startswith("text_encoder") and network.device != device]
+
+    @functools.wraps(encode)
+    def encode_prompt(*args, **options):
+        if any(isinstance(value, torch.Tensor) for value in (*args, *options.values())):
+            return encode(*args, **options)
+        key = repr((args, sorted(options.items())))
+        if key not in kept:
+            if sum(value.numel() for value in tree_leaves(kept) if torch.is_tensor(value)) > KEPT_NUMBERS:
+                kept.clear()
+            for network in guests:
+                network.to(device)
+            # Outside autocast: states of half precision would be served to calls in fp32.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                kept[key] = encode(*args, **options)
+            for network in guests:
+                network.to("cpu")
+        return kept[key]
+
+    return encode_prompt
+
+
 # ---- Guidance ----
 
 def guidance_name(pipeline):
@@ -250,41 +280,40 @@ def guidance_options(pipeline, scale):
 
 # ---- A policy by the name of its model ----
 
-def load_policy(model, steps, eta=1.0, guidance_scale=0.0, device="cpu", precision="fp32", noise="ddim",
-                scored=True, height=0, width=0, call=None, t5=True, prediction_type="", sd_guidance=5.0,
-                trains=True, lora_rank=0, lora_alpha=0, seed=0, keep_reference=False,
-                gradient_checkpointing=False, compiled=False):
-    """A model by hub name, folder or single file, as a policy with a chain of `steps` steps.
+def load_policy(config, model=None, scored=True):
+    """The policy of a run's settings (support.settings.Config) before its training, ready to be trained.
 
-    eta, noise, scored: see sampling.make_schedule. guidance_scale: 0 is sd_guidance for Stable Diffusion 1
-    and 2, else the default of the pipeline's call. height, width: in pixels; 0 is the model's own. call:
-    other options of the pipeline's call. precision, t5, prediction_type: see load_pipeline. trains: False for
-    a policy that only draws. lora_rank: adapters of that rank train alone (add_lora); 0: all weights of the
-    denoiser. keep_reference: policy.reference becomes the weights as they are now.
+    model: another one by hub name, folder or single file, or a folder's adapters beside the config's. It only
+    draws. scored: see sampling.make_schedule. With config.kl_weight policy.reference becomes the weights.
     """
-    pipeline = load_pipeline(model, device, precision, t5, prediction_type, in_fp32=trains and not lora_rank)
-    name, call = type(pipeline).__name__, call or {}
-    with one_line_errors("model", model):
-        guidance_scale = guidance_scale or (sd_guidance if name == "StableDiffusionPipeline" else 0)
-        size = {side: pixels for side, pixels in (("height", height), ("width", width)) if pixels}
-        options = {**guidance_options(pipeline, guidance_scale), **size, **call}
+    adapters, trains, c = model is not None and is_lora(model), model is None, config
+    source = c.model if trains or adapters else model
+    in_fp32 = trains and not c.lora_rank
+    pipeline = load_pipeline(source, c.device, c.precision, c.t5, c.prediction_type, in_fp32)
+    name = type(pipeline).__name__
+    with one_line_errors("model", source):
+        guidance = c.guidance_scale or (c.sd_guidance if name == "StableDiffusionPipeline" else 0)
+        size = {side: getattr(c, side) for side in ("height", "width") if getattr(c, side)}
+        options = {**guidance_options(pipeline, guidance), **size, **call_options(c)}
         unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
         if unknown:
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")
-        policy = Policy(pipeline, options, precision).with_chain(steps, eta, noise, scored)
+        policy = Policy(pipeline, options, c.precision).with_chain(c.sampling_steps, c.eta, c.noise, scored)
         if not size.items() <= dict(zip(("height", "width"), policy.image_size)).items():
             raise ValueError(f"it draws {policy.image_size} pixels (height, width) when asked for {size}")
-        if name not in TESTED or call:
+        if name not in TESTED or c.call:
             refuse_other_steps(policy)
-        if lora_rank:
-            add_lora(pipeline, lora_rank, lora_alpha or lora_rank, seed)
+        if adapters:
+            load_lora(pipeline, model)
+        elif trains and c.lora_rank:
+            add_lora(pipeline, c.lora_rank, c.lora_alpha or c.lora_rank, c.seed)
         elif trains:
             policy.denoiser.requires_grad_(True)
-    if keep_reference:
+    if trains and c.kl_weight:
         policy.reference = policy.weights()
-    if gradient_checkpointing:
+    if trains and c.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
-    if compiled:
+    if trains and c.compile:
         policy.denoiser.compile()
     return policy
 

@@ -24,8 +24,7 @@ import prompts
 import rewards
 import sampling
 import train
-from conftest import EMOJI, ROOT, STABLE_DIFFUSION, learner, rng, run, tiny_flags, weights
-from policy import load_policy
+from conftest import EMOJI, ROOT, STABLE_DIFFUSION, learner, load_policy, rng, run, tiny_flags, weights
 from support.schedulers import chain_levels, plain_scheduler, training_levels
 
 # ---- Oracles: the authors' own code, diffusers, torch.distributions, closed forms ----
@@ -352,7 +351,7 @@ def test_other_baselines_are_the_batch_alone_or_nothing():
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 2e-6), ("bf16", 1e-3)])
 def test_ratio_is_one_for_every_image_and_step_at_any_batch_size(precision, tolerance, tiny_model):
     model = EMOJI if precision == "fp32" else tiny_model
-    policy = load_policy(model, steps=10, guidance_scale=3.0, precision=precision)
+    policy = load_policy(model, 10, 1.0, 3.0, precision=precision)
     trajectory = sampling.rollout(policy, ["a cat", "two dogs"] * 2, rng(), batch_size=3)
     for k, size in itertools.product(range(10), (1, 3, 4)):
         parts = torch.arange(4).split(size)
@@ -491,7 +490,7 @@ def test_an_update_learns_from_all_actions_but_the_skipped_or_from_some_drawn_ev
 def test_the_kl_penalty_is_zero_at_the_pretrained_policy_and_pulls_back_to_it(tiny_model):
     kls = {}
     for weight in (0.0, 100.0):
-        policy = load_policy(tiny_model, 3, keep_reference=True)
+        policy = load_policy(tiny_model, 3, kl_weight=1.0)
         trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8)
         extras = learner(policy, kl_weight=weight, updates_per_epoch=1)
         kls[weight] = [ddpo.ddpo_update(policy, trajectory, noise(8, seed=k), loss=ddpo.clipped_loss,
@@ -680,7 +679,7 @@ def gain(before, after):
 
 
 def test_it_learns_on_the_toy_model_and_not_from_shuffled_rewards():
-    policy, gains, dealer = load_policy(EMOJI, steps=4, guidance_scale=1.0), {}, rng(1)
+    policy, gains, dealer = load_policy(EMOJI, 4, 1.0, 1.0), {}, rng(1)
     start, before = policy.weights(), drawn_redness(policy)
     for shuffled in (False, True):
         policy.denoiser.load_state_dict(start)
@@ -700,7 +699,7 @@ def test_it_learns_on_the_toy_model_and_not_from_shuffled_rewards():
 
 def test_rwr_learns_on_the_toy_model_in_one_round():
     """From each prompt's best image, against a round without a reward: that changes the images, too."""
-    policy = load_policy(EMOJI, steps=4, guidance_scale=1.0)
+    policy = load_policy(EMOJI, 4, 1.0, 1.0)
     start, red = policy.weights(), {}
     trajectory = sampling.rollout(policy, FOUR * 8, rng(), 32, keep_chain=False)
     values = redness(policy.decode(trajectory.x_0))

@@ -24,8 +24,7 @@ from prompts import load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
-from support.loading import is_lora, load_lora
-from support.settings import (build_config, call_options, load_settings, parse, reward_options,
+from support.settings import (build_config, load_settings, parse, reward_options,
                               saved_settings, short_name)
 from support.trackers import load_tracker
 from support.user_files import hashes_of
@@ -286,21 +285,6 @@ class Run:
 
 # ---- A run, new or resumed ----
 
-def policy_of(config, model=None, scored=True):
-    """The policy of a run's settings before its training; or another model, or a folder's adapters."""
-    adapters = model if model and is_lora(model) else None
-    training = {"trains": False} if model else dict(
-        keep_reference=config.kl_weight > 0, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        seed=config.seed, gradient_checkpointing=config.gradient_checkpointing, compiled=config.compile)
-    policy = load_policy(
-        config.model if adapters else model or config.model, config.sampling_steps, config.eta,
-        config.guidance_scale, config.device, config.precision, config.noise, scored, config.height,
-        config.width, call_options(config), config.t5, config.prediction_type, config.sd_guidance, **training)
-    if adapters:
-        load_lora(policy.pipeline, adapters)
-    return policy
-
-
 def load_rewards(config):
     """The trained reward and the watched ones."""
     return [load_reward(name, config.device, name in config.watch, **reward_options(config, name))
@@ -314,7 +298,7 @@ def load_parts(config):
         raise ValueError(f"--prompts {config.prompts}: counting needs questions, as in two_to_eight_animals")
     stop_limits(config)  # refused before the loading
     reward, *watched = load_rewards(config)
-    policy = policy_of(config)
+    policy = load_policy(config)
     if config.training_guidance:
         policy.with_guidance(config.training_guidance)  # refused now, and not after the first images
     return prompts, policy, reward, watched

@@ -48,11 +48,11 @@ from emoji.judge import ANIMALS, EMOJI, MAX_NUMBER, SIZE, WEIGHTS, Judge, load_j
 from policy import load_policy, training_levels
 from prompts import NUMBER_WORDS, counting_questions, with_number
 from rewards import VLM, Alignment, compressibility, dialogue, to_pil
-
 from sampling import rollout, target_of
-from support.networks import normalised
 from support.loading import load_pipeline, plain_scheduler
+from support.networks import normalised
 from support.run_folder import read_rows, write_atomically
+from support.settings import Config
 
 TOKENS = 16             # context of the text encoder
 LATENT_CHANNELS = 8
@@ -601,8 +601,9 @@ def sample(prompts, steps, args):
 
     They are drawn as a policy draws: eta = 1, seed 0.
     """
-    policy = load_policy(args.output, steps, 1.0, args.guidance_scale, args.device,
-                         scored=False, trains=False)
+    policy = load_policy(Config(
+        model=str(args.output), sampling_steps=steps, guidance_scale=args.guidance_scale, device=args.device,
+        precision="fp32"), scored=False)
     trajectory = rollout(policy, prompts, torch.Generator().manual_seed(0), 64, keep_chain=False,
                          title=f"{steps} steps".ljust(11))
     return policy.decode(trajectory.x_0)

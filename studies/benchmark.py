@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if run as a script
 from ddpo import Learner
+from policy import load_policy
 from prompts import load_prompts
 from sampling import rollout, score
 from studies import command_line
@@ -25,7 +26,7 @@ from studies.random_networks import stable_diffusion
 from support.loading import PRECISIONS
 from support.run_folder import write_atomically
 from support.settings import build_config
-from train import ALGORITHMS, RUNS, policy_of
+from train import ALGORITHMS, RUNS
 
 # TFLOP at 512 x 512: a guided forward of the U-Net; learning from a step, of all weights (three forwards) and
 # of LoRA, whose backward pass needs no gradient of the frozen weights; decoding.
@@ -34,7 +35,7 @@ TFLOP_STEP, TFLOP_LEARN, TFLOP_LEARN_LORA, TFLOP_DECODE = 1.606, 4.82, 3.43, 2.5
 
 def benchmark(config, images, args):
     """A row of the table. One update is measured, of RWR and nft on as many images as it has."""
-    policy, rng = policy_of(config), torch.Generator().manual_seed(0)
+    policy, rng = load_policy(config), torch.Generator().manual_seed(0)
     learner, (_, update, keep_chain) = Learner(policy, config), ALGORITHMS[config.algorithm]
     texts = [prompt.text for prompt in (load_prompts(config.prompts) * images)[:images]]
     # Of learning, an image of an epoch costs so many images of the update that is measured.

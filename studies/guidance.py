@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if run as a script
 from beyond.universal_guidance import guided_rollout
 from evaluate import finished_run, with_interval
+from policy import load_policy
 from prompts import load_prompts
 from rewards import to_pil
 from sampling import rollout
@@ -30,7 +31,7 @@ from studies import command_line
 from studies.report import markdown
 from support.run_folder import draw_grid, write_atomically
 from support.settings import completed
-from train import EVAL_SEED, fixed_prompts, floor_of, load_rewards, policy_of
+from train import EVAL_SEED, fixed_prompts, floor_of, load_rewards
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen
 COLUMNS = 12      # of the picture
@@ -63,7 +64,7 @@ def chosen_scale(means):
 
 def guidable(config):
     """The base model with frozen weights: a gradient to the latents needs none to them, nor its memory."""
-    policy = policy_of(replace(config, eta=0.0), config.model, scored=False)
+    policy = load_policy(replace(config, eta=0.0), config.model, scored=False)
     for network in (policy.denoiser, policy.pipeline.vae):
         network.requires_grad_(False)
         if config.gradient_checkpointing:
@@ -86,9 +87,9 @@ def compare(args):
     options |= {"scale": chosen_scale(means), "backward_steps": args.backward_steps}
     title = f"g = {options['scale']:g}, k = {args.recurrences}, m = {args.backward_steps}"
     for name, policy, guidance in (
-            ("base model", policy_of(config, config.model, scored=False), {}),
+            ("base model", load_policy(config, config.model, scored=False), {}),
             (f"universal guidance, {title}", guided, options),
-            (config.algorithm, policy_of(config, model, scored=False), {})):
+            (config.algorithm, load_policy(config, model, scored=False), {})):
         images, seconds = drawn(policy, prompts, EVAL_SEED, config, **guidance)
         table.append(row(name, images, seconds, prompts, rewards)[0])
         pictures += [to_pil(image) for image in images[:COLUMNS]]

@@ -6,13 +6,11 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from support.networks import all_weights_loaded, one_line_errors, silence_libraries
 from support.schedulers import plain_scheduler
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-KEPT_NUMBERS = 2**27  # of results of encode_prompt: half a GB in fp32. More are dropped, all at once
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj",
              ".to_add_out", ".to_qkv_mlp_proj", ".attn.to_out")  # the last two: single blocks of FLUX.2
@@ -138,32 +136,6 @@ def check_tokenizers(pipeline):
             limit = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
             if limit:  # not every folder says it of the tokenizer
                 tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-
-
-def cached_encoding(pipeline):
-    """The pipeline's encode_prompt, with a memory. Encoders on the CPU visit the denoiser's device."""
-    encode, device, kept = pipeline.encode_prompt, denoiser_of(pipeline).device, {}
-    guests = [network for name, network in networks_of(pipeline).items()
-              if name.startswith("text_encoder") and network.device != device]
-
-    @functools.wraps(encode)
-    def encode_prompt(*args, **options):
-        if any(isinstance(value, torch.Tensor) for value in (*args, *options.values())):
-            return encode(*args, **options)
-        key = repr((args, sorted(options.items())))
-        if key not in kept:
-            if sum(value.numel() for value in tree_leaves(kept) if torch.is_tensor(value)) > KEPT_NUMBERS:
-                kept.clear()
-            for network in guests:
-                network.to(device)
-            # Outside autocast: states of half precision would be served to calls in fp32.
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                kept[key] = encode(*args, **options)
-            for network in guests:
-                network.to("cpu")
-        return kept[key]
-
-    return encode_prompt
 
 
 def add_lora(pipeline, rank, alpha, seed):

@@ -7,9 +7,8 @@ from safetensors.torch import load_file
 
 import prompts
 import train
-from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, rng
+from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, load_policy, rng
 from emoji import judge, pretrain
-from policy import load_policy
 from rewards import load_reward
 from support.settings import build_config, reward_options
 
@@ -30,7 +29,7 @@ def test_the_toy_models_draw_what_they_are_asked_with_plain_diffusers(model):
 
 def test_the_vlm_and_the_judge_see_what_the_toy_model_drew():
     config = build_config(dict(reward="alignment", guidance_scale=5.0, sampling_steps=10, eval_prompts=27))
-    chosen, images = train.draw_fixed(train.policy_of(config), prompts.load_prompts(config.prompts), config)
+    chosen, images = train.draw_fixed(train.load_policy(config), prompts.load_prompts(config.prompts), config)
 
     alignment, counting, animal, number = (load_reward(name, **reward_options(config, name))
                                            for name in ("alignment", "counting", *config.watch))

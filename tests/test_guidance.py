@@ -5,8 +5,7 @@ import torch
 import rewards
 import sampling
 from beyond.universal_guidance import guided_rollout
-from conftest import EMOJI, rng
-from policy import load_policy
+from conftest import EMOJI, load_policy, rng
 
 GREEN = """
 def green(images, prompts): return 10 * (images[:, 1] - images[:, ::2].mean(1)).mean((1, 2))

@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 
 import sampling
-from conftest import rng, run, tiny_flags, without_seconds
-from policy import load_policy
+from conftest import load_policy, rng, run, tiny_flags, without_seconds
 from support.loading import load_lora
 from support.settings import build_config
 

@@ -5,8 +5,7 @@ import torch
 import baselines_rwr
 import sampling
 from beyond import diffusion_nft
-from conftest import learner, rng
-from policy import load_policy
+from conftest import learner, load_policy, rng
 
 
 def test_the_loss_of_nft_is_that_of_its_formula_and_an_average_image_changes_nothing():

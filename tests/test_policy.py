@@ -16,9 +16,9 @@ import ddpo
 import sampling
 from baselines_rwr import rwr_update
 from beyond.diffusion_nft import nft_update
-from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, learner, rng, run, tiny_flags,
-                      tiny_pipeline, weights, without_seconds)
-from policy import Policy, load_policy
+from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, learner, load_policy, rng,
+                      run, tiny_flags, tiny_pipeline, weights, without_seconds)
+from policy import Policy
 from support.loading import load_pipeline
 from support.schedulers import plain_scheduler, training_levels
 
@@ -165,7 +165,7 @@ def test_without_noise_the_images_are_those_of_the_pipelines_own_call_and_a_grad
 
 
 def test_the_ratio_is_one_an_update_moves_it_and_plain_diffusers_draws_the_same_with_what_is_saved(family):
-    policy = load_policy(family.folder, 3, keep_reference=True, **family.options, **family.lora)
+    policy = load_policy(family.folder, 3, kl_weight=1.0, **family.options, **family.lora)
     trajectory, before = sampling.rollout(policy, TEXTS, rng(), 2), drawn_by_chain(policy)
     extras = {**learner(policy, 1e-2, kl_weight=1.0, skip_last_steps=1), "loss": ddpo.clipped_loss}
     one, two = (ddpo.ddpo_update(policy, trajectory, torch.tensor([1.0, -1.0]), **extras) for _ in range(2))

@@ -1,17 +1,14 @@
-"""compare.py, report.py, guidance.py, memory.py."""
+"""compare.py, report.py, guidance.py."""
 import shutil
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import run, tiny_pipeline
-from studies import compare, guidance, memory, report
+from conftest import run
+from studies import compare, guidance, report
 from support.run_folder import append_line, read_lines
-from support.settings import build_config
 
 
 def line(label, seed, queries, values, animal=None, **settings):
@@ -137,21 +134,3 @@ def test_the_scale_is_that_of_the_most_reward_among_those_that_keep_the_watched_
     assert chosen({0.0: [0.1, 1.0], 1.0: [0.3, 0.95], 3.0: [0.4, 0.91], 9.0: [0.8, 0.5]}) == 3.0
     assert chosen({0.0: [0.1, -2.0], 1.0: [0.3, -2.1], 9.0: [0.8, -3.0]}) == 1.0
     assert chosen({0.0: [0.1], 9.0: [0.8]}) == chosen({0.0: [0.1, nan], 9.0: [0.8, nan]}) == 9.0
-
-
-def test_counted_memory_is_that_of_the_weights_their_moments_and_the_activations(monkeypatch):
-    with FakeTensorMode(), memory.Counter() as counter:
-        a = torch.zeros(1000)                    # 4,000 bytes
-        b = (a + 1).view(10, 100)                # 8,000; a view is no new memory
-        del a                                    # 4,000
-        c = torch.cat([b, b]) * 2                # 4,000 + 2 x 8,000, of which one goes
-    assert (counter.now, counter.peak, len(c)) == (12_000, 20_000, 20)
-    tiny = tiny_pipeline, lambda n: (memory.half(n, 77, 16),) * 2, 0.001
-    monkeypatch.setitem(memory.MODELS, "tiny", tiny)
-    config = build_config({"preset": "paper", "precision": "bf16", "device": "cpu", "sample_batch": 4})
-    drawing, _, eight, sixteen = memory.counted("tiny", config, (8, 16))
-    unet, vae = (sum(weight.numel() * 4 / 1e9 for weight in network.parameters())
-                 for network in (tiny_pipeline().unet, tiny_pipeline().vae))
-    # Weights, gradients, two moments; a million weights of text encoders in half precision; the chains.
-    static = 4 * unet + vae + 0.002 + 256 * 51 * 256 * 4 / 1e9
-    assert 2 * eight - sixteen == pytest.approx(static, rel=0.1) and static - 2 * unet < drawing < eight
