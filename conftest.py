@@ -59,8 +59,7 @@ def with_drawings():
 def without_drawings(request, monkeypatch):
     if "with_drawings" not in request.fixturenames:
         monkeypatch.setattr(run_folder, "draw_curve", lambda *_: None)
-        monkeypatch.setattr(run_folder, "save_gif", lambda strips, labels, path: path.touch())
-        monkeypatch.setattr(run_folder, "stack_rows", lambda strips, labels: strips[0])
+        monkeypatch.setattr(run_folder, "save_gif", lambda strips, path: path.touch())
 
 
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(7))

@@ -2,8 +2,8 @@
 
     python prompts.py                  # the sets, with examples
 
-A prompt set is a list of `Prompt`. To add one, write a function that returns the list, and name it in
-PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or JSON lines as
+To add a set, write it into PROMPT_SETS. Or give a file of your own: a text with one prompt a line, or JSON
+lines as
 
     {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "mine": 1}
 
@@ -47,6 +47,11 @@ class Prompt:
     metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
 
 
+def as_prompts(texts):
+    """Texts or prompts -> prompts."""
+    return [Prompt(text) if isinstance(text, str) else text for text in texts]
+
+
 # ---- English ----
 
 def with_article(noun):
@@ -70,100 +75,7 @@ def with_number(noun, number):
     return with_article(noun) if number == 1 else f"{NUMBER_WORDS[number]} {plural(noun)}"
 
 
-# ---- The sets ----
-
-def common_animals():
-    """Aesthetic quality: the paper's 45 common animals as bare names ("cat"), as in the authors' code."""
-    return [Prompt(animal) for animal in COMMON_ANIMALS]
-
-
-def emoji_animals():
-    """The same 45 with an article ("a cat"), as the toy model was trained to read them."""
-    return [Prompt(with_article(animal)) for animal in COMMON_ANIMALS]
-
-
-def imagenet_animals():
-    """JPEG size: the whole labels of ImageNet-1000's 398 animals, 0 to 397, as in the authors' code."""
-    return read_prompts(Path(__file__).parent / "support" / "imagenet_animals.txt")
-
-
-def painted_animals():
-    """The 45 prompts on which PRDP (arXiv 2402.08714, table 1) measured DDPO, as in "A painting of a cat"."""
-    return [Prompt(f"A painting of {with_article(animal)}") for animal in COMMON_ANIMALS]
-
-
-def animal_activities():
-    """Prompt-image alignment: the 45 animals in each of three activities, as in "an ant playing chess"."""
-    return [Prompt(f"{animal.text} {activity}") for animal in emoji_animals() for activity in ACTIVITIES]
-
-
-def two_to_eight_animals():
-    """Counting (appendix A): two to eight of each of the 45 animals, as in "three mice", with questions."""
-    return [counting_prompt(animal, number) for number in range(2, 9) for animal in COMMON_ANIMALS]
-
-
-def two_to_four_animals():
-    """Counting for the toy model, which draws at most four: two to four of each of the 45 animals."""
-    return [counting_prompt(animal, number) for number in range(2, 5) for animal in COMMON_ANIMALS]
-
-
-def counting_prompt(animal, number):
-    """That number of an animal, with the two questions of the counting reward."""
-    return Prompt(with_number(animal, number), counting_questions(animal, number))
-
-
-def counting_questions(animal, number):
-    """The two questions of the counting reward, each with the words that are right answers.
-
-    The authors name the animal in the first ("How many cats are there in this image?"), and mark by
-    substring. We mark by whole words, since "fourteen" is not four.
-    """
-    return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
-            ("What animal is in this image?", (animal, plural(animal))))
-
-
-def dpok():
-    """The four prompts of the comparison with DPOK (appendix C). One model is trained on all four."""
-    texts = "a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"
-    return [Prompt(text) for text in texts]
-
-
-def unseen_animals():
-    """Generalisation, for evaluation only: 38 animals that no training prompt names."""
-    return [Prompt(animal) for animal in UNSEEN_ANIMALS]
-
-
-def objects():
-    """Generalisation, for evaluation only: 50 common objects."""
-    return [Prompt(thing) for thing in OBJECTS]
-
-
-def unseen_emoji_animals():
-    """Generalisation of the toy model: 30 animals that it can draw and that no training prompt names."""
-    return [Prompt(with_article(animal)) for animal in UNSEEN_EMOJI_ANIMALS]
-
-
-def two_to_four_unseen_emoji_animals():
-    """Generalisation of alignment and counting: two to four of each of these 30."""
-    return [counting_prompt(animal, number) for number in range(2, 5) for animal in UNSEEN_EMOJI_ANIMALS]
-
-
-PROMPT_SETS = {function.__name__: function for function in (  # the next set goes here
-    common_animals, emoji_animals, imagenet_animals, painted_animals, animal_activities, two_to_eight_animals,
-    two_to_four_animals, dpok, unseen_animals, objects, unseen_emoji_animals,
-    two_to_four_unseen_emoji_animals)}
-
-
 # ---- Files ----
-
-def load_prompts(name):
-    """The prompts of a set in PROMPT_SETS, or of a file. ValueError, in one line, if it is neither."""
-    if name in PROMPT_SETS:
-        return PROMPT_SETS[name]()
-    if not Path(name).is_file():
-        raise ValueError(f"no prompts {name!r}: neither a set ({', '.join(PROMPT_SETS)}) nor a file")
-    return read_prompts(Path(name))
-
 
 def read_prompts(path):
     """One Prompt for each line of a text file, or of JSON lines (.jsonl), that is not blank."""
@@ -189,8 +101,65 @@ def prompt_of_json(line, file):
     return Prompt(text, questions, fields)
 
 
+# ---- The sets ----
+
+def counting_prompt(animal, number):
+    """That number of an animal, with the two questions of the counting reward."""
+    return Prompt(with_number(animal, number), counting_questions(animal, number))
+
+
+def counting_questions(animal, number):
+    """The two questions of the counting reward, each with the words that are right answers.
+
+    The authors name the animal in the first ("How many cats are there in this image?"), and mark by
+    substring. We mark by whole words, since "fourteen" is not four.
+    """
+    return (("How many animals are in this image?", (NUMBER_WORDS[number], str(number))),
+            ("What animal is in this image?", (animal, plural(animal))))
+
+
+def counted(animals, most):
+    """Two to so many of each animal, as in "three mice", with questions."""
+    return [counting_prompt(animal, number) for number in range(2, most + 1) for animal in animals]
+
+
+# name -> what it is, and its texts, or prompts. The next set goes here.
+PROMPT_SETS = {
+    "common_animals": ("aesthetic quality: the 45 animals as bare names, as in the authors' code",
+                       COMMON_ANIMALS),
+    "emoji_animals": ("these with an article, as the toy model was trained to read them",
+                      [with_article(animal) for animal in COMMON_ANIMALS]),
+    "imagenet_animals": ("JPEG size: the whole labels of ImageNet-1000's animals, as in the authors' code",
+                         read_prompts(Path(__file__).parent / "support" / "imagenet_animals.txt")),
+    "painted_animals": ("on which PRDP (arXiv 2402.08714, table 1) measured DDPO",
+                        [f"A painting of {with_article(animal)}" for animal in COMMON_ANIMALS]),
+    "animal_activities": ("prompt-image alignment: each animal in three activities",
+                          [f"{with_article(animal)} {activity}"
+                           for animal in COMMON_ANIMALS for activity in ACTIVITIES]),
+    "two_to_eight_animals": ("counting (appendix A), with questions", counted(COMMON_ANIMALS, 8)),
+    "two_to_four_animals": ("counting for the toy model, which draws at most four",
+                            counted(COMMON_ANIMALS, 4)),
+    "dpok": ("the comparison with DPOK (appendix C): one model is trained on all four",
+             ["a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"]),
+    "unseen_animals": ("generalisation: animals that no training prompt names", UNSEEN_ANIMALS),
+    "objects": ("generalisation: common objects", OBJECTS),
+    "unseen_emoji_animals": ("generalisation of the toy model: other animals that it can draw",
+                             [with_article(animal) for animal in UNSEEN_EMOJI_ANIMALS]),
+    "two_to_four_unseen_emoji_animals": ("generalisation of alignment and counting",
+                                         counted(UNSEEN_EMOJI_ANIMALS, 4))}
+
+
+def load_prompts(name):
+    """The prompts of a set in PROMPT_SETS, or of a file. ValueError, in one line, if it is neither."""
+    if name in PROMPT_SETS:
+        return as_prompts(PROMPT_SETS[name][1])
+    if not Path(name).is_file():
+        raise ValueError(f"no prompts {name!r}: neither a set ({', '.join(PROMPT_SETS)}) nor a file")
+    return read_prompts(Path(name))
+
+
 if __name__ == "__main__":
-    for name, function in PROMPT_SETS.items():
-        texts = [prompt.text for prompt in function()]
+    for name, (what, _) in PROMPT_SETS.items():
+        texts = [prompt.text for prompt in load_prompts(name)]
         examples = ", ".join(map(repr, texts[::len(texts) // 3][:3]))
-        print(f"{name}: {len(texts)}, as {examples}\n    {function.__doc__}")
+        print(f"{name}: {len(texts)}, as {examples}\n    {what}")

@@ -32,6 +32,7 @@ To add a reward to this file, write a function and name it in REWARDS; or a clas
 name it in LEARNED, here and in support/settings.py (its options are settings, its default prompts a rule).
 """
 import functools
+import inspect
 import io
 import re
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
-from prompts import Prompt
+from prompts import as_prompts
 from support.networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained,
                               hub_file, image_embeddings, load_clip, load_weights,
                               one_line_errors, read_weights, scoring_head)
@@ -66,6 +67,9 @@ def compressibility(images, prompts):
 def incompressibility(images, prompts):
     """The size of the image as a JPEG, in kB of 1,000 bytes."""
     return [jpeg_kilobytes(image) for image in images]
+
+
+compressibility.unit, incompressibility.unit = (-1, "kB"), (1, "kB")
 
 
 def jpeg_kilobytes(image):
@@ -238,6 +242,7 @@ class Counting:
     An answer is right if one of its words is among the prompt's right answers. The answers are the notes. A
     prompt without questions cannot be judged: NaN. reward_model: the VLM.
     """
+    unit = "%"
 
     def __init__(self, device, reward_model=""):
         self.vlm = load_vlm(device, reward_model or LLAVA)
@@ -257,8 +262,6 @@ class Counting:
 LEARNED = {"aesthetic": Aesthetic, "alignment": Alignment, "counting": Counting, "pickscore": PickScore,
            "hpsv2": HPSv2, "imagereward": ImageReward}  # classes, made with a device and with options
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}
-# How people read a reward: a factor, and the unit's name.
-UNITS = {"compressibility": (-1, "kB"), "incompressibility": (1, "kB"), "counting": (100, "%")}
 
 
 @dataclass
@@ -266,7 +269,7 @@ class Reward:
     """A loaded reward. It checks that its function keeps the contract."""
     name: str                  # in REWARDS, or a function's own
     function: object           # images (B, 3, H, W) and B prompts.Prompt -> values, or (values, notes)
-    unit: tuple = (1, "")      # a factor, and the unit's name
+    unit: tuple = (1, "")      # of unit_of
     nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
 
     def __call__(self, images, prompts):
@@ -275,10 +278,11 @@ class Reward:
         In float64 rewards of a large offset keep their differences until they are whitened.
         """
         with torch.no_grad():
-            values, notes = values_and_notes(self.function(images.clone(), as_prompts(prompts)), len(images))
+            values, notes = self.called(images.clone(), prompts)
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-        if values.shape != (len(images),):
-            raise ValueError(f"the reward {self.name} returned {list(values.shape)} for {len(images)} images")
+        if values.shape != (len(images),) or len(notes) != len(images):
+            raise ValueError(f"the reward {self.name} returned {list(values.shape)} values and {len(notes)} "
+                             f"notes for {len(images)} images")
         wrong = values.isinf() if self.nan_allowed else ~values.isfinite()
         if wrong.any():
             raise ValueError(f"the reward {self.name} returned {values[wrong][0]} for an image")
@@ -294,22 +298,14 @@ class Reward:
         if not self.differentiable:
             raise ValueError(f"the reward {self.name} has no gradient; aesthetic has one, and a function "
                              "of your own in torch, if it says so by .differentiable = True")
-        return values_and_notes(self.function(images, as_prompts(prompts)), len(images))[0]
+        return self.called(images, prompts)[0]
 
-
-def as_prompts(prompts):
-    """Texts or prompts -> prompts."""
-    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
-def values_and_notes(result, B):
-    """What a reward returned for B images -> its values, and B notes of one line, empty if it has none."""
-    has_notes = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], (list, tuple, dict))
-    values, notes = result if has_notes else (result, {})
-    notes = [""] * B if isinstance(notes, dict) else [" ".join(str(note).split()) for note in notes]
-    if len(notes) != B:
-        raise ValueError(f"a reward returned {len(notes)} notes for {B} images")
-    return values, notes
+    def called(self, images, prompts):
+        """What the function returns, as values and notes of one line each, empty if it has none."""
+        result = self.function(images, as_prompts(prompts))
+        values, notes = result if isinstance(result, tuple) else (result, {})
+        notes = [""] * len(prompts) if isinstance(notes, dict) else notes
+        return values, [" ".join(str(note).split()) for note in notes]
 
 
 def load_reward(name, device="cpu", nan_allowed=False, **options):
@@ -320,16 +316,26 @@ def load_reward(name, device="cpu", nan_allowed=False, **options):
     if name in LEARNED:
         function = LEARNED[name](device, **options)
     else:
-        function = REWARDS.get(name) or user_function(name, tuple(REWARDS))
+        function = REWARDS.get(name) or of_texts(user_function(name, tuple(REWARDS)))
     return Reward(short_name(name), function, unit_of(name), nan_allowed)
 
 
+def of_texts(function):
+    """A user's function as a reward of ours. It takes texts, and metadata if it has a third parameter."""
+    asks = len(inspect.signature(function).parameters) > 2
+
+    @functools.wraps(function)  # which keeps its unit, and whether it is differentiable
+    def reward(images, prompts):
+        metadata = [[prompt.metadata for prompt in prompts]] if asks else []
+        return function(images, [prompt.text for prompt in prompts], *metadata)
+
+    return reward
+
+
 def unit_of(name):
-    """How people read a reward: a factor, and the unit's name. A user's function has an attribute `unit`."""
-    if name in REWARDS:
-        return UNITS.get(name, (1, ""))
-    unit = getattr(user_function(name, tuple(REWARDS)), "unit", "")
-    return (100 if unit == "%" else 1), unit
+    """How people read a reward: a factor, and the unit's name."""
+    unit = getattr(REWARDS.get(name) or user_function(name, tuple(REWARDS)), "unit", "")
+    return unit if isinstance(unit, tuple) else (100 if unit == "%" else 1, unit)
 
 
 def display(value, unit):

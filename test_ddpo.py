@@ -723,7 +723,7 @@ def test_a_saved_model_draws_with_plain_diffusers_what_the_policy_drew(tiny_mode
     reloaded = load_policy("runs/r/model", 3, 1.0, 5.0)
     assert_close(weights(reloaded), torch.load("runs/r/checkpoint.pt", weights_only=True)["weights"],
                  rtol=0, atol=0)
-    fixed = [prompts.emoji_animals()[k * 45 // 3] for k in range(3)]
+    fixed = [prompts.load_prompts("emoji_animals")[k * 45 // 3] for k in range(3)]
     drawn = sampling.rollout(reloaded, [prompt.text for prompt in fixed], rng(train.EVAL_SEED), 3)
     images = reloaded.decode(drawn.x_0)
     theirs = drawn_by_diffusers(pipeline, "a cat", 3, train.EVAL_SEED, images=3)
@@ -740,8 +740,8 @@ def test_a_run_follows_its_seed_and_its_evaluations_one_noise_and_their_own_step
         assert "seconds" in name or one[1][name] == six[1][name]
     assert one[1]["reward_mean"] != other[1]["reward_mean"]
     assert six[0]["eval_reward_mean"] != one[0]["eval_reward_mean"] == other[0]["eval_reward_mean"]
-    _, images = train.draw_fixed(load_policy(tiny_model, 6, sd_guidance=3.0), prompts.emoji_animals(),
-                                 SimpleNamespace(eval_prompts=3, sample_batch=3))
+    policy, animals = load_policy(tiny_model, 6, sd_guidance=3.0), prompts.load_prompts("emoji_animals")
+    _, images = train.draw_fixed(policy, animals, SimpleNamespace(eval_prompts=3, sample_batch=3))
     assert six[0]["eval_reward_mean"] == pytest.approx(redness(images).mean().item(), rel=1e-4)
 
 
@@ -749,7 +749,7 @@ def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_tim
     monkeypatch.setattr(train, "IMAGES_AT_ONCE", 3)
     trajectory = sampling.rollout(tiny_policy, texts_of("emoji_animals")[:8], rng(), 8, keep_chain=False)
     reward = rewards.Reward("own", lambda images, given: (images.mean((1, 2, 3)), [p.text for p in given]))
-    drawn, clock = prompts.emoji_animals()[:8], train.Clock(tiny_policy.device)
+    drawn, clock = prompts.load_prompts("emoji_animals")[:8], train.Clock(tiny_policy.device)
     values, notes = train.judge(tiny_policy, reward, trajectory, drawn, clock)
     assert_close(values.float(), tiny_policy.decode(trajectory.x_0).mean((1, 2, 3)))
     assert (*notes,) == trajectory.prompts

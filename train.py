@@ -26,7 +26,7 @@ from sampling import rollout
 from support import processes, run_folder
 from support.settings import (build_config, load_settings, parse, reward_options,
                               saved_settings, short_name)
-from support.trackers import load_tracker
+from support.trackers import load_trackers
 from support.user_files import hashes_of
 
 RUNS = Path("runs")
@@ -140,7 +140,8 @@ def tell(run, epoch, metrics):
            **(evaluate_fixed(run) if is_evaluated else {})}
     run.rows.append(row)
     run_folder.append_row(folder, row)
-    run.track(row)
+    for show in run.trackers:
+        show(row)
     if is_evaluated:
         watched = {reward.name: reward.unit for reward in run.watched}
         run_folder.draw_curve(folder, run.reward.name, run.reward.unit, watched)
@@ -246,7 +247,8 @@ class Run:
     """A run in memory: what it is given, and all that changes.
 
     state: of an earlier run, to go on with. epoch: the last in the log, -1 before that of the pretrained
-    weights. rows: the log. track: shows a row elsewhere. lock: held while the run lives.
+    weights. rows: the log. trackers: functions that show a row elsewhere. lock: held while the
+    run lives.
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
@@ -264,7 +266,7 @@ class Run:
         if state:
             self.load_state_dict(state)
             self.rows = run_folder.read_rows(folder)[:self.epoch + 1]
-        self.track = load_tracker(config.tracker, folder, self.settings, self.epoch)
+        self.trackers = load_trackers(config.tracker, folder, self.settings, self.epoch)
 
     def save(self):
         """Write the checkpoint: everything that changes, the settings, and hashes of the user's files."""
@@ -312,7 +314,6 @@ def new_run(flags):
     parts = load_parts(config)
     stem = f"{short_name(config.reward)}-{config.algorithm}"
     run = Run(config, processes.from_first(lambda: run_folder.create_run(RUNS, config.name, stem)), *parts)
-    run_folder.save_config(run.folder, run.settings)
     run.save()  # so that a run can be resumed from its first moment
     return run
 
@@ -327,7 +328,6 @@ def resume(folder, flags):
     for name, now in run.files.items():
         if state["files"].get(name) not in (None, now):
             print(f"{name} has changed since the checkpoint of {folder}", file=sys.stderr)
-    run_folder.save_config(folder, run.settings)
     run_folder.forget_after(folder, run.epoch)
     if flags:  # they are settings of the run from now on
         run.save()

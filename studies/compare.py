@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from rewards import unit_of
 from studies import command_line
 from studies.report import config_of, report, without_drift
 from support import run_folder
-from support.settings import (ALGORITHMS, EMOJI, ROOT, VLM, build_config, parse, shared_settings,
-                              short_name)
+from support.settings import (ALGORITHMS, EMOJI, ROOT, VLM, Config, build_config, facts, parse,
+                              saved_settings, short_name)
 from train import RUNS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -136,9 +136,12 @@ def key_of(model_hash, seed, config):
 
 
 def settings_of(config):
-    """The settings that a line keeps: those that its run reads, with the guidance weight that they make."""
+    """The settings that a line keeps: those that make its numbers, with the guidance weight that they make."""
     config = replace(config, guidance_scale=config.guidance_scale or config.sd_guidance)
-    return {name: value for name, value in shared_settings(config).items() if name != "sd_guidance"}
+    left_out = ("name", "seed", "device", "checkpoint_every", "tracker", "sd_guidance", *facts("speed"))
+    read = [item.name for item in fields(Config)
+            if config.algorithm in item.metadata.get("read_by", ALGORITHMS) and item.name not in left_out]
+    return {name: value for name, value in saved_settings(config).items() if name in read}
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import unit_of
-from support.run_folder import first_row, sample_files, stack_rows, titled, write_atomically, write_text
+from support.run_folder import draw_grid, first_row, sample_files, titled, write_atomically, write_text
 from support.settings import DDPO, RWR, Config, short_name
 from train import floor_of
 
@@ -234,7 +234,8 @@ def report(lines, reward, parent, path, command):
     grids = [sample_files(parent / line["folder"]) for line in first]
     if all(grids):
         strips = [first_row(grid) for grid in (grids[0][0], *(grid[-1] for grid in grids))]
-        write_atomically(images, stack_rows(strips, ["before", *(line["label"] for line in first)]).save)
+        labels = ["before", *(line["label"] for line in first)]
+        write_atomically(images, draw_grid(strips, labels, columns=1, width=strips[0].width).save)
     text, made = table(lines, unit), {f"commit {line['commit']}, {line['machine']}" for line in lines}
     write_text(Path(f"{path}.md"), "\n\n".join([
         f"# {path.name}: {name}", f"`{command}`; {'; '.join(sorted(made))}.",

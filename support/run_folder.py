@@ -3,7 +3,7 @@
     config.json                 every setting, for people to read
     log.jsonl                   one object an epoch: the evaluation after it, and its training
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
-    progress.png, progress.gif  the first of them over the epochs
+    progress.gif                the first of them over the epochs
     curve.png                   reward against reward queries, and the watched rewards
     checkpoint.pt               all that training changes, and the settings: what --resume reads
     model/                      the trained pipeline, or its LoRA weights, which plain diffusers loads
@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import shutil
-import textwrap
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,12 +86,6 @@ def lock_run(folder):
 
 
 @by_first
-def save_config(folder, settings):
-    """Write a run's settings for people to read."""
-    write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
-
-
-@by_first
 def append_row(folder, row):
     """Add one epoch to the log."""
     append_line(folder / "log.jsonl", row)
@@ -109,7 +103,8 @@ def seconds_of(rows):
 
 @by_first
 def save_checkpoint(folder, state):
-    """Write the state of a run in one file."""
+    """Write the state of a run in one file, and its settings for people to read."""
+    write_text(folder / "config.json", json.dumps(state["settings"], indent=1) + "\n")
     write_atomically(folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
 
@@ -143,16 +138,13 @@ def save_model(folder, save):
 
 @by_first
 def save_samples(folder, epoch, images, labels):
-    """Draw Pillow images with their labels as samples/epoch_NNNN.png, and the progress pictures anew."""
+    """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.gif anew."""
     write_atomically(sample_file(folder, epoch), draw_grid(images, labels).save)
-    paths = sample_files(folder)
-    labels = [f"epoch {int(path.stem[6:])}" for path in paths]
-    columns, aspect = min(COLUMNS, len(images)), images[0].height / images[0].width
-    strips = [first_row(path, columns, aspect) for path in paths]
-    write_atomically(folder / "progress.png", stack_rows(strips, labels).save)
+    paths, columns = sample_files(folder), min(COLUMNS, len(images))
+    aspect = images[0].height / images[0].width
     some = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
-    shown = [strips[k] for k in some], [labels[k] for k in some]
-    write_atomically(folder / "progress.gif", lambda path: save_gif(*shown, path))
+    strips = {f"epoch {int(paths[k].stem[6:])}": first_row(paths[k], columns, aspect) for k in some}
+    write_atomically(folder / "progress.gif", partial(save_gif, strips))
 
 
 def sample_file(folder, epoch):
@@ -165,9 +157,9 @@ def sample_files(folder):
     return sorted((folder / "samples").glob("epoch_*.png"), key=lambda path: int(path.stem[6:]))
 
 
-def draw_grid(images, labels, columns=COLUMNS):
-    """Pillow images in rows, each with its label under it. An image is 128 to 256 pixels wide there."""
-    width = min(max(128, images[0].width), 256)
+def draw_grid(images, labels, columns=COLUMNS, width=0):
+    """Pillow images in rows, each with its label under it, and so many pixels wide; 0: 128 to 256 pixels."""
+    width = width or min(max(128, images[0].width), 256)
     height = round(width * images[0].height / images[0].width)
     text_height = LINE_HEIGHT * max(label.count("\n") + 1 for label in labels)
     columns, letters = min(columns, len(images)), width // 5
@@ -190,29 +182,10 @@ def first_row(path, columns=COLUMNS, aspect=1.0):
         return grid.convert("RGB").crop((0, 0, grid.width, height))
 
 
-def stack_rows(strips, labels):
-    """Rows of images under each other, each with its label on the left."""
-    margin, step = 90, strips[0].height + 4
-    rows = Image.new("RGB", (margin + strips[0].width, step * len(strips)), "white")
-    pen = ImageDraw.Draw(rows)
-    for k, (strip, label) in enumerate(zip(strips, labels)):
-        rows.paste(strip, (margin, k * step))
-        words = textwrap.fill(label, 15)  # as many letters as the margin is wide
-        pen.multiline_text((margin / 2, k * step + strip.height / 2), words, fill="black", anchor="mm",
-                           align="center", font_size=10)
-    return rows
-
-
-def save_gif(strips, labels, path, width=720):
-    """A GIF of rows of images, each with its label below. The last stays longest."""
-    width = min(width, strips[0].width)
-    height, frames = strips[0].height * width // strips[0].width, []
-    for strip, label in zip(strips, labels):
-        frame = Image.new("RGB", (width, height + LINE_HEIGHT + 4), "white")
-        frame.paste(strip.resize((width, height), Image.Resampling.LANCZOS))
-        pen = ImageDraw.Draw(frame)
-        pen.text((width / 2, height + 2), label, fill="black", anchor="ma", font_size=LINE_HEIGHT)
-        frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE))  # much faster than the default
+def save_gif(strips, path):
+    """A GIF of label -> row of images. The last stays longest."""
+    frames = [draw_grid([strip], [label], width=min(strip.width, 720)) for label, strip in strips.items()]
+    frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]  # the default is slow
     durations = [600] * (len(frames) - 1) + [3000]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -224,36 +197,34 @@ def draw_curve(folder, name, unit, watched):
     """Reward against reward queries: the epochs' samples, the fixed prompts, the watched rewards.
 
     unit: factor and name of the reward's unit. watched: name -> unit of the watched rewards. These are drawn
-    on the right, those of one unit on one axis.
+    below, those of one unit together.
     """
     from matplotlib.figure import Figure  # the object interface: no window, no global state
-    rows, factor = read_rows(folder), unit[0]
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    units = list(dict.fromkeys(watched.values()))
+    figure = Figure(figsize=(6.5, 4 + 1.8 * len(units)), layout="constrained")
+    heights = {"height_ratios": [2] + [1] * len(units)}
+    axes, *below = figure.subplots(1 + len(units), sharex=True, squeeze=False, gridspec_kw=heights)[:, 0]
+    rows = read_rows(folder)
+
+    def values(key, rows, factor):
+        return factor * np.array([row[key] for row in rows], float)
+
     trained = [row for row in rows if row["reward_mean"] is not None]
-    queries = [row["reward_queries"] for row in trained]
-    mean = factor * np.array([row["reward_mean"] for row in trained])
-    deviation = factor * np.array([row["reward_std"] for row in trained])
+    queries, mean = values("reward_queries", trained, 1), values("reward_mean", trained, unit[0])
+    deviation = values("reward_std", trained, unit[0])
     axes.fill_between(queries, mean - deviation, mean + deviation, alpha=0.2, linewidth=0,
                       label="one standard deviation")
     axes.plot(queries, mean, label="samples of the epoch")
     evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
-    queries = [row["reward_queries"] for row in evaluated]
-    values = factor * np.array([row["eval_reward_mean"] for row in evaluated])
-    axes.plot(queries, values, "o-", label="fixed prompts and noise")
-    axes.set(xlabel="reward queries", ylabel=titled(name, unit))
-    right = {}  # unit -> axis
-    for k, (other, shown_in) in enumerate(watched.items()):
-        if shown_in not in right:
-            right[shown_in] = axes.twinx()
-            right[shown_in].spines["right"].set_position(("outward", 70 * (len(right) - 1)))
-            right[shown_in].set(ylabel=titled("watched", shown_in))
-            if shown_in[1] == "%":
-                right[shown_in].set_ylim(0, 105)
-        values = shown_in[0] * np.array([row["watched"][other] for row in evaluated], float)
-        style = {"color": f"C{k + 3}", "markersize": 4, "label": f"watched: {other}"}
-        right[shown_in].plot(queries, values, "s^dvPX"[k % 6] + ":", **style)
-    figure.set_figwidth(6.5 + 0.9 * max(len(right) - 1, 0))
+    queries = values("reward_queries", evaluated, 1)
+    axes.plot(queries, values("eval_reward_mean", evaluated, unit[0]), "o-", label="fixed prompts and noise")
+    axes.set(ylabel=titled(name, unit))
+    for k, (other, own) in enumerate(watched.items()):
+        panel, seen = below[units.index(own)], [row["watched"] for row in evaluated]
+        style = {"color": f"C{k + 3}", "label": f"watched: {other}"}
+        panel.plot(queries, values(other, seen, own[0]), "s^dvPX"[k % 6] + ":", **style)
+        panel.set(ylabel=titled("watched", own), **{"ylim": (0, 105)} if own[1] == "%" else {})
+    [axes, *below][-1].set(xlabel="reward queries")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_atomically(folder / "curve.png", lambda path: figure.savefig(path, dpi=120))
 

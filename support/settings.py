@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from emoji import preset
 from support import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,6 @@ class Config:
 
 # An image is compared with the others of its prompt in the same epoch: a baseline from the first epoch on.
 _GROUPS = dict(images_per_prompt=8, stats_buffer=1, stats_min_count=1)
-_JUDGE = EMOJI / "judge.py"
 RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     # RWR's numbers are appendix D.2's. Five epochs spend as many queries as DDPO; the authors' code has ten.
     (dict(algorithm=RWR), dict(epochs=5, samples_per_epoch=10_000, updates_per_epoch=400, eval_every=1)),
@@ -147,41 +147,7 @@ RULES = [  # a later rule overrides an earlier one, and a flag overrides all
         model="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, lora_alpha=64, precision="bf16",
         sampling_steps=10, eval_steps=40, height=512, width=512, skip_last_steps=2, samples_per_epoch=240,
         **_GROUPS | dict(images_per_prompt=24), sample_batch=8, micro_batch=1, gradient_checkpointing=True)),
-    # Fewer and larger steps than the paper's, for a smaller model: studies/results/README.md, as for the
-    # algorithms below. All spend 512 queries. The clip range is per dimension, and the latent has 2,048 where
-    # Stable Diffusion's has 16,384. Of the guidance weights 1, 2, 3, 5 it is the largest whose images are
-    # near the scenes (emoji/model/README.md).
-    (dict(preset="emoji"), dict(
-        model=str(EMOJI / "model"), watch=(f"{_JUDGE}:animal", f"{_JUDGE}:number"), prompts="emoji_animals",
-        precision="fp32", epochs=8, samples_per_epoch=64, updates_per_epoch=4, sampling_steps=10, **_GROUPS,
-        learning_rate=2e-4, clip_range=2e-3, skip_last_steps=2, sample_batch=64, micro_batch=64, eval_every=1,
-        eval_prompts=45, sd_guidance=3.0)),
-    # In 10 guided steps the toy model nearly always draws what it is asked for, so a VLM has nothing to teach
-    # it. In 4 unguided steps a sixth of the images show another animal. A single image tells little then, so
-    # the batches are larger. BERTScore's encoder is the model's own and has read captions alone, so the bare
-    # prompt is compared. All algorithms spend 3,072 queries.
-    (dict(preset="emoji", reward=VLM), dict(
-        prompts="two_to_four_animals", reward_model=str(EMOJI / "vlm"), sampling_steps=4,
-        samples_per_epoch=256, updates_per_epoch=4, epochs=12, learning_rate=5e-5, eval_every=2,
-        eval_prompts=135, sd_guidance=1.0)),
-    (dict(preset="emoji", reward="alignment"), dict(wording="paper", bert_model=str(EMOJI / "model"))),
-    (dict(preset="emoji", algorithm="ddpo-sf"), dict(
-        epochs=32, samples_per_epoch=16, updates_per_epoch=1, learning_rate=1e-4, eval_every=4)),
-    # At this training guidance rounds without a reward change the images least (results, "Rounds without a
-    # reward"). For a VLM's reward no such weight was found.
-    (dict(preset="emoji", algorithm=RWR), dict(
-        epochs=4, samples_per_epoch=128, updates_per_epoch=20, batch_size=32, learning_rate=1e-4,
-        training_guidance=1.4, eval_every=1)),
-    (dict(preset="emoji", algorithm="rwr"), dict(beta=60.0)),
-    (dict(preset="emoji", algorithm="nft"), dict(updates_per_epoch=10, batch_size=32, learning_rate=1e-4)),
-    (dict(preset="emoji", reward=VLM, algorithm="ddpo-sf"), dict(
-        epochs=12, samples_per_epoch=256, learning_rate=1e-4, eval_every=2)),
-    (dict(preset="emoji", reward=VLM, algorithm=RWR), dict(
-        samples_per_epoch=768, updates_per_epoch=120, training_guidance=1.0)),
-    (dict(preset="emoji", reward=VLM, algorithm="rwr-sparse"), dict(learning_rate=2e-4)),
-    (dict(preset="emoji", reward=VLM, algorithm="nft"), dict(
-        epochs=4, samples_per_epoch=768, updates_per_epoch=120, learning_rate=3e-4, eval_every=1)),
-    (dict(preset="emoji", lora=True), dict(learning_rate=3e-3))]  # studies/results/README.md
+    *preset.RULES]  # of the toy model
 
 
 def chosen(**asked):
@@ -267,14 +233,6 @@ def names_of(config):
     return [short_name(name) for name in (config.reward, *config.watch)]
 
 
-def shared_settings(config):
-    """The settings that make a result what it is and that its algorithm reads, as they may be published."""
-    left_out = ("name", "seed", "device", "checkpoint_every", "tracker", *facts("speed"))
-    read = [item.name for item in fields(Config)
-            if config.algorithm in item.metadata.get("read_by", ALGORITHMS) and item.name not in left_out]
-    return {name: value for name, value in saved_settings(config).items() if name in read}
-
-
 def reward_options(config, name):
     """The options of a reward: the run's, but the rules' for one that it neither trains nor watches."""
     own = chosen(preset=config.preset, algorithm=config.algorithm, reward=name, lora=bool(config.lora_rank))
@@ -320,7 +278,7 @@ def check(config):
     for wrong, message in refusals(config):
         if wrong:
             raise ValueError(message)
-    call_options(config)
+    json.loads(config.call or "{}")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -332,13 +290,11 @@ def refusals(c):
     ddpo, names = c.algorithm in DDPO, names_of(c)
     images = c.batch_size if c.algorithm in FINE_TUNING else c.samples_per_epoch // c.updates_per_epoch
     learned = c.sampling_steps - c.skip_last_steps
-    yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name; the run's folder is runs/NAME"
     yield len({*names}) < len(names), f"two rewards have one name, and would be one in the log: {names}"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
-    yield c.precision == "fp16" and not c.device.startswith("cuda"), "--precision fp16 needs a GPU with CUDA"
-    # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 there.
-    yield (c.compile and c.device == "cpu" and c.precision == "bf16",
-           "--compile with --precision bf16 trains only the outer level of the U-Net on a CPU: use fp32")
+    # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU.
+    half = c.precision == "fp16" or c.compile and c.precision == "bf16"
+    yield half and not c.device.startswith("cuda"), "--precision fp16, or --compile with bf16, needs CUDA"
     yield c.algorithm == "nft" and c.baseline == "none", "--baseline none: nft compares images"
     yield (c.stats_min_count > max(c.stats_buffer, c.images_per_prompt),
            f"--stats-min-count {c.stats_min_count}: more than --stats-buffer or --images-per-prompt can give")
@@ -357,18 +313,6 @@ def refusals(c):
            f"{processes.size()} processes are too many for {images} images or {c.eval_prompts} eval prompts")
     yield (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
            f"--tracker {c.tracker} needs a package: pip install {c.tracker}")
-
-
-def call_options(config):
-    """--call as a dict. ValueError if it is not a JSON object, or holds what a flag of its own says."""
-    try:
-        options = dict(json.loads(config.call or "{}"))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--call {config.call}: must be a JSON object: {error}") from error
-    for name in ("height", "width", "guidance_scale"):
-        if getattr(config, name) and name in options:
-            raise ValueError(f"--call and {flag_of(name)} both say {name}")
-    return options
 
 
 # ---- The command line ----

@@ -8,11 +8,10 @@ from support import run_folder
 from support.processes import is_first
 
 
-def load_tracker(name, folder, settings, epoch):
-    """A function that shows a row of the log. epoch: that after which the run goes on, -1 in a new run."""
-    if name == "none" or not is_first():
-        return lambda row: None
-    return {"tensorboard": tensorboard, "wandb": wandb}[name](folder, settings, epoch)
+def load_trackers(name, folder, settings, epoch):
+    """Functions that show a row of the log: one, or none. epoch: after which the run goes on, -1 if new."""
+    shown_by = {"tensorboard": tensorboard, "wandb": wandb} if is_first() else {}
+    return [shown_by[name](folder, settings, epoch)] if name in shown_by else []
 
 
 def tensorboard(folder, settings, epoch):

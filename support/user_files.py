@@ -1,17 +1,15 @@
-"""A user's reward file: its function, called as the contract of rewards.py says."""
+"""A user's reward file: its function, and the hash by which a resumed run sees that it has changed."""
 import functools
 import hashlib
 import importlib.util
-import inspect
 import sys
 from pathlib import Path
 
 from support.networks import one_line_errors
 
 
-@functools.cache
-def user_function(name, known=()):
-    """The function of 'path/to/file.py:function' as a reward of ours. known: the names of the others."""
+def user_function(name, known):
+    """The function of 'path/to/file.py:function'. known: the names of the rewards that are none's own."""
     path, _, function_name = name.rpartition(":")
     if not path:
         raise ValueError(f"no reward {name!r}: choose {', '.join(known)} or path/to/file.py:function")
@@ -20,13 +18,7 @@ def user_function(name, known=()):
     function = getattr(module_of(Path(path).resolve()), function_name, None)
     if not callable(function):
         raise ValueError(f"the reward file {path!r} has no function {function_name!r}")
-    asks = len(inspect.signature(function).parameters) > 2
-
-    def reward(images, prompts):
-        metadata = [[prompt.metadata for prompt in prompts]] if asks else []
-        return function(images, [prompt.text for prompt in prompts], *metadata)
-
-    return functools.wraps(function)(reward)  # it keeps the function's unit, and whether it is differentiable
+    return function
 
 
 @functools.cache

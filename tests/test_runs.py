@@ -66,7 +66,7 @@ def test_the_log_the_images_and_the_last_line_of_a_run(with_drawings, tiny_model
     assert " on 3 fixed prompts after 12 reward queries, 0 min " in outcome
     assert outcome.endswith(f"is_cat 100 % -> 100 %, unknown - -> -, brightness {before} -> {after}")
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
-    assert {"config.json", "log.jsonl", "progress.png", "progress.gif", "curve.png", "checkpoint.pt", "lock",
+    assert {"config.json", "log.jsonl", "progress.gif", "curve.png", "checkpoint.pt", "lock",
             "model/model_index.json", *(f"samples/epoch_000{k}.png" for k in (0, 2, 3))} <= left
     assert not [name for name in left if "new-" in name]
 
@@ -91,7 +91,7 @@ def test_the_animation_of_a_long_run_shows_some_of_the_evaluations(with_drawings
         assert gif.convert("RGB").getpixel((20, 20)) == (0, 0, 255)  # the last one is among them
 
 
-def test_the_curve_has_one_right_axis_for_each_unit(with_drawings, monkeypatch):
+def test_the_curve_has_a_panel_for_each_unit(with_drawings, monkeypatch):
     figures, watched = [], {"animal": 1.0, "number": 0.5, "pickscore": 0.2, "blind": None}
     monkeypatch.setattr("matplotlib.figure.Figure.savefig",
                         lambda figure, path, dpi: figures.append(figure) or path.touch())
