@@ -20,8 +20,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
     and several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of
-    the group alone, as in GRPO: a baseline from the first epoch on. It learned twice as fast
-    (studies/results/README.md).
+    the group alone, as in GRPO: a baseline from the first epoch on.
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
     moves, the ratio falls, whatever the advantage. So where that is negative, the low side of the clip
     bounds the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an

@@ -295,8 +295,8 @@ def load_policy(config, model=None, scored=True):
         guidance = c.guidance_scale or (c.sd_guidance if name == "StableDiffusionPipeline" else 0)
         size = {side: getattr(c, side) for side in ("height", "width") if getattr(c, side)}
         options = {**guidance_options(pipeline, guidance), **size, **json.loads(c.call or "{}")}
-        unknown = sorted(set(options) - set(inspect.signature(type(pipeline).__call__).parameters))
-        if unknown:
+        unknown = set(options) - set(inspect.signature(type(pipeline).__call__).parameters)
+        if unknown:  # some calls take any, and ignore it
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")
         policy = Policy(pipeline, options, c.precision).with_chain(c.sampling_steps, c.eta, c.noise, scored)
         if not size.items() <= dict(zip(("height", "width"), policy.image_size)).items():

@@ -27,12 +27,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method is, if run as a script
+from emoji.preset import HERE as EMOJI
 from rewards import unit_of
 from studies import command_line
 from studies.report import config_of, report, without_drift
 from support import run_folder
-from support.settings import (ALGORITHMS, EMOJI, ROOT, VLM, Config, build_config, facts, parse,
-                              saved_settings, short_name)
+from support.settings import (ALGORITHMS, ROOT, VLM, Config, build_config, facts, parse, saved_settings,
+                              short_name)
 from train import RUNS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -136,7 +137,7 @@ def key_of(model_hash, seed, config):
 
 
 def settings_of(config):
-    """The settings that a line keeps: those that make its numbers, with the guidance weight that they make."""
+    """The settings that a line keeps: those behind its numbers, with the guidance weight that they make."""
     config = replace(config, guidance_scale=config.guidance_scale or config.sd_guidance)
     left_out = ("name", "seed", "device", "checkpoint_every", "tracker", "sd_guidance", *facts("speed"))
     read = [item.name for item in fields(Config)

@@ -1,7 +1,7 @@
 """Stable Diffusion v1.4 with random weights: it costs what the real one costs, without a download."""
 import torch
 
-from support.settings import EMOJI
+from emoji.preset import HERE as EMOJI
 
 
 def stable_diffusion():

@@ -1,5 +1,6 @@
 """Pretrained networks of rewards: every weight, or one line that says what is wrong. CLIP, to E features."""
 import contextlib
+import functools
 import logging
 import re
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the network of a learned reward
 
 
+@functools.cache
 def silence_libraries():
     """Silence the libraries' warnings and loading bars, but for one warning: that a prompt is cut off."""
     import diffusers
@@ -24,20 +26,18 @@ def silence_libraries():
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # else it tells of each try
     said = logging.getLogger("diffusers.pipelines")
-    if not said.handlers:
-        said.setLevel(logging.WARNING)
-        said.propagate = False
-        said.addHandler(CutPrompts())
+    said.setLevel(logging.WARNING)
+    said.propagate = False
+    said.addHandler(CutPrompts())
 
 
 class CutPrompts(logging.Handler):
     """Tells of the first prompt that is cut off, in the library's words."""
-    told = False
 
     def emit(self, record):
-        if "truncated" in record.getMessage() and not self.told:
-            self.told = True
+        if "truncated" in record.getMessage():
             print(record.getMessage(), file=sys.stderr)
+            self.setLevel(logging.CRITICAL)
 
 
 def announce(network, name):

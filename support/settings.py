@@ -13,9 +13,9 @@ import torch
 
 from emoji import preset
 from support import processes
+from support.networks import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-EMOJI = ROOT / "emoji"
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
 FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")  # which settings an algorithm reads: see Config
 ALGORITHMS = (*DDPO, *RWR, "nft")
@@ -278,11 +278,10 @@ def check(config):
     for wrong, message in refusals(config):
         if wrong:
             raise ValueError(message)
-    json.loads(config.call or "{}")
-    try:
+    with one_line_errors("--call", config.call):
+        json.loads(config.call or "{}")
+    with one_line_errors("--device", config.device):
         torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
 
 
 def refusals(c):

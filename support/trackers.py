@@ -1,5 +1,6 @@
 """Where else a run is shown: --tracker tensorboard or wandb."""
 import uuid
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -10,8 +11,16 @@ from support.processes import is_first
 
 def load_trackers(name, folder, settings, epoch):
     """Functions that show a row of the log: one, or none. epoch: after which the run goes on, -1 if new."""
-    shown_by = {"tensorboard": tensorboard, "wandb": wandb} if is_first() else {}
-    return [shown_by[name](folder, settings, epoch)] if name in shown_by else []
+    load = {"tensorboard": tensorboard, "wandb": wandb}.get(name) if is_first() else None
+    return [partial(show_row, load(folder, settings, epoch), folder)] if load else []
+
+
+def show_row(show, folder, row):
+    """Show what is known of a row of the log: its numbers and, after an evaluation, the fixed prompts."""
+    watched = {f"watched/{name}": value for name, value in (row["watched"] or {}).items()}
+    figures = {name: value for name, value in {**row, **watched}.items() if isinstance(value, (int, float))}
+    evaluated = row["eval_reward_mean"] is not None
+    show(figures, Image.open(run_folder.sample_file(folder, row["epoch"])) if evaluated else None)
 
 
 def tensorboard(folder, settings, epoch):
@@ -19,11 +28,11 @@ def tensorboard(folder, settings, epoch):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)  # no epoch is shown twice
 
-    def show(row):
-        for name, value in figures(row).items():
-            writer.add_scalar(name, value, row["epoch"])
-        for image in evaluated(folder, row):
-            writer.add_image("fixed prompts", np.asarray(Image.open(image)), row["epoch"], dataformats="HWC")
+    def show(figures, image):
+        for name, value in figures.items():
+            writer.add_scalar(name, value, figures["epoch"])
+        if image:
+            writer.add_image("fixed prompts", np.asarray(image), figures["epoch"], dataformats="HWC")
         writer.flush()
 
     return show
@@ -38,20 +47,4 @@ def wandb(folder, settings, epoch):
     run = wandb.init(project="ddpo", name=folder.name, id=number.read_text(), resume="allow", dir=folder,
                      config=settings)
     run.define_metric("*", step_metric="epoch")  # by its own axis wandb would drop epochs made again
-
-    def show(row):
-        images = {"fixed prompts": wandb.Image(str(image)) for image in evaluated(folder, row)}
-        run.log(figures(row) | images)
-
-    return show
-
-
-def figures(row):
-    """name -> number, of those in a row of the log that are known."""
-    watched = {f"watched/{name}": value for name, value in (row["watched"] or {}).items()}
-    return {name: value for name, value in {**row, **watched}.items() if isinstance(value, (int, float))}
-
-
-def evaluated(folder, row):
-    """The image of a row's evaluation, in a list, which is empty if there was none."""
-    return [] if row["eval_reward_mean"] is None else [run_folder.sample_file(folder, row["epoch"])]
+    return lambda figures, image: run.log(figures | ({"fixed prompts": wandb.Image(image)} if image else {}))

@@ -40,7 +40,7 @@ def test_other_prompts_rewards_and_chains_may_be_asked_for(tiny_model, own_rewar
 
 
 def test_means_intervals_and_shares_by_hand_made_cases():
-    kilobytes, share, nan = rewards.UNITS["compressibility"], (100, "%"), float("nan")
+    kilobytes, share, nan = rewards.unit_of("compressibility"), (100, "%"), float("nan")
     before, after, change, improved = evaluate.reward_cells(*torch.tensor([[-2.0, -3], [-1, -2]]), kilobytes)
     assert (before, after) == ("2.50 ± 0.98 kB", "1.50 ± 0.98 kB")  # 1.96 sqrt(1/2) / sqrt(2)
     assert change == "-1.00 ± 0 kB (-40% of the start)" and improved == "100%"  # smaller is what is rewarded

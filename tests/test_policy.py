@@ -285,7 +285,7 @@ def test_policies_share_a_pipeline_and_an_exception_amid_a_call_leaves_it_whole(
 def test_prompts_are_encoded_once_for_all_steps_and_one_that_is_cut_is_told(tiny_policy, monkeypatch, capsys):
     network, encoded = tiny_policy.pipeline.text_encoder, []
     network.register_forward_hook(lambda *_: encoded.append(1))
-    monkeypatch.setattr(logging.getLogger("diffusers.pipelines").handlers[0], "told", False)
+    monkeypatch.setattr(logging.getLogger("diffusers.pipelines").handlers[0], "level", logging.NOTSET)
     trajectory = sampling.rollout(tiny_policy, ["a cat " * 50, "a dog " * 50] * 2, rng(), 2)
     assert len(encoded) == 2  # the prompts and the empty one, though there are two groups of four steps
     ddpo.ddpo_update(tiny_policy, trajectory, torch.ones(4), loss=ddpo.clipped_loss,

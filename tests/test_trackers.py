@@ -47,7 +47,7 @@ def test_wandb_gets_them_and_the_settings_in_one_call_an_epoch_and_goes_on(tiny_
         calls.append(options)
         return SimpleNamespace(log=calls.append, define_metric=lambda *names, **axis: calls.append(axis))
 
-    fake(monkeypatch, "wandb", init=init, Image=Path)
+    fake(monkeypatch, "wandb", init=init, Image=lambda image: Path(image.filename))
     rows = run(*tiny_flags(tiny_model, tracker="wandb", **{"eval-every": 2}))
     options, axis, *figures = calls
     assert options["name"] == "r" and options["config"]["algorithm"] == "ddpo-is"
