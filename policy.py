@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from sampling import make_schedule, mean_sigma
 from support.loading import (PRECISIONS, add_lora, denoiser_of, is_lora, load_lora, load_pipeline,
-                             networks_of, save_pipeline)
+                             networks_of)
 from support.networks import one_line_errors
 from support.schedulers import chain_levels, training_levels
 
@@ -190,11 +190,6 @@ class Policy:
         finally:
             for name, weight in self.trained.items():
                 weight.data = mine[name]
-
-    def save(self, folder):
-        """Write the pipeline, or the adapters alone if it has any, as plain diffusers loads them."""
-        save_pipeline(self.pipeline, folder)
-
 
 @functools.cache
 def tapped(kind):

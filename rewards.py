@@ -19,14 +19,11 @@ epoch. For universal guidance (beyond/) it must compute in torch alone, and say 
 
 A function of your own may call others, with plain texts. This one adds two, with weights:
 
-    import torch
     from rewards import load_reward
-
-    parts = [(1.0, load_reward("aesthetic", "cuda" if torch.cuda.is_available() else "cpu")),
-             (0.1, load_reward("compressibility"))]
+    aesthetic, small = load_reward("aesthetic", "cuda"), load_reward("compressibility")
 
     def weighted_sum(images, prompts):
-        return sum(weight * reward(images, prompts)[0] for weight, reward in parts)
+        return aesthetic(images, prompts)[0] + 0.1 * small(images, prompts)[0]
 
 To add a reward to this file, write a function and name it in REWARDS; or a class that loads a network, and
 name it in LEARNED, here and in support/settings.py (its options are settings, its default prompts a rule).
@@ -45,13 +42,12 @@ from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
 from prompts import as_prompts
-from support.networks import (REWARD_MODEL, announce, clip_pixels, clip_pixels_with_gradient, from_pretrained,
-                              hub_file, image_embeddings, load_clip, load_weights,
-                              one_line_errors, read_weights, scoring_head)
+from support.networks import (clip_pixels, clip_pixels_with_gradient, from_pretrained, hub_file,
+                              image_embeddings, load_clip, load_weights, one_line_errors, read_weights,
+                              scoring_head)
 from support.settings import short_name
 from support.user_files import user_function
 
-BERT_MODEL = "BERTScore's encoder (--bert-model)"
 AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 LLAVA, DEBERTA = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
 MAX_ANSWER = 64  # tokens, as in the authors' code
@@ -75,10 +71,9 @@ compressibility.unit, incompressibility.unit = (-1, "kB"), (1, "kB")
 def jpeg_kilobytes(image):
     """Size of one image (3, H, W) in [0, 1] as a JPEG, headers included.
 
-    Each part of the recipe changes the number: round to 8 bits; Pillow's encoder at quality 95, its default
-    4:2:0 chroma subsampling, default Huffman tables (no optimize), baseline (not progressive). The authors'
-    PyTorch port does the same. Their JAX code truncates to 8 bits. (oracles/authors_oracle.json has both
-    sizes of five images.)
+    Each part of the recipe changes the number: rounded to 8 bits; Pillow at quality 95, with its defaults
+    (4:2:0 chroma subsampling, no optimize, not progressive). The authors' PyTorch port does the same. Their
+    JAX code truncates to 8 bits. (oracles/authors_oracle.json has both sizes of five images.)
     """
     file = io.BytesIO()
     to_pil(image).save(file, "JPEG", quality=95)
@@ -105,11 +100,10 @@ class Aesthetic:
 
     def __init__(self, device, reward_model="", aesthetic_head=""):
         model = reward_model or "openai/clip-vit-large-patch14"
-        self.processor, self.clip = load_clip(model, device, REWARD_MODEL)
-        described_as = "aesthetic head (--aesthetic-head)"
-        weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD, described_as))
+        self.processor, self.clip = load_clip(model, device)
+        weights = read_weights(aesthetic_head or hub_file(*AESTHETIC_HEAD))
         head = scoring_head(self.clip.config.projection_dim)
-        self.head = load_weights(head, weights, "layers.", described_as).to(device)
+        self.head = load_weights(head, weights, "layers.").to(device)
         for network in (self.clip, self.head):
             network.requires_grad_(False)  # universal guidance needs a gradient to the images alone
 
@@ -130,16 +124,15 @@ class VLM:
     """
 
     def __init__(self, device, model):
-        announce("the vision-language model", model)
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        self.processor = from_pretrained(AutoProcessor, model, REWARD_MODEL, backend="pil")
+        self.processor = from_pretrained(AutoProcessor, model, backend="pil")
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        network = from_pretrained(AutoModelForImageTextToText, model, REWARD_MODEL, dtype=dtype)
+        network = from_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
         self.network = network.to(device)
         config = self.network.config
         if not hasattr(self.processor, "image_processor") or config.is_encoder_decoder or not (
                 self.processor.chat_template or config.model_type == "llava"):
-            raise ValueError(f"{REWARD_MODEL} {model!r} is no decoder-only VLM with a chat template")
+            raise ValueError(f"network {model!r} is no decoder-only VLM with a chat template")
         self.processor.tokenizer.padding_side = "left"  # every answer begins where the padded questions end
 
     @torch.no_grad()
@@ -179,21 +172,20 @@ class BertRecall:
     """
 
     def __init__(self, device, model, baseline=0.0):
-        announce("the encoder for BERTScore", model)
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         is_pipeline = (Path(model) / "text_encoder").is_dir()
         parts = ("tokenizer", "text_encoder")
         tokenizer, options = ({"subfolder": part} if is_pipeline else {} for part in parts)
-        self.tokenizer = from_pretrained(AutoTokenizer, model, BERT_MODEL, **tokenizer)
-        options["config"] = config = from_pretrained(AutoConfig, model, BERT_MODEL, **options)
+        self.tokenizer = from_pretrained(AutoTokenizer, model, **tokenizer)
+        options["config"] = config = from_pretrained(AutoConfig, model, **options)
         unused = r"\bpooler\b"
         if config.model_type == "deberta" and config.num_hidden_layers == 48:
             config.num_hidden_layers = 40  # bert-score takes this layer of deberta-xlarge-mnli
             unused = r"\blayer\.4[0-7]\b"
         options["dtype"] = torch.float32
-        self.encoder = from_pretrained(AutoModel, model, BERT_MODEL, unused, **options).to(device)
+        self.encoder = from_pretrained(AutoModel, model, unused, **options).to(device)
         self.baseline = baseline
-        with one_line_errors(BERT_MODEL, model):  # some encoders read no text by itself
+        with one_line_errors("network", model):  # some encoders read no text by itself
             self(["a cat"], ["a cat"])
 
     @torch.no_grad()
@@ -273,10 +265,7 @@ class Reward:
     nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
 
     def __call__(self, images, prompts):
-        """Values (B,) float64 on the CPU, and B notes. prompts: B prompts.Prompt or texts.
-
-        In float64 rewards of a large offset keep their differences until they are whitened.
-        """
+        """Values (B,) on the CPU, in float64 for their small differences, and B notes. prompts: or texts."""
         with torch.no_grad():
             values, notes = self.called(images.clone(), prompts)
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu")

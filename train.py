@@ -24,6 +24,7 @@ from prompts import load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
+from support.loading import save_pipeline
 from support.settings import (build_config, load_settings, parse, reward_options,
                               saved_settings, short_name)
 from support.trackers import load_trackers
@@ -139,7 +140,7 @@ def tell(run, epoch, metrics):
            **dict.fromkeys(TRAINING_METRICS), **metrics, **dict.fromkeys(EVALUATION_METRICS),
            **(evaluate_fixed(run) if is_evaluated else {})}
     run.rows.append(row)
-    run_folder.append_row(folder, row)
+    run_folder.append_line(folder / "log.jsonl", row)
     for show in run.trackers:
         show(row)
     if is_evaluated:
@@ -356,7 +357,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt):
             return 130
         raise
-    run_folder.save_model(run.folder, run.policy.save)
+    run_folder.save_model(run.folder, partial(save_pipeline, run.policy.pipeline))
     print(outcome(run), flush=True)
     processes.finish()
     return 0

@@ -24,8 +24,8 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
     r = 1/2, changes nothing. RWR, which has positive weights alone, re-trains the policy on it.
     """
     change = strength * (prediction - old_prediction)
-    positive, negative = (((old_prediction + sign * change - target) ** 2).flatten(1).mean(1)
-                          for sign in (1, -1))
+    errors = (old_prediction + sign * change - target for sign in (1, -1))
+    positive, negative = ((error**2).flatten(1).mean(1) for error in errors)
     loss = (preferences * positive + (1 - preferences) * negative).mean()
     return loss, {"denoising_error": ((prediction.detach() - target) ** 2).mean()}
 

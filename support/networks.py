@@ -13,9 +13,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-REWARD_MODEL = "reward model (--reward-model)"  # how error messages call the network of a learned reward
-
-
 @functools.cache
 def silence_libraries():
     """Silence the libraries' warnings and loading bars, but for one warning: that a prompt is cut off."""
@@ -40,10 +37,11 @@ class CutPrompts(logging.Handler):
             self.setLevel(logging.CRITICAL)
 
 
-def announce(network, name):
-    """Tell the user what is being loaded: it may take minutes, and gigabytes."""
+@functools.cache
+def announce(name):
+    """Tell the user once what is being loaded: it may take minutes, and gigabytes."""
     silence_libraries()
-    print(f"loading {network}: {name}", file=sys.stderr, flush=True)
+    print(f"loading {name}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -74,17 +72,19 @@ def all_weights_loaded(unused=""):
         raise ValueError(f"{len(missing)} of its weights are missing, the first is {min(missing)}")
 
 
-def from_pretrained(loader, name, described_as, unused="", **options):
+def from_pretrained(loader, name, unused="", **options):
     """loader.from_pretrained of a hub name or a folder. A network has all its weights: see above."""
-    with one_line_errors(described_as, name), all_weights_loaded(unused):
+    announce(name)
+    with one_line_errors("network", name), all_weights_loaded(unused):
         return loader.from_pretrained(str(name), **options)
 
 
-def hub_file(name, filename, described_as):
+def hub_file(name, filename):
     """The path of one file of a folder or of a hub repository."""
     if Path(name).is_dir():
         return Path(name) / filename
-    with one_line_errors(described_as, name):
+    announce(name)
+    with one_line_errors("network", name):
         return huggingface_hub.hf_hub_download(str(name), filename)
 
 
@@ -96,10 +96,10 @@ def read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_weights(network, weights, prefix, described_as, new_names=None):
+def load_weights(network, weights, prefix, new_names=None):
     """The network, in eval mode, with exactly the weights whose published name begins with `prefix`."""
     renamed = {}
-    with one_line_errors(f"the weights of the {described_as} do not fit", type(network).__name__):
+    with one_line_errors("the weights do not fit a", type(network).__name__):
         for name, weight in weights.items():
             if name.startswith(prefix) and not name.endswith("position_ids"):  # a buffer of older versions
                 name = name.removeprefix(prefix)
@@ -110,12 +110,11 @@ def load_weights(network, weights, prefix, described_as, new_names=None):
     return network.eval()
 
 
-def load_clip(model, device, described_as, processor=""):
+def load_clip(model, device, processor=""):
     """A CLIP's image processor, which may come from another model, and its network, in fp32."""
-    announce("CLIP", model)
     from transformers import AutoImageProcessor, CLIPModel
-    return (from_pretrained(AutoImageProcessor, processor or model, described_as, backend="pil"),
-            from_pretrained(CLIPModel, model, described_as, dtype=torch.float32).to(device))
+    return (from_pretrained(AutoImageProcessor, processor or model, backend="pil"),
+            from_pretrained(CLIPModel, model, dtype=torch.float32).to(device))
 
 
 def clip_pixels(processor, images):

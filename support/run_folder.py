@@ -25,7 +25,7 @@ from support.processes import by_first
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
-GIF_EVALUATIONS = 20  # at most: more would make a large file, and cost seconds at each evaluation
+GIF_EVALUATIONS = 20  # at most: more would cost seconds at each evaluation
 
 
 # ---- Files ----
@@ -43,6 +43,7 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@by_first
 def append_line(path, line):
     """Add one dict to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,15 +61,11 @@ def read_lines(path):
 
 def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given."""
-    parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / (name or f"{stem}-{number}")
-        try:
-            folder.mkdir()  # of two runs that start at the same moment, one succeeds
+        if name or not folder.exists():
+            folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            if name:
-                raise
 
 
 @by_first
@@ -83,12 +80,6 @@ def lock_run(folder):
     except (ImportError, OSError):  # Windows, and some network file systems, cannot lock so
         pass
     return file
-
-
-@by_first
-def append_row(folder, row):
-    """Add one epoch to the log."""
-    append_line(folder / "log.jsonl", row)
 
 
 def read_rows(folder):

@@ -28,8 +28,8 @@ def setting(default, text, **facts):
     """A field of Config, with its help text and what else is known of it.
 
     read_by: the algorithms that read it; rewards: the rewards that do; others refuse it. choices. zero: it
-    may be 0. below: it must be smaller. place: where something is. speed: it changes the result in rounding
-    only. resumable: it may be given with --resume, as may places and speed.
+    may be 0, as it may if its default is. below: it must be smaller. place: where something is. speed: it
+    changes the result in rounding only. resumable: it may be given with --resume, as may places and speed.
     """
     return field(default=default, metadata={"help": text, **facts})
 
@@ -43,46 +43,38 @@ class Config:
     epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16
     autocast), the settings of memory and speed, and how often to evaluate and to save.
     """
-    preset: str = setting("emoji", "the bundled toy model; or the paper's, LoRA, SDXL, flow matching",
-                          choices=PRESETS)
+    preset: str = setting("emoji", "toy model; or the paper's, LoRA, SDXL, flow matching", choices=PRESETS)
     reward: str = setting("compressibility", "of rewards.py, or path/to/file.py:function", place=True)
     watch: tuple = setting((), "a reward to evaluate alone; may be repeated; none: nothing", place=True)
     prompts: str = setting("common_animals", "a set of prompts.py, or a text file or .jsonl", place=True)
-    algorithm: str = setting("ddpo-is", "DDPO by importance sampling or score function, or another",
-                             choices=ALGORITHMS)
-    model: str = setting("CompVis/stable-diffusion-v1-4", "a pipeline: hub name, folder or single file",
-                         place=True)
-    prediction_type: str = setting("", "what the network predicts, if its files do not say it",
+    algorithm: str = setting("ddpo-is", "importance sampling, score function, ...", choices=ALGORITHMS)
+    model: str = setting("CompVis/stable-diffusion-v1-4", "pipeline: hub name, folder, one file", place=True)
+    prediction_type: str = setting("", "of the network, if its files do not say it",
                                    choices=("", "epsilon", "v_prediction", "sample"))
     t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (10 GB)")
-    lora_rank: int = setting(0, "train adapters of this rank beside the attention; 0: all weights", zero=True)
-    lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank", zero=True)
-    height: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
-    width: int = setting(0, "of the images, in pixels; 0: the model's own", zero=True)
+    lora_rank: int = setting(0, "train adapters of this rank beside the attention; 0: all weights")
+    lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank")
+    height: int = setting(0, "of the images, in pixels; 0: the model's own")
+    width: int = setting(0, "of the images, in pixels; 0: the model's own")
     call: str = setting("", 'JSON of other options of the pipeline\'s call, as {"clip_skip": 1}')
     reward_model: str = setting("", "another network than the published one", place=True, rewards=LEARNED)
     aesthetic_head: str = setting("", "a file of the MLP's weights", place=True, rewards=("aesthetic",))
-    wording: str = setting("code", "whose question to use, the authors' code's or the paper's",
-                           choices=("code", "paper"), rewards=("alignment",))
+    wording: str = setting("code", "whose question to use", choices=("code", "paper"), rewards=("alignment",))
     bert_model: str = setting("", "BERTScore's encoder", place=True, rewards=("alignment",))
-    bert_baseline: float = setting(0.0, "what unrelated sentences score (DeBERTa: 0.517)", zero=True,
-                                   below=1, rewards=("alignment",))
+    bert_baseline: float = setting(0.0, "what unrelated sentences score", below=1, rewards=("alignment",))
     name: str = setting("", "the run's folder in runs/; empty: reward, algorithm, the next free number")
-    seed: int = setting(0, "of the training: prompts, noise, order", zero=True, below=2**32)
-    epochs: int = setting(196, "how often to sample and then learn; of RWR: the paper's rounds",
-                          resumable=True)
+    seed: int = setting(0, "of the training: prompts, noise, order", below=2**32)
+    epochs: int = setting(196, "how often to sample and learn; of RWR: the paper's rounds", resumable=True)
     samples_per_epoch: int = setting(256, "images drawn in an epoch, each one reward query")
-    images_per_prompt: int = setting(1, "of an epoch; with --stats-buffer 1 --stats-min-count 1 a group, as "
-                                     "in GRPO")
+    images_per_prompt: int = setting(1, "with --stats-buffer 1 --stats-min-count 1 a group, as in GRPO")
     updates_per_epoch: int = setting(4, "optimizer steps in an epoch; DDPO: each on its share of the samples")
     batch_size: int = setting(128, "images of an update", read_by=FINE_TUNING)
     sampling_steps: int = setting(50, "denoising steps T")
     eta: float = setting(1.0, "how random the chain is, in (0, 1]")
     noise: str = setting("ddim", "sigma of a step: sampling.py", choices=("ddim", "cps"))
-    guidance_scale: float = setting(0.0, "of the pipeline's call; 0: --sd-guidance, or its default",
-                                    zero=True)
+    guidance_scale: float = setting(0.0, "of the pipeline's call; 0: its default or --sd-guidance")
     sd_guidance: float = setting(5.0, "guidance of Stable Diffusion 1 and 2, if --guidance-scale is 0")
-    training_guidance: float = setting(0.0, "in the loss; 0: as in sampling", zero=True, read_by=FINE_TUNING)
+    training_guidance: float = setting(0.0, "in the loss; 0: as in sampling", read_by=FINE_TUNING)
     learning_rate: float = setting(1e-5, "of AdamW")
     adam_beta1: float = setting(0.9, "of AdamW", zero=True, below=1)
     adam_beta2: float = setting(0.999, "of AdamW", zero=True, below=1)
@@ -93,14 +85,14 @@ class Config:
     advantage_clip: float = setting(10.0, "advantages are clipped to +- this", read_by=DDPO)
     stats_buffer: int = setting(32, "last rewards that a prompt's statistics are of", read_by=ADVANTAGES)
     stats_min_count: int = setting(16, "with fewer, a prompt takes the batch's", read_by=ADVANTAGES)
-    skip_last_steps: int = setting(0, "last steps not learned from: ddpo.py", zero=True, read_by=DDPO)
-    learn_steps: int = setting(0, "steps of an update, at random; 0: all others", zero=True, read_by=DDPO)
-    baseline: str = setting("prompt", "what a reward is compared with; none: the bare reward",
+    skip_last_steps: int = setting(0, "last steps not learned from: ddpo.py", read_by=DDPO)
+    learn_steps: int = setting(0, "steps of an update, at random; 0: all others", read_by=DDPO)
+    baseline: str = setting("prompt", "what a reward is compared with; none: with nothing",
                             choices=("prompt", "batch", "none"), read_by=ADVANTAGES)
-    kl_weight: float = setting(0.0, "of the KL to the pretrained: ddpo.surrogate", zero=True, read_by=DDPO)
+    kl_weight: float = setting(0.0, "of the KL to the pretrained: ddpo.surrogate", read_by=DDPO)
     beta: float = setting(0.2, "inverse temperature of rewards", zero=True, read_by=("rwr",))
     nft_strength: float = setting(1.0, "b: how far v+ and v- lie from v_old", read_by=("nft",))
-    percentile: float = setting(0.9, "rewards of a prompt below it are dropped", zero=True, below=1,
+    percentile: float = setting(0.9, "below that of its prompt a reward is dropped", zero=True, below=1,
                                 read_by=("rwr-sparse",))
     precision: str = setting("fp16", "of the networks; weights that train stay in fp32",
                              choices=("fp32", "fp16", "bf16"))
@@ -109,11 +101,10 @@ class Config:
     gradient_checkpointing: bool = setting(False, "compute activations twice, to save memory", speed=True)
     compile: bool = setting(False, "torch.compile the denoiser: minutes at the start", speed=True)
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; and the last")
-    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as in training", zero=True)
+    eval_steps: int = setting(0, "denoising steps of an evaluation; 0: as in training")
     eval_prompts: int = setting(64, "fixed prompts of an evaluation, spread evenly over the set")
-    stop_below: tuple = setting((), "animal=0.9, or animal=90%% of its start: an evaluation of a watched "
-                                "reward below it ends the run, with the last weights that passed; may be "
-                                "repeated", resumable=True)
+    stop_below: tuple = setting((), "animal=0.9, or animal=90%%: a watched reward below it, or that share of "
+                                "its start, ends the run; may be repeated", resumable=True)
     checkpoint_every: int = setting(1, "epochs between checkpoints (10 GB of Stable Diffusion, all weights)")
     tracker: str = setting("none", "where else to show the run", choices=("none", "tensorboard", "wandb"),
                            resumable=True)
@@ -272,7 +263,7 @@ def check(config):
         if value not in known.get("choices", (value,)):
             raise ValueError(f"{flag} {value}: choose {', '.join(filter(None, known['choices']))}")
         if item.type in (int, float):
-            limit, zero = known.get("below", math.inf), known.get("zero", False)
+            limit, zero = known.get("below", math.inf), known.get("zero", item.default == 0)
             if not (0 < value < limit or zero and value == 0):
                 raise ValueError(f"{flag} {value}: must be {'from' if zero else 'above'} 0, below {limit}")
     for wrong, message in refusals(config):

@@ -97,7 +97,7 @@ def test_the_curve_has_a_panel_for_each_unit(with_drawings, monkeypatch):
                         lambda figure, path, dpi: figures.append(figure) or path.touch())
     for queries, mean in ((0, None), (4, -2.0)):
         row = {"reward_queries": queries, "reward_mean": mean, "reward_std": 0.5, "watched": watched}
-        run_folder.append_row(Path("r"), {**row, "eval_reward_mean": queries / 4 - 2.5})
+        run_folder.append_line(Path("r/log.jsonl"), {**row, "eval_reward_mean": queries / 4 - 2.5})
     units = dict(zip(watched, [(100, "%"), (100, "%"), (1, ""), (1, "")]))
     run_folder.draw_curve(Path("r"), "compressibility", (-1, "kB"), units)
     drawn = {axes.get_ylabel(): [list(line.get_ydata()) for line in axes.lines] for axes in figures[0].axes}
