@@ -35,9 +35,8 @@ LEVELS = 8  # noise levels of an update, where the network takes one timestep a 
 def rwr_weights(prompts, rewards, beta):
     """B prompts and B rewards -> weights (B,): the softmax of beta r over each prompt's n samples, times n.
 
-    beta multiplies the reward in its own unit. It is an inverse temperature, though the authors' code calls
-    it a temperature. At 0 all weights are 1, plain fine-tuning. At a large beta only a prompt's best sample
-    counts. A prompt with one sample, or with equal rewards, has weights of 1.
+    beta multiplies the reward in its own unit: an inverse temperature. At 0 all weights are 1, plain
+    fine-tuning. At a large beta only a prompt's best sample counts.
     """
     return weights_per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
 
@@ -46,8 +45,7 @@ def sparse_weights(prompts, rewards, percentile):
     """B prompts and B rewards -> weights (B,): equal for each prompt's rewards >= C, else 0; average 1.
 
     C is the prompt's own percentile, in [0, 1), interpolated linearly between neighbours. So the best sample
-    is always kept, alone if a prompt has at most ten and the percentile is 0.9. Ties stay together: a prompt
-    with one sample, or with equal rewards, keeps all. At 0 all weights are 1, plain fine-tuning.
+    is always kept, alone if a prompt has at most ten and the percentile is 0.9. Equal rewards stay together.
     """
     def weights(r):
         kept = (r >= r.quantile(percentile)).double()

@@ -84,10 +84,9 @@ class PromptStatistics:
     """Rewards -> advantages, by running mean and deviation per prompt (D.3, and the authors' code).
 
     Each prompt keeps its last `buffer` rewards, but never fewer than it got in this epoch. (The authors keep
-    32, their PyTorch port 16 for the JPEG tasks. With one prompt and 256 images all advantages would share a
-    shift, so their one-prompt config takes the batch's statistics.) A prompt with fewer than `min_count`
-    rewards takes the whole batch's statistics (`own_statistics` in the log says how many do not). For
-    ablations the baseline may be "batch", the batch's for all, or "none", the bare rewards.
+    32, their PyTorch port 16 for the JPEG tasks.) A prompt with fewer than `min_count` rewards takes the
+    whole batch's statistics. For ablations the baseline may be "batch", the batch's for all, or "none", the
+    bare rewards.
     """
 
     def __init__(self, buffer, min_count, clip, baseline="prompt"):
@@ -116,9 +115,9 @@ class PromptStatistics:
 def whiten(reward, group):
     """How many standard deviations of its group (n,) float64 a reward lies above the group's mean.
 
-    It is 0 if the group's rewards are equal up to rounding: that of float32, in which most networks compute,
-    if all of them are numbers of float32, else that of float64. The usual floor of 1e-6 under the deviation
-    would turn rounding into advantages, and would shrink those of rewards that truly differ by little.
+    0 if the rewards are equal up to rounding: float32's, if all are numbers of float32, else float64's. The
+    usual floor of 1e-6 under the deviation would turn rounding into advantages, and would shrink those of
+    rewards that truly differ by little.
     """
     rounding = 2e-7 if (group == group.astype(np.float32)).all() else 1e-14
     deviation = group.std()
@@ -132,9 +131,8 @@ def ddpo_update(policy, trajectory, advantages, learner, rng, config, loss):
 
     advantages: (B,). learner: a Learner of the policy. rng: a CPU generator, which deals the images to the
     updates. loss: one of the two above. An update takes B / updates images. It learns from each at all steps
-    but the last config.skip_last_steps, or at config.learn_steps of these, drawn at random, the same for all
-    its images. Its loss is the mean over these images and steps. Also read: config.clip_range, kl_weight.
-    info: see summary; ratio_deviation is the largest of the first update.
+    but the last config.skip_last_steps, or at config.learn_steps of these, at random, the same for all. Its
+    loss is the mean over these images and steps. info: see summary; ratio_deviation: the first update's.
     """
     B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"
@@ -184,11 +182,10 @@ class Learner:
 
     def __init__(self, policy, config):
         self.weights = list(policy.trained.values())
-        # On a GPU torch's default AdamW would need one more copy of the weights: 3.4 GB of Stable Diffusion.
-        self.fused = policy.device.type == "cuda"
+        # On a GPU torch's default would need one more copy of the weights: 3.4 GB of Stable Diffusion.
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=self.fused)
+            eps=config.adam_epsilon, weight_decay=config.weight_decay, foreach=False)
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
         half = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=half)
@@ -232,11 +229,7 @@ class Learner:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        # The run may go on on another device, and torch puts the count of steps where the saved `fused` says.
-        # The copy leaves the checkpoint's own memory, which is the file's.
-        optimizer = copy.deepcopy(state["optimizer"])
-        optimizer["param_groups"] = [{**group, "fused": self.fused} for group in optimizer["param_groups"]]
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # its memory is the file's
         self.scaler.load_state_dict(state["scaler"])
 
 

@@ -193,7 +193,7 @@ class Policy:
 
 @functools.cache
 def tapped(kind):
-    """The class of a tap: a scheduler's class, whose step keeps the prediction and returns the latents.
+    """The class of a tap: a scheduler's, whose step keeps the prediction and returns the latents.
 
     If the tap wants the whole chain, it goes the scheduler's own steps, in fp32, and records them.
     """
@@ -318,8 +318,7 @@ def refuse_other_steps(policy):
     """ValueError if the pipeline's own call makes other predictions or steps than the policy.
 
     In a tapped call the loop's index is 0. What depends on it is lost in silence: guidance that begins late,
-    layers that are skipped. Four steps, a number that divides 1,000: for others diffusers' own DDIM step goes
-    to another timestep under "trailing" spacing.
+    layers that are skipped. (Diffusers' own DDIM step is right under "trailing" spacing if T divides 1,000.)
     """
     four = policy.with_chain(4, 0.0, scored=False)
     x_T = torch.randn(1, *four.latent_shape, generator=torch.Generator().manual_seed(0)).to(four.device)

@@ -277,14 +277,9 @@ class Reward:
             raise ValueError(f"the reward {self.name} returned {values[wrong][0]} for an image")
         return values, notes
 
-    @property
-    def differentiable(self):
-        """Whether with_gradient can be called: the function says so by its attribute."""
-        return getattr(self.function, "differentiable", False)
-
     def with_gradient(self, images, prompts):
         """The values alone, (B,), with a gradient to the images."""
-        if not self.differentiable:
+        if not getattr(self.function, "differentiable", False):
             raise ValueError(f"the reward {self.name} has no gradient; aesthetic has one, and a function "
                              "of your own in torch, if it says so by .differentiable = True")
         return self.called(images, prompts)[0]

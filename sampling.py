@@ -122,9 +122,8 @@ def log_prob(x_prev, mean, sigma):
     """log p(x_{t-1} | x_t, c) of Normal(mean, sigma^2 I), per latent dimension: (N, D...) -> (N,).
 
     This is the mean over the D dimensions, as in the authors' code, and not the sum. So a ratio of densities
-    is the D-th root of the true one. The sum's ratio would be 0 or infinite after the smallest step (D =
-    16,384 in Stable Diffusion). The clip range is per dimension too: 1e-4 there lets the true density ratio
-    move by a factor of 5.
+    is the D-th root of the true one, and the clip range is per dimension, too: with Stable Diffusion's D =
+    16,384 a range of 1e-4 lets the true ratio move by a factor of 5.
     """
     density = -(x_prev - mean) ** 2 / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
@@ -140,9 +139,8 @@ def gaussian_kl(mean, mean_reference, sigma):
 def p_mean_sigma(policy, x_t, k, prompts):
     """The policy p_theta(x_{t-1} | x_t, c) in step k for N latents and N texts: mean (N, D...) and sigma.
 
-    Guidance is part of the policy, in learning as in sampling. An update without it would score another
-    policy than the one that drew the images. (For sparse RWR the paper saw performance fall after the first
-    round without it, appendix E.1.)
+    Guidance is part of the policy, in learning as in sampling: without it an update would score another
+    policy than the one that drew the images.
     """
     schedule = policy.schedule
     return mean_sigma(x_t, policy.predict(x_t, schedule.timesteps[k], prompts), k, schedule)
@@ -197,10 +195,7 @@ def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling")
 
 
 def generators(rng, count):
-    """`count` generators of noise, one for each image, seeded from the CPU generator rng.
-
-    They make an image's noise independent of batch_size. A whole chain's noise is as large as the chain.
-    """
+    """`count` generators, one for each image's noise, which so does not depend on batch_size."""
     seeds = torch.randint(2**62, (count,), generator=rng).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -213,9 +208,9 @@ def noise(policy, rngs):
 def score(policy, trajectory, images, k):
     """The recorded actions of step k: log p_theta(x_{t-1} | x_t, c) (N,), KL to the reference (N,).
 
-    images (N,): which chains. Both results are fp32. log p carries a gradient, and so does the KL if there is
-    a reference; else the KL is 0 and costs nothing. The recorded x_{t-1} is scored, never a new one: the
-    policy gradient asks how likely the weights make the action that was taken.
+    images (N,): which chains. Both results are fp32. log p carries a gradient, and so does the KL; without a
+    reference that is 0. The recorded x_{t-1} is scored, never a new one: the policy gradient asks how likely
+    the weights make the action that was taken.
     """
     prompts = [trajectory.prompts[i] for i in images.tolist()]
     x_t, x_prev = trajectory.latents[images, k], trajectory.latents[images, k + 1]

@@ -100,7 +100,7 @@ def judge(policy, reward, trajectory, prompts, clock):
 
 def advantages(texts, rewards, statistics, config):
     """For DDPO: advantages (B,). For the log: own_statistics, the share of images with their own prompt's
-    statistics. It rises to 1. If prompts seldom come back it stays 0, and the baseline is the batch's.
+    statistics. If prompts seldom come back it stays 0, and the baseline is the batch's.
     """
     values, own_statistics = statistics.advantages(texts, rewards)
     return values, {"own_statistics": own_statistics}
@@ -248,8 +248,7 @@ class Run:
     """A run in memory: what it is given, and all that changes.
 
     state: of an earlier run, to go on with. epoch: the last in the log, -1 before that of the pretrained
-    weights. rows: the log. trackers: functions that show a row elsewhere. lock: held while the
-    run lives.
+    weights. rows: the log. trackers: they show a row elsewhere. lock: held while the run lives.
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):

@@ -28,11 +28,10 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
                    backward_rate=1.0):
     """Draw one image for each of B prompts by universal guidance. Returns x_0 (B, D...), fp32.
 
-    reward: a rewards.Reward. rng, batch_size: as in sampling.rollout, which draws the same images if its
-    policy has eta 0, scale and backward_steps are 0, and recurrences is 1. scale: g >= 0, per unit of the
-    reward. recurrences: k. backward_steps: m; backward_rate: their step size. prompts: prompts.Prompt or
-    texts. A chain that begins at pure noise, as flow matching's, is guided from its second step on.
-    ValueError if the reward is not differentiable; FloatingPointError if a latent is not finite.
+    reward: a rewards.Reward with a gradient. rng, batch_size: as in sampling.rollout, which draws the same
+    images at eta 0 if nothing guides. scale: g >= 0, per unit of the reward. recurrences: k. backward_steps:
+    m; backward_rate: their step size. prompts: prompts.Prompt or texts. A chain that begins at pure noise, as
+    flow matching's, is guided from its second step on. FloatingPointError if a latent is not finite.
     """
     assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
     rngs = generators(rng, len(prompts))

@@ -1,11 +1,9 @@
 """Several processes as one training, each with a GPU of its own: torchrun --nproc-per-node 8 train.py ...
 
-Every process holds the whole policy and the same generator. So all draw the same prompts, noise and order,
-and each draws, judges and learns from its own rows. Then chains and gradients are added up over the
-processes, and rewards are gathered in a row. So all compute the same statistics, advantages and weights:
-their number changes the result in rounding only. (Rewards that are random or keep a state are an exception.)
-
-Without torchrun there is one process, which exchanges nothing. If one fails, torchrun ends the others.
+Every process holds the whole policy and the same generator, so all draw the same prompts, noise and order.
+Each draws, judges and learns from its own rows. Chains and gradients are added up over the processes, rewards
+are gathered in a row. So their number changes the result in rounding only (but for rewards that are random or
+keep a state). If one fails, torchrun ends the others.
 """
 import functools
 import os

@@ -185,10 +185,9 @@ def save_gif(strips, path):
 
 @by_first
 def draw_curve(folder, name, unit, watched):
-    """Reward against reward queries: the epochs' samples, the fixed prompts, the watched rewards.
+    """Reward against reward queries. Below it the watched rewards (name -> unit), those of one unit together.
 
-    unit: factor and name of the reward's unit. watched: name -> unit of the watched rewards. These are drawn
-    below, those of one unit together.
+    unit: see rewards.unit_of.
     """
     from matplotlib.figure import Figure  # the object interface: no window, no global state
     units = list(dict.fromkeys(watched.values()))

@@ -277,8 +277,8 @@ def check(config):
 
 def refusals(c):
     """Pairs: whether something is wrong with a Config, and what to say then."""
-    ddpo, names = c.algorithm in DDPO, names_of(c)
-    images = c.batch_size if c.algorithm in FINE_TUNING else c.samples_per_epoch // c.updates_per_epoch
+    ddpo, names, n = c.algorithm in DDPO, names_of(c), c.samples_per_epoch
+    images = n // c.updates_per_epoch if ddpo else c.batch_size
     learned = c.sampling_steps - c.skip_last_steps
     yield len({*names}) < len(names), f"two rewards have one name, and would be one in the log: {names}"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
@@ -290,16 +290,13 @@ def refusals(c):
            f"--stats-min-count {c.stats_min_count}: more than --stats-buffer or --images-per-prompt can give")
     yield (c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1,
            "--updates-per-epoch: ddpo-sf takes one, since its samples must come from the current weights")
-    yield (c.samples_per_epoch % c.images_per_prompt,
-           "--samples-per-epoch does not divide into groups of --images-per-prompt")
-    alone = c.images_per_prompt == c.stats_buffer == 1
-    yield (c.algorithm in ADVANTAGES and c.baseline == "prompt" and alone,
-           "--images-per-prompt 1 with --stats-buffer 1 compares an image with itself alone")
-    yield (ddpo and c.samples_per_epoch % c.updates_per_epoch,
-           "--samples-per-epoch does not divide into --updates-per-epoch equal shares")
+    yield n % c.images_per_prompt, "--samples-per-epoch does not divide into groups of --images-per-prompt"
+    alone = c.baseline == "prompt" and c.images_per_prompt == c.stats_buffer == 1
+    yield alone and c.algorithm in ADVANTAGES, "--stats-buffer 1 compares an image with itself"
+    yield ddpo and n % c.updates_per_epoch, "--samples-per-epoch does not divide into --updates-per-epoch"
     yield (ddpo and max(c.learn_steps, 1) > learned,
            f"--skip-last-steps leaves {learned} of --sampling-steps, too few to learn from")
-    yield (processes.size() > min(images, c.eval_prompts, c.samples_per_epoch),
+    yield (processes.size() > min(images, c.eval_prompts, n),
            f"{processes.size()} processes are too many for {images} images or {c.eval_prompts} eval prompts")
     yield (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
            f"--tracker {c.tracker} needs a package: pip install {c.tracker}")

@@ -103,7 +103,7 @@ def test_the_choices_of_the_settings_are_the_tables_of_the_code():
     ("--percentile 1", "not by ddpo-is"), ("--bert-model x", "--bert-model is read by alignment alone"),
     ("--clip-range -1", "must be above 0"), ("--eta 0 --reward compressibility", "must be above 0"),
     ("--learn-steps 9", "too few to learn from"), ("--skip-last-steps 10", "too few to learn from"),
-    ("--samples-per-epoch 60", "does not divide"), ("--updates-per-epoch 3", "equal shares"),
+    ("--samples-per-epoch 60", "does not divide"), ("--updates-per-epoch 3", "divide into --updates"),
     ("--algorithm ddpo-sf --updates-per-epoch 2", "ddpo-sf takes one"),
     ("--images-per-prompt 1", "compares an image with itself"),
     ("--stats-min-count 9", "more than --stats-buffer"), ("--lora-alpha 4", "goes with --lora-rank"),
