@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
 
 import prompts
 import train
@@ -65,24 +64,6 @@ def test_the_frechet_distance_is_that_of_its_formula():
     expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other) - 2 * cross
     assert pretrain.frechet_distance(features, others) == pytest.approx(expected)
     assert pretrain.frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-
-
-def test_each_pass_over_the_scenes_takes_every_one_once_in_a_new_order():
-    scenes = np.array([3, 5, 5, 7, 11, 13])  # 5 is drawn twice
-    steps = [pretrain.batch(scenes, step, 2)[0].tolist() for step in (*range(9), 1)]
-    passes = [sum(steps[first:first + 3], []) for first in (0, 3, 6)]
-    assert all(sorted(taken) == scenes.tolist() for taken in passes)
-    assert passes[0] != passes[1] != passes[2] and steps[9] == steps[1]
-
-
-def test_a_training_can_start_from_a_models_weights_and_zero_steps_keep_them(tmp_path):
-    args = pretrain.parse(f"--start {EMOJI} --judge-steps 0 --autoencoder-steps 0 --work {tmp_path}".split())
-    kept, vae = pretrain.train_judge(None, None, None, args), pretrain.train_autoencoder([], args)
-    assert not kept.training and not vae.training and not list(tmp_path.iterdir())
-    for network, file in ((kept, judge.WEIGHTS), (vae, next(EMOJI.glob("vae/*.safetensors"))), (
-            pretrain.begun(args, unet=pretrain.new_unet())["unet"], next(EMOJI.glob("unet/*.safetensors")))):
-        saved = {name: weight.float() for name, weight in load_file(file).items()}
-        assert all(torch.equal(weight.float(), saved[name]) for name, weight in network.state_dict().items())
 
 
 def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffusers_draws_it(monkeypatch):

@@ -20,7 +20,7 @@ from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, 
                       run, tiny_flags, tiny_pipeline, weights, without_seconds)
 from policy import Policy
 from support.loading import load_pipeline, save_pipeline
-from support.schedulers import plain_scheduler, training_levels
+from support.schedulers import plain_scheduler
 
 CLOSE = dict(rtol=0, atol=1e-5)
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
@@ -260,15 +260,6 @@ def test_a_model_of_any_sampler_takes_stable_diffusions_chain_but_trailing_spaci
     assert got.timesteps[0] == 999 and got.a[0] == 0 and (got.sigma > 0).all()
     with pytest.raises(ValueError, match="EDMEulerScheduler.* has neither betas nor flow matching"):
         plain_scheduler(diffusers.EDMEulerScheduler())
-
-
-def test_the_training_levels_of_a_flow_are_shifted_as_its_chain_is():
-    for scheduler, mu in ((FLOW(shift=3.0), None), (FLOW(use_dynamic_shifting=True), 0.7)):
-        kind, t, a, b = training_levels(scheduler, mu)
-        shift, s = 3.0 if mu is None else torch.tensor(mu).exp(), torch.arange(1, 1001) / 1000
-        torch.testing.assert_close(b, shift * s / (1 + (shift - 1) * s))
-        torch.testing.assert_close(t, 1000 * b)
-        assert kind == "flow" and torch.allclose(a + b, torch.ones(1000))
 
 
 def test_policies_share_a_pipeline_and_an_exception_amid_a_call_leaves_it_whole(tiny_policy):

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
-                          CLIPTextModel, CLIPTokenizer, DebertaConfig, DebertaModel)
+from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
+                          CLIPTokenizer, DebertaConfig, DebertaModel)
 
 import rewards
 from baselines_rwr import rwr_weights
@@ -115,17 +115,6 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
     assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and max(theirs) - min(theirs) > 0.1
 
 
-def test_a_vlm_is_asked_in_its_own_form(tiny_vlm, tmp_path):
-    llava = rewards.VLM("cpu", str(tiny_vlm)).processor
-    other = AutoProcessor.from_pretrained(tiny_vlm, backend="pil")
-    other.chat_template = (  # some write the beginning themselves
-        "{% for m in messages %}<s>USER: {% for part in m.content %}{{ part.text or '<image>\n' }}"
-        "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}")
-    assert rewards.dialogue(other, "how many?") == "<s>" + rewards.dialogue(llava, "how many?")
-    other.save_pretrained(shutil.copytree(tiny_vlm, tmp_path / "vlm"))
-    assert len(rewards.VLM("cpu", str(tmp_path / "vlm")).answer(IMAGES[:1], ["how many?"])) == 1
-
-
 def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm, monkeypatch):
     vlm, asked = rewards.VLM("cpu", str(tiny_vlm)), []
     ask = vlm.network.generate
@@ -196,17 +185,8 @@ def test_a_learned_reward_with_a_weight_missing_is_refused(name, tiny_clip, tiny
     folder = shutil.copytree(tiny_vlm if name == "counting" else tiny_clip, tmp_path / "model")
     edit_weights(folder, lambda all: {name: all[name] for name in all if name != max(
         one for one in all if one.endswith("fc1.weight"))})
-    with pytest.raises(ValueError, match=r"\(--reward-model\) .*: 1 of its weights are missing, .*fc1"):
+    with pytest.raises(ValueError, match="network .*: 1 of its weights are missing, .*fc1"):
         rewards.load_reward(name, reward_model=str(folder))
-
-
-def test_networks_saved_in_half_precision_are_used_in_full(tiny_clip, tmp_path):
-    clip = shutil.copytree(tiny_clip, tmp_path / "clip")
-    CLIPModel.from_pretrained(clip).half().save_pretrained(clip)
-    assert networks.load_clip(str(clip), "cpu", "CLIP")[1].dtype == torch.float32
-    bert = shutil.copytree(EMOJI, tmp_path / "bert")
-    CLIPTextModel.from_pretrained(EMOJI / "text_encoder").half().save_pretrained(bert / "text_encoder")
-    assert rewards.BertRecall("cpu", str(bert)).encoder.dtype == torch.float32
 
 
 def test_without_options_the_published_networks_are_asked_for(monkeypatch):

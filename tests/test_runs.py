@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -78,17 +77,6 @@ def test_watching_and_how_often_one_evaluates_change_nothing(tiny_model, own_rew
 
     # Both rewards draw from Python's own generator.
     assert training("a", watch="none") == training("b", watch=own_reward("noise"), **{"eval-every": 2})
-
-
-def test_the_animation_of_a_long_run_shows_some_of_the_evaluations(with_drawings):
-    Path("r/samples").mkdir(parents=True)
-    for epoch in range(50):
-        Image.new("RGB", (40, 40), (5 * epoch, 0, 0)).save(run_folder.sample_file(Path("r"), epoch))
-    run_folder.save_samples(Path("r"), 50, [Image.new("RGB", (40, 40), "blue")], [""])
-    with Image.open("r/progress.gif") as gif:
-        assert gif.n_frames <= 20 * 5
-        gif.seek(gif.n_frames - 1)
-        assert gif.convert("RGB").getpixel((20, 20)) == (0, 0, 255)  # the last one is among them
 
 
 def test_the_curve_has_a_panel_for_each_unit(with_drawings, monkeypatch):
