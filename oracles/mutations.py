@@ -21,7 +21,6 @@ PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
 MUTATIONS = [
     ("ddpo.py", "deviation = group.std()", "deviation = group.std() + 1e-6", METHOD),
     ("rewards.py", "config.num_hidden_layers = 40", "config.num_hidden_layers = 48", REWARDS),
-    ("rewards.py", '"microsoft/deberta-xlarge-mnli"', '"microsoft/deberta-large-mnli"', REWARDS),
     ("prompts.py", '"washing dishes"]', '"washing the dishes"]', METHOD),
     ("prompts.py", "lizard beetle ant", "lizard bug ant", METHOD),
     ("support/imagenet_animals.txt", "hammerhead, hammerhead shark", "hammerhead", METHOD),
@@ -63,7 +62,7 @@ MUTATIONS = [
     ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())',
      REWARDS),
     ("rewards.py", "MAX_ANSWER = 64", "MAX_ANSWER = 40", REWARDS),
-    ("rewards.py", "self.function(images.clone(),", "self.function(images,", REWARDS),
+    ("rewards.py", "self.called(images.clone(),", "self.called(images,", REWARDS),
     ("rewards.py", "        with torch.no_grad():\n            values, notes",
      "        with torch.enable_grad():\n"
      "            values, notes", REWARDS),
@@ -72,7 +71,7 @@ MUTATIONS = [
     # support/settings.py, train.py, support/run_folder.py
     ("support/settings.py", "advantage_clip: float = setting(10.0", "advantage_clip: float = setting(5.0",
      SETTINGS),
-    ("support/settings.py", "clip_range=2e-3, skip_last_steps=2", "clip_range=2e-3, skip_last_steps=1",
+    ("emoji/preset.py", "clip_range=2e-3, skip_last_steps=2", "clip_range=2e-3, skip_last_steps=1",
      SETTINGS),
     ("support/settings.py", "config.guidance_scale in (0, config.sd_guidance)", "True", SETTINGS),
     ("support/settings.py", "if name in (config.reward, *config.watch) else", "if True else", SETTINGS),
@@ -97,7 +96,7 @@ MUTATIONS = [
     ("support/loading.py", "tokenizer.model_max_length = min(", "tokenizer.model_max_length = max(", POLICY),
     ("support/schedulers.py", '"trailing" if trailing else "leading"', '"leading"', POLICY),
     ("support/loading.py", "torch.float32 if overflows or in_fp32", "torch.float32 if in_fp32", POLICY),
-    ("support/loading.py", "with torch.no_grad(), torch.autocast(device.type, enabled=False):",
+    ("policy.py", "with torch.no_grad(), torch.autocast(device.type, enabled=False):",
      "with torch.no_grad():", POLICY),
     ("support/loading.py", "lora_alpha=alpha", "lora_alpha=rank", LORA),
     ("policy.py", "if not apart <= 1e-3:", "if False:", POLICY),
@@ -121,10 +120,6 @@ MUTATIONS = [
     ("support/trackers.py", "purge_step=epoch + 1", "purge_step=epoch", TRACKERS),
     # emoji/, studies/
     ("emoji/judge.py", "seen[1] == asked[1]", "seen[0] == asked[0]", EMOJI),
-    ("emoji/pretrain.py", "np.trace(other_covariance) - 2 * cross", "np.trace(other_covariance) - cross",
-     EMOJI),
-    ("emoji/pretrain.py", "default_rng([POOL_SEED, passed, count])", "default_rng([POOL_SEED, count])",
-     EMOJI),
     ("studies/report.py", "(reward[:-1] * np.diff(queries))", "(reward[1:] * np.diff(queries))", STUDIES),
     ("studies/report.py", "half * T_95[min(n, len(T_95)) - 1]", "half * T_95[min(n, len(T_95) - 1)]",
      STUDIES),

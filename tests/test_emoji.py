@@ -6,8 +6,8 @@ from diffusers import StableDiffusionPipeline
 
 import prompts
 import train
-from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, load_policy, rng
-from emoji import judge, pretrain
+from conftest import EMOJI, EMOJI_FLOW, EMOJI_VLM, rng
+from emoji import judge
 from rewards import load_reward
 from support.settings import build_config, reward_options
 
@@ -53,38 +53,3 @@ def test_the_judge_marks_animal_and_number_and_knows_what_it_can_judge(monkeypat
         assert " ".join(map(str, function(images, texts))) == want and function.unit == "%"
     assert [str(mark) for mark in judge.animal(images[:, :, :32], texts)] == ["nan"] * 4
     assert judge.ANIMALS == prompts.COMMON_ANIMALS + prompts.UNSEEN_EMOJI_ANIMALS  # class k of its output
-
-
-def test_the_frechet_distance_is_that_of_its_formula():
-    random = np.random.default_rng(0)
-    features, others = (random.normal(size=(n, 4)) @ random.normal(size=(4, 4)) for n in (50, 40))
-    (mean, covariance), (other_mean, other) = (
-        (part.mean(0), np.cov(part, rowvar=False)) for part in (features, others))
-    cross = np.sqrt(np.linalg.eigvals(covariance @ other).real).sum()
-    expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other) - 2 * cross
-    assert pretrain.frechet_distance(features, others) == pytest.approx(expected)
-    assert pretrain.frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-
-
-def test_the_flow_model_begins_with_the_diffusion_models_weights_and_plain_diffusers_draws_it(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-    monkeypatch.setattr(pretrain, "load_pool", lambda args: (pixels, np.arange(8), np.arange(8) % 4 + 1))
-    flags = "--flow --flow-steps 1 --denoiser-batch 8 --device cpu --work work --output flow"
-    pretrain.remake_flow(pretrain.parse(flags.split()))
-    policy, diffusion = (load_policy(model, 10) for model in ("flow", EMOJI))
-    assert policy.schedule.prediction_type == "flow" and policy.schedule.actions == 9
-    moved = max((policy.trained[name] - weight).abs().max() for name, weight in diffusion.trained.items())
-    assert 0 < moved < 1e-2  # one step of a learning rate that warms up
-    pipeline = StableDiffusionPipeline.from_pretrained("flow")
-    assert pipeline("a cat", num_inference_steps=2).images[0].size == (64, 64)
-
-
-def test_the_check_uses_the_presets_chain_and_a_mistake_is_one_line_before_any_training():
-    args, config = pretrain.parse([]), build_config({})
-    assert (args.sampling_steps, args.guidance_scale) == (config.sampling_steps, config.sd_guidance)
-    for flags, message in (
-            ("--denoiser-steps 0", "--denoiser-steps 0: must be at least 1"), ("--scenes 32", "--scenes 32"),
-            (f"--vlm --start {EMOJI}", "--start is not for --vlm"), ("--start nowhere", "no model is there"),
-            ("--check --output nowhere", "there is no nowhere/model_index.json")):
-        with pytest.raises(SystemExit, match=message):
-            pretrain.refuse_mistakes(pretrain.parse(["--font", __file__, *flags.split()]))

@@ -49,12 +49,3 @@ def test_means_intervals_and_shares_by_hand_made_cases():
     judged = torch.tensor([[1.0, nan, 0.0], [1.0, 1.0, nan]])
     assert evaluate.reward_cells(*judged, share) == ["100 %", "100 %", "0 %", "0%"]
     assert evaluate.reward_cells(judged[:, 1] * nan, judged[:, 1] * nan, share) == ["-"] * 4
-
-
-def test_an_unfinished_run_and_what_is_none_are_refused_in_one_line(tiny_model, capsys):
-    run(*tiny_flags(tiny_model, epochs=1))
-    Path("runs/r/model").rename("runs/model")
-    assert evaluate.main(["runs/r"]) == evaluate.main(["runs/model"]) == 2
-    unfinished, none = capsys.readouterr().err.splitlines()[-2:]
-    assert unfinished.endswith("runs/r has no model/ yet: finish it with python train.py --resume runs/r")
-    assert none.startswith("evaluate.py: runs/model is no run")

@@ -5,7 +5,7 @@ import torch
 import rewards
 import sampling
 from beyond.universal_guidance import guided_rollout
-from conftest import EMOJI, load_policy, rng
+from conftest import load_policy, rng
 
 GREEN = """
 def green(images, prompts): return 10 * (images[:, 1] - images[:, ::2].mean(1)).mean((1, 2))
@@ -64,13 +64,6 @@ def test_it_is_algorithm_1_written_as_a_plain_loop(tiny_model, green):
                     again = (1 - ab / ab_prev) ** 0.5 * torch.randn((1, 4, 8, 8), generator=noise)
                     z = (ab / ab_prev) ** 0.5 * z + again
         torch.testing.assert_close(ours[i:i + 1], z, rtol=1e-4, atol=1e-4)
-
-
-def test_guided_images_have_more_reward_and_their_animals_stay(green):
-    policy, texts = load_policy(EMOJI, 10, **STILL), ["a wolf", "a cat", "a frog", "a horse"] * 2
-    plain, guided = (policy.decode(guided_rollout(policy, texts, green, rng(), 8, g)) for g in (0.0, 5.0))
-    assert (green(guided, texts)[0] > green(plain, texts)[0]).all()
-    assert rewards.load_reward(f"{EMOJI.parent / 'judge.py'}:animal")(guided, texts)[0].mean() > 0.7
 
 
 def test_a_reward_without_a_gradient_is_refused(tiny_model):

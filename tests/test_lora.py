@@ -10,7 +10,6 @@ from safetensors import safe_open
 import sampling
 from conftest import load_policy, rng, run, tiny_flags
 from support.loading import load_lora, save_pipeline
-from support.settings import build_config
 
 
 def lora(model, **options):
@@ -38,18 +37,6 @@ def test_adapters_alone_train_from_their_seed_and_begin_as_the_pretrained_policy
     assert torch.equal(one, want) and not torch.allclose(two, want, atol=1e-2)
 
 
-def test_at_any_adapters_the_ratio_is_one_and_what_does_not_train_has_the_autocasts_precision(tiny_model):
-    for precision, kind, close in (("fp32", torch.float32, 2e-6), ("bf16", torch.bfloat16, 2e-3)):
-        policy = moved(lora(tiny_model, precision=precision))
-        trajectory = sampling.rollout(policy, ["a cat", "a dog"], rng(), 2)
-        for k in range(4):
-            log_probs, _ = sampling.score(policy, trajectory, torch.arange(2), k)
-            assert torch.allclose(log_probs, trajectory.log_probs[:, k], atol=close)
-        frozen = policy.denoiser.conv_in, policy.pipeline.text_encoder.get_input_embeddings()
-        assert {network.weight.dtype for network in frozen} == {kind}
-        assert {weight.dtype for weight in policy.trained.values()} == {torch.float32}
-
-
 @pytest.mark.parametrize("alpha", [0, 8])
 def test_plain_diffusers_predicts_what_the_policy_predicts_with_its_alpha_too(tiny_model, alpha):
     policy = moved(lora(tiny_model, lora_alpha=alpha))
@@ -75,14 +62,3 @@ def test_a_lora_is_not_taken_for_a_whole_model_nor_for_another_models(tiny_model
         load_lora(load_policy(tiny_model, 4, trains=False).pipeline, "saved")
     run(*tiny_flags("saved"), code=2)
     assert "it is a LoRA, not a whole model: give the model that it was trained" in capsys.readouterr().err
-
-
-def test_the_default_learning_rate_follows_what_trains_and_one_of_the_other_is_told(tiny_model, capsys):
-    rates = [build_config({"preset": preset, "precision": "fp32"}).learning_rate
-             for preset in ("paper", "lora", "sdxl", "flow")]
-    assert rates == [1e-5, 3e-4, 3e-4, 3e-4]
-    assert (build_config({"lora_rank": 4}).learning_rate, build_config({}).learning_rate) == (3e-3, 2e-4)
-    for rank, rate, told in ((2, 1e-5, 1), (2, 3e-4, 0), (0, 3e-4, 1)):
-        run(*tiny_flags(tiny_model, name=f"{rank}-{rate}", epochs=1, preset="paper", precision="fp32", **{
-            "lora-rank": rank, "learning-rate": rate}))
-        assert capsys.readouterr().out.count("--learning-rate: 3e-4 is usual for adapters") == told

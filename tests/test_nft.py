@@ -38,24 +38,3 @@ def test_nft_compares_with_the_weights_that_drew_the_images_all_the_epoch(tiny_m
     assert v.requires_grad and not old.requires_grad
     assert torch.equal(v, old) and torch.equal(old, still_old)
     assert min((later - old).abs().max(), (latest - old).abs().max()) > 1e-6
-
-
-def test_nft_follows_the_reward(tiny_model):
-    """Good images become likelier, bad ones less likely: the denoising error falls, and rises."""
-    policy = load_policy(tiny_model, 4, 1.0, 5.0)
-    trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
-    noise, good = torch.randn(64, 4, 8, 8, generator=rng(1)), torch.arange(4).repeat(16)
-    t = torch.randint(1000, (64,), generator=rng(2))
-    a, b = (values[t].view(-1, 1, 1, 1) for values in policy.training_levels[1:])
-
-    def errors():
-        with torch.no_grad():
-            said = [policy.predict(a * trajectory.x_0[rows] + b * noise, t, ["a cat"] * 64)
-                    for rows in (good, good + 4)]
-        return [(eps - noise).square().mean().item() for eps in said]
-
-    before = errors()
-    diffusion_nft.nft_update(policy, trajectory, torch.tensor([1.0] * 4 + [0.0] * 4),
-                             **learner(policy, 1e-3, nft_strength=1.0, updates_per_epoch=10))
-    after = errors()
-    assert after[0] < before[0] and before[1] < after[1]

@@ -11,7 +11,6 @@ from conftest import ROOT, forked, run, tiny_flags, without_seconds
 from support import run_folder
 
 
-
 def rounded(value):
     """A log that equals another one that differs in rounding alone."""
     if isinstance(value, list):
@@ -35,15 +34,6 @@ def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(model, f
     assert without_seconds(run_folder.read_rows(Path("runs/two"))) == rounded(without_seconds(one))
     of_one, of_two = (run_folder.load_checkpoint(Path("runs") / name)["weights"] for name in ("one", "two"))
     assert all(torch.allclose(of_two[name], weight, atol=1e-5) for name, weight in of_one.items())
-
-
-def test_a_run_begun_in_two_processes_goes_on_in_one_and_in_three(tiny_model):
-    flags = {"eval-prompts": 4, "updates-per-epoch": 1}
-    whole = run(*tiny_flags(tiny_model, name="whole", epochs=3, **flags))
-    assert forked(2, *tiny_flags(tiny_model, epochs=1, **flags))[0] == [0, 0]
-    run("--resume", "runs/r", "--epochs", 2)
-    assert forked(3, "--resume", "runs/r", "--epochs", 3)[0] == [0, 0, 0]
-    assert without_seconds(run_folder.read_rows(Path("runs/r"))) == rounded(without_seconds(whole))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

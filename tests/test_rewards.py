@@ -5,7 +5,6 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIP
 
 import rewards
 from baselines_rwr import rwr_weights
-from beyond import preference_rewards
-from conftest import EMOJI, IMAGES, LAYERS, ROOT, edit_weights, rng, run, tiny_flags
+from conftest import EMOJI, IMAGES, LAYERS, ROOT, rng, run, tiny_flags
 from ddpo import PromptStatistics
 from prompts import Prompt, load_prompts
 from support import networks
@@ -172,39 +170,6 @@ def test_counting_marks_each_answer_right_or_wrong_by_the_prompts_own_words(tiny
     values, notes = reward(IMAGES[[0, 1, 2, 0]], asked)
     assert values[:3].tolist() == [1, 0.5, 0.5] and values[3].isnan()  # that has no questions
     assert notes == ["Three. / a cat", "2 / dogs", "There are fourteen / A mouse", ""]
-
-
-def test_a_missing_reward_model_is_told_before_a_run_is_made(tmp_path, capsys):
-    for name in rewards.LEARNED:
-        run("--reward", name, "--reward-model", tmp_path, "--prompts", "two_to_four_animals", code=2)
-        assert f"'{tmp_path}" in capsys.readouterr().err.splitlines()[-1] and not Path("runs").exists()
-
-
-@pytest.mark.parametrize("name", ["pickscore", "aesthetic", "counting"])
-def test_a_learned_reward_with_a_weight_missing_is_refused(name, tiny_clip, tiny_vlm, tmp_path):
-    folder = shutil.copytree(tiny_vlm if name == "counting" else tiny_clip, tmp_path / "model")
-    edit_weights(folder, lambda all: {name: all[name] for name in all if name != max(
-        one for one in all if one.endswith("fc1.weight"))})
-    with pytest.raises(ValueError, match="network .*: 1 of its weights are missing, .*fc1"):
-        rewards.load_reward(name, reward_model=str(folder))
-
-
-def test_without_options_the_published_networks_are_asked_for(monkeypatch):
-    clip_h, llava = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "llava-hf/llava-1.5-7b-hf"
-    asked = []
-    for name in ("from_pretrained", "load_clip", "load_vlm", "hub_file"):
-        for module in (rewards, preference_rewards):
-            monkeypatch.setattr(module, name, lambda *args, **options: asked.extend(
-                [*args, *options.values()]) or (None, mock.MagicMock()), raising=False)
-    for name, *published in (
-            ("aesthetic", "openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
-            ("pickscore", clip_h, "yuvalkirstain/PickScore_v1"), ("hpsv2", clip_h, "xswu/HPSv2"),
-            ("imagereward", "bert-base-uncased", "THUDM/ImageReward"), ("counting", llava),
-            ("alignment", llava, "microsoft/deberta-xlarge-mnli")):
-        asked.clear()
-        with contextlib.suppress(Exception):  # what came is no network
-            rewards.load_reward(name)
-        assert all(one in asked for one in published)
 
 
 # ---- A user's file ----

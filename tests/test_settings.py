@@ -11,7 +11,7 @@ import sampling
 import train
 from conftest import EMOJI, EMOJI_VLM, ROOT
 from support import loading, settings
-from support.settings import Config, build_config, parse
+from support.settings import Config, build_config
 
 
 def paper(**flags):
@@ -74,14 +74,6 @@ def test_a_watched_reward_finds_its_options_as_a_trained_one_does():
     assert options("pickscore", **flags) == {"reward_model": "x"}
 
 
-def test_watch_stands_for_all_that_the_rules_watch():
-    animal, number = (f"{ROOT / 'emoji' / 'judge.py'}:{name}" for name in ("animal", "number"))
-    assert build_config({}).watch == (animal, number) and paper().watch == ()
-    assert build_config({"reward": animal}).watch == (number,)  # what is trained is not watched
-    assert build_config(parse(["--watch", "pickscore", "--watch", animal], "")).watch == ("pickscore", animal)
-    assert build_config({"watch": ["none"]}).watch == ()
-
-
 def test_the_choices_of_the_settings_are_the_tables_of_the_code():
     def choices(name):
         return set(Config.__dataclass_fields__[name].metadata["choices"])
@@ -111,7 +103,7 @@ def test_the_choices_of_the_settings_are_the_tables_of_the_code():
     ("--precision bf16 --compile --device cpu", "needs CUDA"), ("--noise x", "invalid choice"),
     ("--call []x", "--call '[]x': "),
     ("--watch none --stop-below animal=0.9", "of a watched reward"), ("--unknown 1", "unrecognized"),
-    ("--stop-below animal", "must be as animal=0.9"), ("--reward x", "no reward 'x'"),
+    ("--stop-below animal", "must be as animal=0.9"), ("--reward x", "no reward 'x': choose compressibility"),
     ("--reward x.py:f", "no reward file"), ("--prompts x", "no prompts 'x'"), ("--epochs x", "invalid int"),
     ("--reward counting --prompts dpok", "counting needs questions"), ("--tracker wandb", "pip install"),
     ("--watch pickscore --watch pickscore", "two rewards have one name")])

@@ -48,32 +48,6 @@ def test_the_gain_in_time_is_that_of_the_evaluation_before_the_watched_reward_fe
     assert gain(*[float("nan")] * 4) == 75  # a watched reward that can judge no image ends no run
 
 
-def test_runs_of_other_costs_are_compared_at_equal_queries_and_at_equal_unet_passes():
-    chain = {"guidance_scale": 5.0, "sampling_steps": 10, "skip_last_steps": 2, "kl_weight": 0.0}
-    whole = line("whole", 0, [0, 100, 200], [-2.0, -1.5, -1.0], **chain)
-    one = line("one", 0, [0, 100, 600], [-2.0, -1.9, -1.0], **chain, learn_steps=1)
-    rwr = line("rwr", 0, [0, 100], [-2.0, -1.0], **{**chain, "algorithm": "rwr"}, training_guidance=1.0,
-               updates_per_epoch=60, batch_size=32, samples_per_epoch=384)
-    # 10 guided steps forth; then 8 steps, or 1, forth and back; RWR: each image five times, unguided.
-    assert list(map(report.passes_per_query, (whole, one, rwr))) == [20 + 2 * 3 * 8, 20 + 2 * 3, 20 + 3 * 5]
-    gained = [[row[f"gained (%) in {cost}"] for row in table([whole, one])]
-              for cost in ("200 queries", "13,600 U-Net passes")]
-    assert gained == [["50.0", "14.0"], ["50.0", f"{5 + 45 * (13600 / 26 - 100) / 500:.1f}"]]
-
-
-def test_what_rwr_does_without_a_reward_and_what_both_rewards_share_is_taken_off():
-    rwr = [line("rwr", seed, [0, 9], [-2.0, end], algorithm="rwr") for seed, end in enumerate((-1.0, -1.2))]
-    other = line("ddpo-is", 0, [0, 9], [-2.0, -1.0])
-    control = [line("no reward", seed, [0, 9], [-2.0, -1.6], algorithm="rwr") for seed in (0, 1)]
-    groups = report.by_label([*rwr, other, *control])
-    over = {label: report.gain_over_control(group, groups) for label, group in groups.items()}
-    assert over == {"rwr": pytest.approx([30, 20]), "ddpo-is": [], "no reward": []}
-    # The size falls under both rewards, by 40 % and by 30 %. What the reward adds is 10 % each way.
-    opposite = [line("rwr", seed, [0, 9], [2.0, end]) for seed, end in enumerate((1.4, 1.6))]
-    _, _, *rows = report.without_drift([*rwr, other], opposite).splitlines()
-    assert rows == ["| rwr | 2 | 10.0 ± 0.0 | 10.0 ± 0.0 |"]
-
-
 def planned(*flags):
     """The runs that these flags of compare.py plan."""
     with patch.object(compare, "work", lambda args: runs.extend(compare.planned_runs(args, args.reward))):
