@@ -10,12 +10,11 @@ makes the image more likely. The paper calls an epoch of RWR a round. With one r
 earlier work (Lee et al. 2023). More rounds interleave sampling and training.
 
 Where we depart from these lines:
- 1. Weights are per prompt, as the paper says (D.3). In the authors' code this is true of RWR on aesthetic
-    quality. Their RWR on JPEG size takes one softmax over all samples.
+ 1. Weights are per prompt, as the paper says (D.3). The authors' RWR on JPEG size takes one softmax over all
+    samples, that on aesthetic quality does not.
  2. The weights of a prompt's samples average 1, in both forms: beta and the percentile decide which samples
-    count, not how large the loss is. The authors scale their softmax in the same way. In their sparse
-    version every kept sample has the weight 1. In ours a prompt counts as often as it was drawn, however
-    many of its samples are kept.
+    count, not how large the loss is. So do the authors' softmax weights. Their sparse weights are 1 for each
+    sample kept; with ours a prompt counts as often as it was drawn, however many of its samples are kept.
  3. eps_theta is the guided prediction, as in the paper's appendix E.1 (config.training_guidance 1: plain).
  4. The norm is a mean over the latent dimensions, a constant factor.
  5. x_0 is the chain's own. The authors decode it, save the image, and encode that again.
@@ -57,7 +56,6 @@ def sparse_weights(prompts, rewards, percentile):
 def weights_per_prompt(prompts, rewards, weights_of):
     """B prompts, B rewards -> weights (B,) fp32. weights_of: rewards (n,) of one prompt -> its weights."""
     rewards = torch.as_tensor(rewards).cpu().double()
-    assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
     weights = torch.empty_like(rewards)
     rows = {}
     for row, prompt in enumerate(prompts):

@@ -6,25 +6,21 @@
 Where we depart from these two lines. The authors' code does 1 to 3, too.
  1. r becomes an advantage: it is whitened per prompt (D.3). A baseline makes the variance smaller; a
     constant one would not bias the gradient.
- 2. log p is the mean over the D latent dimensions (sampling.log_prob says why). So p_theta / p_old becomes
-    its D-th root, and the clip range is one per dimension. The sum over t becomes a mean: a constant
-    factor, which AdamW does not see. (The norm at which gradients are clipped does see it.)
+ 2. log p is the mean over the D latent dimensions, so p_theta / p_old is its D-th root (sampling.log_prob).
+    The sum over t becomes a mean: a constant factor, which AdamW does not see, but the clipped norm does.
  3. Advantages are clipped, so that one lucky image cannot rule the update.
  4. Equal rewards give an advantage of 0 (see whiten). The authors divide by the deviation + 1e-6.
  5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The
-    gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
-    epsilon. The last step but one has a large c at a tiny sigma: it alone makes 86 % of the gradient's
-    variance at T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image
-    hardly changes there. Leaving them out is slightly biased, and pays: +24 % in 512 queries, against +2 %
-    from as many steps drawn from all ten (studies/results/README.md, "More reward per second").
+    gradient of a step's log p for epsilon is noise of size c / sigma, where c = d mean / d epsilon. The last
+    step but one has a large c at a tiny sigma: it makes 86 % of the gradient's variance at T = 10 and half of
+    it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image hardly changes there. Leaving them
+    out is slightly biased, and pays (studies/results/README.md, "More reward per second").
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
-    and several images of a prompt in an epoch (images_per_prompt; the emoji preset has 8) they are those of
-    the group alone, as in GRPO: a baseline from the first epoch on.
+    and several images of a prompt in an epoch (images_per_prompt) they are those of the group, as in GRPO.
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
-    moves, the ratio falls, whatever the advantage. So where that is negative, the low side of the clip
-    bounds the KL. GRPO-Guard (arXiv 2510.22319) adds the mean back in. Here that was no gain, and an
-    earlier policy was destroyed by it (studies/results/README.md, "A centred ratio").
+    moves, the ratio falls, and at a negative advantage the clip's low side bounds the KL. GRPO-Guard (arXiv
+    2510.22319) adds the mean back in. Here that was no gain (studies/results/README.md, "A centred ratio").
  9. An update may learn from some of the steps, drawn at random (learn_steps). It does not bias the gradient.
 """
 import copy
@@ -64,8 +60,7 @@ def ratio_info(log_probs, old_log_probs, clip_range):
     approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If
                         it grows, lower the learning rate.
     ratio_mean          mean of p_theta / p_old. Healthy: a little below 1.
-    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually much larger than the other,
-                        since the mean is below 1: 0.41 in a default run's first epoch, 0.07 in its last.
+    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually larger than the other.
     clip_fraction_high  share of images with a ratio above 1 + clip_range.
     ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update: below 2e-6 in fp32
                         on a CPU, else learning scores another policy than the one that sampled.
@@ -176,8 +171,7 @@ def summary(infos):
 class Learner:
     """Optimizer steps on the weights that train: AdamW, micro-batches, fp16's scaler. It knows no epoch.
 
-    config.micro_batch is the largest number of rows at a time, a knob of memory and speed. The optimizer
-    works in fp32. (The authors' JAX code keeps the first moment in bf16.)
+    config.micro_batch is the largest number of rows at a time, a knob of memory and speed.
     """
 
     def __init__(self, policy, config):

@@ -1,12 +1,10 @@
-"""What training did to the images: the base model and the trained one, on the same prompts and the same
-noise.
+"""What training did to the images: the base model and the trained one, on the same prompts and noise.
 
     python evaluate.py runs/compressibility-ddpo-is-1 [more runs]
     python evaluate.py runs/NAME --prompts unseen_emoji_animals --images 90 --reward incompressibility
     python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does the gain remain without noise?
 
-Prints a row for each run and reward. The rewards are the run's own or those of --reward, and then the watched
-ones:
+Prints a row for each run and reward: the run's own or those of --reward, and then the watched ones.
 
     before, after, change  means over the images that the reward can judge, each with a 95 % interval
     improved               share of these images with a higher reward than before

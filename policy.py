@@ -9,8 +9,7 @@ stand-in for its scheduler (a tap), gives all that we need:
     the image of x_0                      no timestep in the chain: prepare_latents hands in x_0
     the chain: T timesteps, a and b       what the pipeline itself set in the tap, shifts included
 
-So an architecture costs no code here. `Policy._call`, `tapped` and support/loading.py read diffusers'
-internals. requirements.txt pins diffusers for their sake.
+So an architecture costs no code here. These read diffusers' internals, so requirements.txt pins diffusers.
 
 N images that go through the network together. Latents (N, D...) are as the scheduler sees them.
 """

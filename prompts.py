@@ -103,11 +103,6 @@ def prompt_of_json(line, file):
 
 # ---- The sets ----
 
-def counting_prompt(animal, number):
-    """That number of an animal, with the two questions of the counting reward."""
-    return Prompt(with_number(animal, number), counting_questions(animal, number))
-
-
 def counting_questions(animal, number):
     """The two questions of the counting reward, each with the words that are right answers.
 
@@ -120,7 +115,8 @@ def counting_questions(animal, number):
 
 def counted(animals, most):
     """Two to so many of each animal, as in "three mice", with questions."""
-    return [counting_prompt(animal, number) for number in range(2, most + 1) for animal in animals]
+    return [Prompt(with_number(animal, number), counting_questions(animal, number))
+            for number in range(2, most + 1) for animal in animals]
 
 
 # name -> what it is, and its texts, or prompts. The next set goes here.

@@ -24,8 +24,7 @@ no noise. It is drawn but it is no action: like the decoder it belongs to the en
 Time runs as in diffusion: x_T is noise, x_0 is the image. A step is its index k in the chain: step 0 goes
 from x_T to x_{T-1}. The policy is written once, in `p_mean_sigma`, guidance included: `rollout` draws from it
 and `score` scores with it, under the same autocast and with the denoiser in eval mode. Otherwise the first
-update would have a ratio other than 1, and the estimators of ddpo.py would belong to another policy than the
-one that drew. The prediction and the decoding are the pipeline's own: policy.py.
+update would have a ratio other than 1. The prediction and the decoding are the pipeline's own: policy.py.
 
 B images, T denoising steps, A of them actions (T, or T - 1 if the last has no noise), N images that go
 through the network together. D... is the shape of a latent: (C, H, W), or (tokens, channels) of FLUX.

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
-from beyond.diffusion_nft import nft_preferences, nft_update
+from beyond.diffusion_nft import nft_update
 from ddpo import Learner, PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from policy import load_policy
 from prompts import load_prompts
@@ -99,17 +99,11 @@ def judge(policy, reward, trajectory, prompts, clock):
 
 
 def advantages(texts, rewards, statistics, config):
-    """For DDPO: advantages (B,). For the log: own_statistics, the share of images with their own prompt's
-    statistics. If prompts seldom come back it stays 0, and the baseline is the batch's.
+    """Advantages (B,). For the log: own_statistics, the share of images with their own prompt's statistics. If
+    prompts seldom come back it stays 0, and the baseline is the batch's.
     """
     values, own_statistics = statistics.advantages(texts, rewards)
     return values, {"own_statistics": own_statistics}
-
-
-def preferences(texts, rewards, statistics, config):
-    """For DiffusionNFT: r (B,) in [0, 1]."""
-    values, metrics = advantages(texts, rewards, statistics, config)
-    return nft_preferences(values), metrics
 
 
 # Of each algorithm: how rewards become coefficients of the images, the update, and whether it learns from the
@@ -119,11 +113,10 @@ ALGORITHMS = {
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),
     "rwr": (lambda texts, r, _, c: (rwr_weights(texts, r, c.beta), {}), rwr_update, False),
     "rwr-sparse": (lambda texts, r, _, c: (sparse_weights(texts, r, c.percentile), {}), rwr_update, False),
-    "nft": (preferences, nft_update, False)}
+    "nft": (advantages, nft_update, False)}
 
-# The metrics of an epoch, in the log's order: null in row 0, and where an algorithm has no such metric. What
-# they mean: reward_metrics, advantages, ddpo.summary, ddpo.ratio_info, baselines_rwr.weighted_denoising_loss
-# and evaluate_fixed. seconds_sample includes the decoding.
+# In the log's order; null in row 0, and where an algorithm has none. What they mean: reward_metrics,
+# advantages, ddpo.summary, ddpo.ratio_info, weighted_denoising_loss, evaluate_fixed.
 TRAINING_METRICS = (
     "reward_mean", "reward_std", "seconds_sample", "seconds_reward", "seconds_learn", "own_statistics",
     "loss", "approx_kl", "kl_pretrained", "ratio_mean", "clip_fraction_low", "clip_fraction_high",
@@ -195,10 +188,7 @@ def fixed_prompts(prompts, config):
 
 
 def reward_metrics(prefix, texts, rewards, notes):
-    """For the log: reward_mean, which rises, with noise; reward_std; [prompt, reward, note] of each image.
-
-    If reward_std goes to 0, nothing is left to learn from.
-    """
+    """For the log: reward_mean; reward_std (at 0 nothing is left to learn from); [prompt, reward, note]."""
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
     if any(notes):
         metrics["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]

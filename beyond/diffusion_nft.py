@@ -30,9 +30,10 @@ def nft_loss(prediction, old_prediction, target, preferences, strength):
     return loss, {"denoising_error": ((prediction.detach() - target) ** 2).mean()}
 
 
-def nft_update(policy, trajectory, preferences, learner, rng, config):
-    """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). Also read: config.nft_strength."""
-    old, preferences = policy.weights(), preferences.to(policy.device)  # v_old: a copy of what trains
+def nft_update(policy, trajectory, advantages, learner, rng, config):
+    """One epoch of DiffusionNFT, as rwr_update. advantages: (B,). Also read: config.nft_strength."""
+    preferences = nft_preferences(advantages).to(policy.device)
+    old = policy.weights()  # v_old: a copy of what trains
 
     def loss_of(policy, images, noised, target):
         with torch.no_grad(), policy.with_weights(old):

@@ -1,9 +1,8 @@
 """Rewards learned from people's preferences: PickScore, HPS v2, ImageReward. Contract: rewards.py.
 
-Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). Each class loads a
-published network when it is made. We have not run the published weights: the tests send tiny random networks
-through this very code, and compare with the packages hpsv2 and image-reward (oracles/). Seconds an image:
-studies/results/README.md, "What it costs". To add one, write a class here and name it in `rewards.LEARNED`.
+Of these the paper trains on ImageReward alone, in the comparison with DPOK (appendix C). We have not run the
+published weights: the tests send tiny random networks through this very code, and compare with the packages
+hpsv2 and image-reward (oracles/). To add one, write a class here and name it in `rewards.LEARNED`.
 """
 import torch
 import torch.nn.functional as F

@@ -13,8 +13,7 @@ alpha_bar), as the paper writes it. In each line z_0 = (z - b e) / a, with e as 
 moves, is found by m steps of gradient descent on l(z_0 + D) from D = 0. The k-th pass goes on with z_prev.
 
 What DDPO pays once, in training, this pays for each picture: 2 k passes of the U-Net and their gradients at
-each step. (The paper: two minutes a picture, DDPO's policy four seconds.) JPEG size and a VLM's answers have
-no gradient. Bansal et al. transfer a style with g = 6 for a loss of scale 100, k = 6, m = 0, w = 3.
+each step. JPEG size and a VLM's answers have no gradient.
 """
 import torch
 from tqdm import tqdm
@@ -33,7 +32,6 @@ def guided_rollout(policy, prompts, reward, rng, batch_size, scale, recurrences=
     m; backward_rate: their step size. prompts: prompts.Prompt or texts. A chain that begins at pure noise, as
     flow matching's, is guided from its second step on. FloatingPointError if a latent is not finite.
     """
-    assert scale >= 0, f"scale {scale}: must not be negative; guide by minus the reward instead"
     rngs = generators(rng, len(prompts))
     parts = [slice(first, first + batch_size) for first in range(0, len(prompts), batch_size)]
     return torch.cat([guided_chains(policy, prompts[part], reward, rngs[part], scale, recurrences,

@@ -25,14 +25,9 @@ def plain_scheduler(published):
         set_alpha_to_one=False, clip_sample=False, thresholding=False)
 
 
-def is_flow(scheduler):
-    """Whether a scheduler, as plain_scheduler returns it, is that of a flow-matching model."""
-    return not hasattr(scheduler, "alphas_cumprod")
-
-
 def chain_levels(scheduler, timesteps):
     """a and b (T + 1,), fp64, of x_t = a x_0 + b eps, in the chain that a scheduler has set."""
-    if is_flow(scheduler):
+    if not hasattr(scheduler, "alphas_cumprod"):  # flow matching
         return 1 - scheduler.sigmas.double(), scheduler.sigmas.double()
     final = scheduler.final_alpha_cumprod.reshape(1)
     alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps.cpu()], final]).double()
@@ -45,7 +40,7 @@ def training_levels(scheduler, mu=None):
     With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift.
     """
     N = scheduler.config.num_train_timesteps
-    if not is_flow(scheduler):
+    if hasattr(scheduler, "alphas_cumprod"):
         alpha_bar = scheduler.alphas_cumprod.double()
         a, b = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         return scheduler.config.prediction_type, torch.arange(N), a, b

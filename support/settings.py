@@ -38,10 +38,9 @@ def setting(default, text, **facts):
 class Config:
     """Every setting of a run.
 
-    The defaults are the paper's (appendix D.1, D.2, D.5), with these exceptions. From the authors' code: eta,
-    stats_buffer and stats_min_count, wording, advantage_clip (their JAX code: 10, their port: 5). Ours:
-    epochs (the paper's 50,000 queries, divided), precision (their JAX code runs in fp32, their port in fp16
-    autocast), the settings of memory and speed, and how often to evaluate and to save.
+    The defaults are the paper's (appendix D.1, D.2, D.5). From the authors' code are eta, stats_buffer and
+    stats_min_count, wording, advantage_clip (their JAX code: 10, their port: 5). Ours are epochs (50,000
+    queries, divided), precision (their JAX code: fp32), memory, speed, how often to evaluate and to save.
     """
     preset: str = setting("emoji", "toy model; or the paper's, LoRA, SDXL, flow matching", choices=PRESETS)
     reward: str = setting("compressibility", "of rewards.py, or path/to/file.py:function", place=True)
@@ -49,8 +48,7 @@ class Config:
     prompts: str = setting("common_animals", "a set of prompts.py, or a text file or .jsonl", place=True)
     algorithm: str = setting("ddpo-is", "importance sampling, score function, ...", choices=ALGORITHMS)
     model: str = setting("CompVis/stable-diffusion-v1-4", "pipeline: hub name, folder, one file", place=True)
-    prediction_type: str = setting("", "of the network, if its files do not say it",
-                                   choices=("", "epsilon", "v_prediction", "sample"))
+    prediction_type: str = setting("", "if files lack it", choices=("", "epsilon", "v_prediction", "sample"))
     t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (10 GB)")
     lora_rank: int = setting(0, "train adapters of this rank beside the attention; 0: all weights")
     lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank")
@@ -92,10 +90,8 @@ class Config:
     kl_weight: float = setting(0.0, "of the KL to the pretrained: ddpo.surrogate", read_by=DDPO)
     beta: float = setting(0.2, "inverse temperature of rewards", zero=True, read_by=("rwr",))
     nft_strength: float = setting(1.0, "b: how far v+ and v- lie from v_old", read_by=("nft",))
-    percentile: float = setting(0.9, "below that of its prompt a reward is dropped", zero=True, below=1,
-                                read_by=("rwr-sparse",))
-    precision: str = setting("fp16", "of the networks; weights that train stay in fp32",
-                             choices=("fp32", "fp16", "bf16"))
+    percentile: float = setting(0.9, "rewards below it are dropped", zero=True, below=1, read_by=RWR[1:])
+    precision: str = setting("fp16", "of networks, not of trained weights", choices=("fp32", "fp16", "bf16"))
     sample_batch: int = setting(16, "images drawn at a time", speed=True)
     micro_batch: int = setting(4, "images in a forward pass of learning", speed=True)
     gradient_checkpointing: bool = setting(False, "compute activations twice, to save memory", speed=True)
@@ -313,11 +309,8 @@ def parse(argv, description):
     parser.error = refuse  # one line, not the usage of sixty flags
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with runs/NAME")
     for item in fields(Config):
-        kind = {"type": item.type, "choices": item.metadata.get("choices")}
-        if item.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        if item.type is tuple:
-            kind = {"action": "append"}
+        kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}}.get(
+            item.type, {"type": item.type, "choices": item.metadata.get("choices")})
         readers = item.metadata.get("read_by", item.metadata.get("rewards", ()))
         only = f"; only {', '.join(readers)}" if readers else ""
         default = f" (default: {item.default})" if item.default not in ("", ()) else ""
