@@ -47,11 +47,6 @@ class Prompt:
     metadata: dict = field(default_factory=dict, hash=False)  # of a user's file, for a user's reward
 
 
-def as_prompts(texts):
-    """Texts or prompts -> prompts."""
-    return [Prompt(text) if isinstance(text, str) else text for text in texts]
-
-
 # ---- English ----
 
 def with_article(noun):
@@ -148,7 +143,7 @@ PROMPT_SETS = {
 def load_prompts(name):
     """The prompts of a set in PROMPT_SETS, or of a file. ValueError, in one line, if it is neither."""
     if name in PROMPT_SETS:
-        return as_prompts(PROMPT_SETS[name][1])
+        return [Prompt(text) if isinstance(text, str) else text for text in PROMPT_SETS[name][1]]
     if not Path(name).is_file():
         raise ValueError(f"no prompts {name!r}: neither a set ({', '.join(PROMPT_SETS)}) nor a file")
     return read_prompts(Path(name))

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
-from prompts import as_prompts
+from prompts import Prompt
 from support.networks import (clip_pixels, clip_pixels_with_gradient, from_pretrained, hub_file,
                               image_embeddings, load_clip, load_weights, read_weights, scoring_head)
 from support.settings import short_name
@@ -282,7 +282,8 @@ class Reward:
 
     def called(self, images, prompts):
         """What the function returns, as values and notes of one line each, empty if it has none."""
-        result = self.function(images, as_prompts(prompts))
+        prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        result = self.function(images, prompts)
         values, notes = result if isinstance(result, tuple) else (result, {})
         notes = [""] * len(prompts) if isinstance(notes, dict) else notes
         return values, [" ".join(str(note).split()) for note in notes]

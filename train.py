@@ -99,8 +99,9 @@ def judge(policy, reward, trajectory, prompts, clock):
 
 
 def advantages(texts, rewards, statistics, config):
-    """Advantages (B,). For the log: own_statistics, the share of images with their own prompt's statistics. If
-    prompts seldom come back it stays 0, and the baseline is the batch's.
+    """Advantages (B,). For the log: own_statistics, the share of images with their own prompt's statistics.
+
+    If prompts seldom come back it stays 0, and the baseline is the batch's.
     """
     values, own_statistics = statistics.advantages(texts, rewards)
     return values, {"own_statistics": own_statistics}
