@@ -3,6 +3,7 @@
     python evaluate.py runs/compressibility-ddpo-is-1 [more runs]
     python evaluate.py runs/NAME --prompts unseen_emoji_animals --images 90 --reward incompressibility
     python evaluate.py runs/NAME --eta 0 --sampling-steps 20      # does the gain remain without noise?
+    python evaluate.py runs/NAME --merge FOLDER                   # adapters and base model as one pipeline
 
 Prints a row for each run and reward: the run's own or those of --reward, and then the watched ones.
 
@@ -13,6 +14,7 @@ The images, before above after, go to before_after.png in the run's folder. By d
 """
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from policy import load_policy
 from prompts import load_prompts
 from rewards import display, load_reward, to_pil
 from support import run_folder
+from support.loading import is_lora, merge_lora, save_pipeline
 from support.settings import absolute, load_settings, refuse, reward_options
 from train import draw_fixed
 
@@ -65,6 +68,17 @@ def finished_run(folder, device=None):
     return load_settings(settings, {"device": device} if device else {}), model
 
 
+def merge(run, folder):
+    """Write a run's adapters and its base model as one pipeline in fp32, which plain diffusers loads."""
+    config, model = finished_run(run, "cpu")
+    if not is_lora(model):
+        raise ValueError(f"{model} has no adapters: it is a whole pipeline")
+    pipeline = load_policy(replace(config, precision="fp32"), model).pipeline
+    merge_lora(pipeline)
+    save_pipeline(pipeline, folder)
+    return f"{folder}: {config.model} with the adapters of {run}"
+
+
 def reward_cells(before, after, unit):
     """The cells before, after, change and improved, of a reward's values (B,); '-' if it can judge none."""
     known = ~(before.isnan() | after.isnan())
@@ -97,9 +111,14 @@ def main(argv=None):
     parser.add_argument("--sampling-steps", type=int, help="denoising steps T")
     parser.add_argument("--eta", type=float, help="how random the chain is, from 0")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write one pipeline, do nothing else")
     parser.error = refuse  # one line, not the usage of all flags
     try:
         args = parser.parse_args(argv)
+        if args.merge:
+            run, = args.runs
+            print(merge(run, args.merge))
+            return 0
         rows = [row for folder in args.runs for row in evaluate(folder, args)]
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

@@ -300,7 +300,7 @@ def load_policy(config, model=None, scored=True):
         if adapters:
             load_lora(pipeline, model)
         elif trains and c.lora_rank:
-            add_lora(pipeline, c.lora_rank, c.lora_alpha or c.lora_rank, c.seed)
+            add_lora(pipeline, c.lora_rank, c.lora_alpha or c.lora_rank, c.seed, c.model)
         elif trains:
             policy.denoiser.requires_grad_(True)
     if trains and c.kl_weight:

@@ -8,10 +8,12 @@ lines as
     {"prompt": "two cats", "questions": [["How many animals are in this image?", ["two", "2"]]], "mine": 1}
 
 in which "prompt" may be called "text", "questions" is what the counting reward asks (each with the words that
-are right answers), and all other fields are metadata for a reward of your own.
+are right answers, or {"question": ..., "answer": ...}), and all other fields are metadata for a reward of
+your own.
 """
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,8 @@ OBJECTS = """
     lighthouse mirror motorcycle mushroom piano pizza robot shoe suitcase table teapot telephone tent train
     tree umbrella violin""".split()
 
+# Fields with which other programs change a prompt's image.
+OPTIONS = {"negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "seed"}
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 IRREGULAR_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves",
                      **{word: word for word in "fish sheep deer bison squid moose jellyfish".split()}}
@@ -79,7 +83,22 @@ def read_prompts(path):
     is_table = path.suffix in (".json", ".csv") or path.suffix != ".jsonl" and lines and lines[0][0] == "{"
     if not lines or is_table:  # of a table each line would be a prompt
         raise ValueError(f"the file {path.name!r} must be text, a prompt a line, or JSON lines (.jsonl)")
-    return [prompt_of_json(line, path.name) if path.suffix == ".jsonl" else Prompt(line) for line in lines]
+    if path.suffix != ".jsonl":
+        return [Prompt(line) for line in lines]
+    prompts = [prompt_of_json(line, path.name) for line in lines]
+    if unused := sorted(OPTIONS & {name for prompt in prompts for name in prompt.metadata}):
+        print(f"{path.name}: {', '.join(unused)} of a prompt changes no image here: for all prompts there is "
+              "--call", file=sys.stderr)
+    return prompts
+
+
+def question_of_json(asked):
+    """(question, right answers), of a pair or of {"question": ..., "answer": ...}; an answer, or a list."""
+    question, right = (asked["question"], asked["answer"]) if isinstance(asked, dict) else asked
+    right = [right] if isinstance(right, (str, int)) else right
+    if not isinstance(asked, (list, dict)) or not isinstance(question, str) or not right:
+        raise ValueError(f"no question with its answers: {asked}")
+    return question, tuple(str(answer).lower() for answer in right)
 
 
 def prompt_of_json(line, file):
@@ -87,8 +106,7 @@ def prompt_of_json(line, file):
     try:
         fields = dict(json.loads(line))
         text = fields.pop("prompt" if "prompt" in fields else "text").strip()
-        questions = tuple((question, tuple(str(answer).lower() for answer in right))
-                          for question, right in fields.pop("questions", ()))
+        questions = tuple(map(question_of_json, fields.pop("questions", ())))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: {line[:60]}: must be as prompts.py says ({error})") from error
     if any(not re.fullmatch("[a-z0-9]+", answer) for _, right in questions for answer in right):

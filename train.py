@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -136,16 +137,26 @@ def tell(run, epoch, metrics):
     run.rows.append(row)
     run_folder.append_line(folder / "log.jsonl", row)
     for show in run.trackers:
-        show(row)
+        shown(run, "--tracker", lambda: show(row))
     if is_evaluated:
-        watched = {reward.name: reward.unit for reward in run.watched}
-        run_folder.draw_curve(folder, run.reward.name, run.reward.unit, watched)
+        name, unit, watched = run.reward.name, run.reward.unit, {one.name: one.unit for one in run.watched}
+        shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, watched))
         if fallen := fallen_rewards(run):
             go_back(run, fallen)
             return True
     if epoch and (is_due or epoch == config.epochs):
         run.save()
     return False
+
+
+def shown(run, part, work):
+    """work(), or None if it fails: what only shows must not end a run. A part's first failure is told."""
+    try:
+        return work()
+    except Exception as error:
+        if part not in run.failed:
+            print(f"\n{part} failed, the run goes on: {type(error).__name__}: {error}", file=sys.stderr)
+        run.failed.add(part)
 
 
 # ---- The evaluation: fixed prompts, fixed noise ----
@@ -163,13 +174,15 @@ def evaluate_fixed(run):
     rewards, notes = map(processes.gathered, reward(images, prompts))
     watched = {}
     for other in run.watched:
-        values = processes.gathered(other(images, prompts)[0])
+        judged = shown(run, f"the watched reward {other.name}", lambda: other(images, prompts)[0])
+        parts = processes.gathered([judged])
+        values = torch.tensor([torch.nan]) if any(part is None for part in parts) else torch.cat(parts)
         watched[other.name] = None if values.isnan().all() else values.nanmean().item()
     texts = processes.gathered([prompt.text for prompt in prompts])
     pictures = processes.gathered([to_pil(image) for image in images])
     labels = ["\n".join(filter(None, (text, display(value, reward.unit), note)))
               for text, value, note in zip(texts, rewards.tolist(), notes)]
-    run_folder.save_samples(run.folder, run.epoch, pictures, labels)
+    shown(run, "the pictures", lambda: run_folder.save_samples(run.folder, run.epoch, pictures, labels))
     clock.lap("seconds_eval")
     return {**reward_metrics("eval_", texts, rewards, notes), "watched": watched, **clock.laps}
 
@@ -218,9 +231,12 @@ def fallen_rewards(run):
     """In words, the watched rewards that the last evaluation found below their limit, or could not judge."""
     fallen, units = [], {reward.name: reward.unit for reward in run.watched}
     for name, (number, is_share) in run.limits.items():
-        first, last = (row["watched"][name] for row in (run.rows[0], run.rows[-1]))
+        values = [row["watched"][name] for row in run.rows if row["watched"]]
+        last, first = values[-1], next((value for value in values if value is not None), None)
         limit = floor_of(first, number) if is_share and first is not None else number
-        if last is None or last < limit:
+        if last is None and f"the watched reward {name}" in run.failed:
+            print(f"\n{name} is not known, so --stop-below lets the run go on", file=sys.stderr)
+        elif last is None or last < limit:
             fallen.append(f"{name} {display(last, units[name])} is below {display(limit, units[name])}")
     return fallen
 
@@ -239,7 +255,8 @@ class Run:
     """A run in memory: what it is given, and all that changes.
 
     state: of an earlier run, to go on with. epoch: the last in the log, -1 before that of the pretrained
-    weights. rows: the log. trackers: they show a row elsewhere. lock: held while the run lives.
+    weights. rows: the log. trackers: they show a row elsewhere. failed: parts that only show, and did fail.
+    lock: held while the run lives.
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
@@ -250,7 +267,7 @@ class Run:
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:
             self.fixed_policy = policy.with_chain(config.eval_steps, config.eta, config.noise, scored=False)
-        self.learner, self.epoch, self.rows = Learner(policy, config), -1, []
+        self.learner, self.epoch, self.rows, self.failed = Learner(policy, config), -1, [], set()
         self.statistics = PromptStatistics(
             config.stats_buffer, config.stats_min_count, config.advantage_clip, config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order
@@ -329,7 +346,8 @@ def resume(folder, flags):
 
 def main(argv=None):
     """The command line. Returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill interrupts as Ctrl-C does
+    if threading.current_thread() is threading.main_thread():  # others may set none: Gradio's, Streamlit's
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill interrupts as Ctrl-C does
     try:
         processes.start()
         flags = parse(argv, __doc__)

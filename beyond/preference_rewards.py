@@ -4,6 +4,8 @@ Of these the paper trains on ImageReward alone, in the comparison with DPOK (app
 published weights: the tests send tiny random networks through this very code, and compare with the packages
 hpsv2 and image-reward (oracles/). To add one, write a class here and name it in `rewards.LEARNED`.
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -50,8 +52,8 @@ class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28, with the names of open_clip.
 
     Fetches 3.9 GB; needs 3.9 GB of memory (fp32): PickScore's size. Tested against the package hpsv2.
-    reward_model: a folder with HPS_v2_compressed.pt and CLIP's config, processor and tokenizer, as
-    transformers saves them.
+    reward_model: a folder with HPS_v2_compressed.pt, or with version 2.1's HPS_v2.1_compressed.pt, and CLIP's
+    config, processor and tokenizer, as transformers saves them.
     """
 
     def __init__(self, device, reward_model=""):
@@ -60,7 +62,9 @@ class HPSv2(PickScore):
         self.processor = from_pretrained(AutoImageProcessor, clip_h, backend="pil")
         self.tokenizer = from_pretrained(AutoTokenizer, clip_h)
         config = from_pretrained(CLIPConfig, clip_h)
-        weights = read_weights(hub_file(reward_model or "xswu/HPSv2", "HPS_v2_compressed.pt"))
+        newer = (Path(clip_h) / "HPS_v2.1_compressed.pt").is_file()
+        file = "HPS_v2.1_compressed.pt" if newer else "HPS_v2_compressed.pt"
+        weights = read_weights(hub_file(reward_model or "xswu/HPSv2", file))
         weights = from_open_clip(weights.get("state_dict", weights))
         self.clip = load_weights(CLIPModel(config), weights, "", OPEN_CLIP).to(device)
 

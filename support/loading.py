@@ -1,10 +1,13 @@
 """Loading a pipeline of diffusers: its parts, precision and adapters; saving it."""
 import contextlib
 import functools
+import json
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from torch import nn
 
 from support.networks import all_weights_loaded, one_line_errors, silence_libraries
@@ -32,7 +35,7 @@ def denoiser_of(pipeline):
 
 
 def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_type="", in_fp32=False):
-    """The pipeline of a hub name, a folder or a single file, frozen and in eval mode, ready for a Policy.
+    """The pipeline of a hub name, a folder, also of adapters, or a single file, frozen, ready for a Policy.
 
     precision: of the networks, but in_fp32 keeps the denoiser in fp32, and so is a VAE that overflows
     (force_upcast). t5: False leaves out Stable Diffusion 3's third text encoder. prediction_type: for a file
@@ -42,6 +45,10 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     with one_line_errors("model", model), all_weights_loaded() as missing:
         if Path(model).is_file():
             pipeline = load_single_file(model)
+        elif is_lora(model):
+            pipeline = load_folder(base_of(model), precision, t5, in_fp32)
+            load_lora(pipeline, model)
+            merge_lora(pipeline)
         else:
             pipeline = load_folder(model, precision, t5, in_fp32)
         networks, denoiser = networks_of(pipeline), denoiser_of(pipeline)
@@ -73,8 +80,6 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
 def load_folder(model, precision, t5, in_fp32):
     """The pipeline of a folder or hub name, by diffusers' from_pretrained."""
     from diffusers import DiffusionPipeline
-    if is_lora(model):
-        raise ValueError("it is a LoRA, not a whole model: give the model that it was trained beside")
     index = DiffusionPipeline.load_config(str(model))
     full = ("vae", "unet", "transformer") if in_fp32 else ("vae",)
     dtypes = {"default": PRECISIONS[precision], **dict.fromkeys(full, torch.float32)}
@@ -132,7 +137,7 @@ def check_tokenizers(pipeline):
                 tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
 
 
-def add_lora(pipeline, rank, alpha, seed):
+def add_lora(pipeline, rank, alpha, seed, base):
     """Put adapters of a rank beside the denoiser's attention (Hu et al. 2021), in fp32. Only they train."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -146,6 +151,7 @@ def add_lora(pipeline, rank, alpha, seed):
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.default_generator.manual_seed(seed)
         denoiser.add_adapter(adapters)
+    denoiser.peft_config["default"].base_model_name_or_path = base
     cast_training_params(denoiser)
 
 
@@ -155,13 +161,40 @@ def is_lora(folder):
 
 
 def load_lora(pipeline, folder):
-    """Put the adapters of a folder beside the denoiser's weights, frozen. ValueError if none fits."""
-    denoiser = denoiser_of(pipeline)
+    """Put the adapters of a folder beside the denoiser's weights, frozen. ValueError if not all fit."""
+    denoiser, part = denoiser_of(pipeline), "unet" if hasattr(pipeline, "unet") else "transformer"
     with one_line_errors("LoRA", folder):
-        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        if not getattr(denoiser, "peft_config", None):
-            raise ValueError("none of its adapters fits this model")
+        saved = pipeline.lora_state_dict(str(folder), weight_name=LORA_FILE)
+        saved = saved[0] if isinstance(saved, tuple) else saved
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="default")
+        loaded = adapters_of(denoiser) if getattr(denoiser, "peft_config", None) else ()
+        if odd := {*saved} ^ {f"{part}.{name}" for name in loaded}:  # diffusers only warns
+            raise ValueError(f"it does not fit this model: of {len(saved)} weights {len(odd)} have no place "
+                             f"there, or are missing; the first is {min(odd)}")
     denoiser.requires_grad_(False)
+
+
+def adapters_of(denoiser):
+    """name -> weight, of its adapters, as files name them."""
+    from peft.utils import get_peft_model_state_dict
+    return get_peft_model_state_dict(denoiser, save_embedding_layers=False)  # else it asks the hub
+
+
+def base_of(folder):
+    """The model beside which a folder's adapters were trained, by their metadata or their card."""
+    with safe_open(Path(folder) / LORA_FILE, "pt") as file:
+        said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    names, card = [name for key, name in said.items() if "base_model" in key], Path(folder) / "README.md"
+    names += [ModelCard.load(card).data.base_model] if card.exists() else []
+    if not any(names):
+        raise ValueError("it is a LoRA, which does not say beside which model it was trained: give that one")
+    return next(filter(None, names))
+
+
+def merge_lora(pipeline):
+    """Add the adapters to the weights that they stand beside, and take them away."""
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def save_pipeline(pipeline, folder):
@@ -169,9 +202,8 @@ def save_pipeline(pipeline, folder):
     denoiser = denoiser_of(pipeline)
     if getattr(denoiser, "peft_config", None):
         from diffusers.training_utils import _collate_lora_metadata
-        from peft.utils import get_peft_model_state_dict
         name = "unet" if hasattr(pipeline, "unet") else "transformer"
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(denoiser)}
+        layers = {f"{name}_lora_layers": adapters_of(denoiser)}
         pipeline.save_lora_weights(folder, **layers, **_collate_lora_metadata({name: denoiser}))
     else:
         with patch.object(pipeline, "scheduler", pipeline.published_scheduler):

@@ -46,13 +46,19 @@ def announce(name):
 
 @contextlib.contextmanager
 def one_line_errors(described_as, name):
-    """Any error becomes a ValueError of one line: which network, its name, the library's own words."""
+    """Any error becomes a ValueError of one line: what it is of, its name, and the library's own words.
+
+    Those of the hub are the best: they say that a model is gated, and where to ask for it.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
-        message = " ".join(str(error).split())[:500] or type(error).__name__
+        said = first = error
+        while said and not isinstance(said, huggingface_hub.errors.HfHubHTTPError):
+            said = said.__cause__ or said.__context__
+        message = " ".join(str(said or first).split())[:2000] or type(error).__name__
         raise ValueError(f"{described_as} {str(name)!r}: {message}") from error
 
 

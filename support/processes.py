@@ -14,9 +14,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+LAUNCHERS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # variables of srun, Open MPI, MPICH
+
 
 def start():
     """Join the processes that torchrun started beside this one. Only the first of them writes."""
+    others = [name for name in LAUNCHERS if int(os.environ.get(name) or 1) > 1]
+    if others and "WORLD_SIZE" not in os.environ:
+        print(f"train.py: {others[0]} is {os.environ[others[0]]}: processes that srun or mpirun starts train "
+              "the same run each, alone; as one training start them with torchrun", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) <= 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():

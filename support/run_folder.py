@@ -25,6 +25,7 @@ from support.processes import by_first
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
+os.environ["MPLBACKEND"] = "agg"  # a notebook's own may keep matplotlib from being imported
 GIF_EVALUATIONS = 20  # at most: more would cost seconds at each evaluation
 
 

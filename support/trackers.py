@@ -1,4 +1,5 @@
 """Where else a run is shown: --tracker tensorboard or wandb."""
+import os
 import uuid
 from functools import partial
 
@@ -39,12 +40,13 @@ def tensorboard(folder, settings, epoch):
 
 
 def wandb(folder, settings, epoch):
-    """For wandb.ai, project ddpo. WANDB_MODE=offline keeps it in runs/NAME/wandb."""
+    """For wandb.ai, project WANDB_PROJECT, or ddpo. WANDB_MODE=offline keeps it in runs/NAME/wandb."""
     import wandb
     number = folder / "wandb_id.txt"
     if not number.exists():
         run_folder.write_text(number, uuid.uuid4().hex)
-    run = wandb.init(project="ddpo", name=folder.name, id=number.read_text(), resume="allow", dir=folder,
+    project = os.environ.get("WANDB_PROJECT", "ddpo")
+    run = wandb.init(project=project, name=folder.name, id=number.read_text(), resume="allow", dir=folder,
                      config=settings)
     run.define_metric("*", step_metric="epoch")  # by its own axis wandb would drop epochs made again
     return lambda figures, image: run.log(figures | ({"fixed prompts": wandb.Image(image)} if image else {}))

@@ -6,10 +6,14 @@ import diffusers
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import evaluate
 import sampling
 from conftest import load_policy, rng, run, tiny_flags
 from support.loading import load_lora, save_pipeline
+
+FILE = "saved/pytorch_lora_weights.safetensors"
 
 
 def lora(model, **options):
@@ -56,9 +60,46 @@ def test_plain_diffusers_predicts_what_the_policy_predicts_with_its_alpha_too(ti
         assert all(torch.equal(unet(x, t, states).sample, want) for unet in (pipeline.unet, loaded.denoiser))
 
 
-def test_a_lora_is_not_taken_for_a_whole_model_nor_for_another_models(tiny_model, tiny_sd3, capsys):
-    save_pipeline(lora(tiny_sd3).pipeline, "saved")
-    with pytest.raises(ValueError, match="LoRA 'saved': "):
+@pytest.mark.parametrize("change", [
+    "another model's", "without prefix", "of a transformer", "one less", "one more"])
+def test_adapters_that_do_not_fit_or_not_all_are_refused(change, tiny_model, tiny_sd3):
+    save_pipeline(lora(tiny_sd3 if change == "another model's" else tiny_model).pipeline, "saved")
+    weights = load_file(FILE)
+    first, *_ = weights
+    save_file({"without prefix": {name.partition(".")[2]: weight for name, weight in weights.items()},
+               "of a transformer": {f"transformer{name[4:]}": weight for name, weight in weights.items()},
+               "one less": {name: weight for name, weight in weights.items() if name != first},
+               "one more": {**weights, first.replace("attn1", "attn9"): weights[first].clone()}
+               }.get(change, weights), FILE, {"format": "pt"})
+    with pytest.raises(ValueError, match="LoRA 'saved': it does not fit this model: of .* the first is "):
         load_lora(load_policy(tiny_model, 4, trains=False).pipeline, "saved")
+
+
+def test_a_folder_of_adapters_is_a_model_if_it_says_beside_which_it_was_trained(tiny_model, capsys):
+    policy = moved(lora(tiny_model))
+    save_pipeline(policy.pipeline, "saved")
+    save_file(load_file(FILE), FILE, {"format": "pt"})  # no metadata
     run(*tiny_flags("saved"), code=2)
-    assert "it is a LoRA, not a whole model: give the model that it was trained" in capsys.readouterr().err
+    assert "it is a LoRA, which does not say beside which model" in capsys.readouterr().err
+    Path("saved/README.md").write_text(f"---\nbase_model: {tiny_model}\n---\n")
+    save_pipeline(policy.pipeline, "told")
+    want = sampling.rollout(policy, ["a cat"], rng(), 1).x_0
+    for folder in ("saved", "told"):
+        one = load_policy(folder, 4)
+        torch.testing.assert_close(sampling.rollout(one, ["a cat"], rng(), 1).x_0, want, rtol=0, atol=1e-4)
+        assert one.trained.keys() == load_policy(tiny_model, 4).trained.keys()
+
+
+def test_a_runs_adapters_are_merged_into_a_pipeline_that_plain_diffusers_loads(tiny_model, capsys):
+    run(*tiny_flags(tiny_model, **{"lora-rank": 2, "learning-rate": 1e-1}))
+    run(*tiny_flags(tiny_model, name="whole", epochs=1))
+    assert evaluate.main(["runs/r", "--merge", "merged"]) == 0
+    assert evaluate.main(["runs/whole", "--merge", "no"]) == 2 and not Path("no").exists()
+    one, two, base = (diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+                      for folder in ("merged", tiny_model, tiny_model))
+    two.load_lora_weights("runs/r/model")
+    assert type(one.scheduler) is type(base.scheduler)
+    draw = dict(prompt="a cat", num_inference_steps=2, output_type="pt")
+    merged, beside, before = (pipeline(**draw, generator=rng()).images for pipeline in (one, two, base))
+    torch.testing.assert_close(merged, beside, rtol=0, atol=1e-4)
+    assert not torch.allclose(merged, before, atol=1e-3)

@@ -246,6 +246,8 @@ def test_a_model_of_any_sampler_takes_stable_diffusions_chain_but_trailing_spaci
         chain(61, timestep_spacing="trailing")
     got = chain(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert got.timesteps[0] == 999 and got.a[0] == 0 and (got.sigma > 0).all()
+    heun = plain_scheduler(diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0))
+    assert isinstance(heun, FLOW) and heun.config.shift == 2.0
     with pytest.raises(ValueError, match="EDMEulerScheduler.* has neither betas nor flow matching"):
         plain_scheduler(diffusers.EDMEulerScheduler())
 
@@ -274,6 +276,13 @@ def test_prompts_are_encoded_once_for_all_steps_and_one_that_is_cut_is_told(tiny
     with torch.autocast("cpu", torch.bfloat16):  # whose rounded states would be served to calls in fp32
         states, _ = tiny_policy.encode_prompt(["an ant"], "cpu", 1, False)
     assert torch.equal(states, tiny_policy.pipeline.encode_prompt(["an ant"], "cpu", 1, False)[0])
+
+
+def test_stable_diffusion_3_that_is_not_square_draws_as_plain_diffusers_does(tiny_sd3):
+    policy = load_policy(tiny_sd3, 3, height=8, width=16, trains=False)
+    images = drawn_by_chain(policy)
+    assert images.shape == (2, 3, 8, 16)
+    torch.testing.assert_close(images, drawn_by_diffusers(tiny_sd3, policy), **CLOSE)
 
 
 def test_other_options_of_the_call_are_used_and_what_it_does_not_know_is_refused(tiny_model):
@@ -305,12 +314,15 @@ def test_an_unknown_class_or_option_is_refused_if_it_depends_on_the_step(tiny_mo
 
 # ---- What is loaded, and what is refused ----
 
-def test_precision_goes_by_part_and_a_vae_that_overflows_stays_in_fp32(tiny_model, tiny_sdxl, tmp_path):
+def test_precision_goes_by_part_and_what_overflows_stays_in_fp32(tiny_model, tiny_sdxl, tiny_sd3, tmp_path):
     def kinds(folder, **options):
         pipeline = load_pipeline(folder, precision="bf16", **options)
         return [str(part.dtype)[6:] for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
 
     assert kinds(tiny_model, in_fp32=True) == ["float32", "float32", "bfloat16"]
+    block = load_pipeline(tiny_sd3, precision="fp16").text_encoder_3.encoder.block[0].layer
+    assert (block[-1].DenseReluDense.wo.weight.dtype, block[0].SelfAttention.q.weight.dtype) == (
+        torch.float32, torch.float16)  # in half precision T5's wo overflows
     folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
     edit_json(folder / "vae" / "config.json", force_upcast=False)
     for path in folder.rglob("*.safetensors"):  # some models are published in half precision alone

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT, forked, run, tiny_flags, without_seconds
-from support import run_folder
+from support import processes, run_folder
 
 
 def rounded(value):
@@ -52,7 +52,8 @@ def reward(images, prompts):
 
 
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):
-    for name, value, message in (("reward", "beauty", "no reward"), ("eval-prompts", 1, "are too many for")):
+    for name, value, message in (("reward", "beauty", "no reward"), ("eval-prompts", 1, "are too many for"),
+                                 ("samples-per-epoch", 2, "are too many for 1 images")):
         codes, (told, silence) = forked(2, *tiny_flags(tiny_model, **{name: value}))
         assert codes == [2, 2] and not silence and message in told and len(told.splitlines()) == 1
         assert not Path("runs").exists()
@@ -67,3 +68,14 @@ def test_the_command_of_the_readme_trains_quietly_in_a_folder_of_the_next_number
     _, described, _, last = done.stdout.splitlines()
     assert "processes: 2" in described and "after 4 reward queries" in last and done.returncode == 0
     assert Path("runs/compressibility-ddpo-is-2/model/model_index.json").exists()
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_another_launcher_are_told_of_torchrun(name, monkeypatch, capsys):
+    for variables, told in (({name: "2"}, 1), ({name: "1"}, 0), ({name: "2", "WORLD_SIZE": "1"}, 0)):
+        with monkeypatch.context() as patched:
+            for one, value in variables.items():
+                patched.setenv(one, value)
+            processes.start()
+        line = capsys.readouterr().err
+        assert line.count("start them with torchrun") == len(line.splitlines()) == told

@@ -111,6 +111,8 @@ def test_hpsv2_is_that_of_the_package_hpsv2(tiny_clip, tmp_path):
                                    clip.get_text_features(tokens).pooler_output)
     theirs = json.loads((ORACLES / "hpsv2.json").read_text())["scores"]
     assert ours.tolist() == pytest.approx(theirs, abs=1e-5) and max(theirs) - min(theirs) > 0.1
+    (tmp_path / "HPS_v2_compressed.pt").rename(tmp_path / "HPS_v2.1_compressed.pt")  # the newer weights
+    rewards.load_reward("hpsv2", reward_model=str(tmp_path))
 
 
 def test_a_vlm_answers_the_same_whatever_it_is_asked_beside_it(tiny_vlm, monkeypatch):

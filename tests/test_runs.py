@@ -1,10 +1,12 @@
 """What a run leaves, survives and refuses: its log and images, kills, moves, other processes, mistakes."""
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import forked, run, tiny_flags, without_seconds
+from conftest import ROOT, forked, run, tiny_flags, without_seconds
 from support import run_folder, settings
 
 GO_ON = "go on from the last checkpoint with: python train.py --resume runs/r"
@@ -140,6 +142,50 @@ def fades(images, prompts):  # at the third evaluation of each of two runs
     assert "fades 70 is below 72; the weights are those of epoch 2\n" in capsys.readouterr().out
     assert without_seconds(parts) == without_seconds(rows) and same(unet("runs/parts/model"), before)
     assert len(run("--resume", "runs/parts", "--stop-below", "none")) == 7
+
+
+# ---- What only shows must not end a run ----
+
+WATCHED = """
+asked = []
+def remote(images, prompts):
+    asked.append(prompts)
+    if len(asked) in FAILS: raise ConnectionError("the scoring server does not answer")
+    return [80.0 if len(asked) < 4 else 70.0] * len(images)
+"""
+
+
+def test_a_watched_reward_or_a_picture_that_fails_is_told_once_and_the_run_goes_on(
+        tiny_model, monkeypatch, capsys):
+    Path("own.py").write_text(WATCHED.replace("FAILS", "(1, 3)"))
+    monkeypatch.setattr(run_folder, "draw_grid", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(run_folder, "titled", lambda *_: 1 / 0)
+    rows = run(*tiny_flags(tiny_model, epochs=3, watch="own.py:remote"), "--stop-below", "remote=90%")
+    assert [row["watched"]["remote"] for row in rows] == [None, 80, None, 70]
+    out, lines = capsys.readouterr()
+    failed, zero = "failed, the run goes on:", "ZeroDivisionError: division by zero"
+    wait = "remote is not known, so --stop-below lets the run go on"
+    assert told(lines) == [
+        f"the watched reward remote {failed} ConnectionError: the scoring server does not answer",
+        f"the pictures {failed} {zero}", f"curve.png {failed} {zero}", wait, wait]
+    assert "stopped after epoch 3: remote 70 is below 72; the weights are those of epoch 2" in out
+
+
+def test_a_trained_reward_that_fails_ends_the_run(tiny_model):
+    Path("own.py").write_text(WATCHED.replace("FAILS", "(4,)"))
+    with pytest.raises(ConnectionError):
+        run(*tiny_flags(tiny_model, reward="own.py:remote"))
+    assert state("r")["epoch"] == 1 and len(run("--resume", "runs/r")) == 3
+
+
+def test_a_run_trains_in_a_thread_and_whatever_a_notebook_says_of_matplotlib(tiny_model, monkeypatch):
+    codes, flags = [], tiny_flags(tiny_model, epochs=1)
+    thread = threading.Thread(target=lambda: codes.append(train.main(list(map(str, flags)))))
+    thread.start(), thread.join()
+    assert codes == [0] and Path("runs/r/curve.png").exists()
+    code = "import support.run_folder; from matplotlib.figure import Figure; Figure().savefig('a.png')"
+    env = {**os.environ, "MPLBACKEND": "module://nowhere", "PYTHONPATH": str(ROOT)}
+    assert not subprocess.run([sys.executable, "-c", code], env=env).returncode
 
 
 # ---- Refused: one line, exit code 2, nothing lost ----

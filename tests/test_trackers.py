@@ -46,3 +46,18 @@ def test_a_tracker_gets_the_logs_figures_and_the_fixed_prompts_and_goes_on(
         assert one["id"] == two["id"] and two["resume"] == "allow"
     else:
         assert (one["purge_step"], two["purge_step"]) == (0, 4)
+
+
+def test_a_tracker_that_dies_is_told_once_and_the_run_goes_on(tiny_model, monkeypatch, capsys):
+    shown = []
+
+    def log(row):
+        shown.append(row)
+        if len(shown) > 2:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    fake(monkeypatch, "wandb", Image=lambda image: None, init=lambda project, **_: shown.append(project) or (
+        SimpleNamespace(log=log, define_metric=lambda *_, **__: None)))
+    assert len(run(*tiny_flags(tiny_model, epochs=3, tracker="wandb"))) == 4 and shown[0] == "mine"
+    assert capsys.readouterr().err.count("--tracker failed, the run goes on: ConnectionResetError") == 1
