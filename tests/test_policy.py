@@ -19,7 +19,7 @@ from conftest import (EMOJI, LAYERS, STABLE_DIFFUSION, edit_json, edit_weights, 
                       tiny_pipeline, weights)
 from policy import Policy
 from support.loading import load_pipeline, save_pipeline
-from support.schedulers import plain_scheduler
+from support.schedulers import plain_scheduler, training_levels
 
 CLOSE = dict(rtol=0, atol=1e-5)
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
@@ -252,6 +252,14 @@ def test_a_model_of_any_sampler_takes_stable_diffusions_chain_but_trailing_spaci
         plain_scheduler(diffusers.EDMEulerScheduler())
 
 
+def test_the_training_levels_of_a_flow_are_shifted_as_its_chain_is():
+    for scheduler, mu in ((FLOW(shift=3.0), None), (FLOW(use_dynamic_shifting=True), 0.7)):
+        _, t, a, b = training_levels(scheduler, mu)
+        shift, s = 3.0 if mu is None else torch.tensor(mu).exp(), torch.arange(1, 1001) / 1000
+        torch.testing.assert_close(b, shift * s / (1 + (shift - 1) * s))
+        assert torch.allclose(t, 1000 * b) and torch.allclose(a + b, torch.ones(1000))
+
+
 def test_policies_share_a_pipeline_and_an_exception_amid_a_call_leaves_it_whole(tiny_policy):
     eight, x_t, t = tiny_policy.with_chain(8, 1.0), torch.ones(1, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
@@ -358,33 +366,57 @@ def test_a_tokenizer_takes_its_encoders_length_and_what_cannot_be_followed_is_re
     assert "model_index.json" in refused(tmp_path)
 
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-            "text_encoder": "cond_stage_model.transformer.text_model."}
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+OPEN_CLIP = {"text_model.encoder.layers": "transformer.resblocks", "text_model.final_layer_norm": "ln_final",
+             "text_model.embeddings.token_embedding": "token_embedding", "layer_norm": "ln_", "fc1": "c_fc",
+             "text_model.embeddings.position_embedding.weight": "positional_embedding", "fc2": "c_proj",
+             "self_attn": "attn", "text_projection.weight": "text_projection"}
 
 
+def in_one_file(pipeline):
+    """A pipeline's weights under the names of the original code, in which U-Net and VAE keep diffusers'."""
+    weights = {PREFIXES[part] + name: weight for part in PREFIXES
+               for name, weight in pipeline.components[part].state_dict().items()}
+    second = getattr(pipeline, "text_encoder_2", None)
+    first = "conditioner.embedders.0.transformer." if second else "cond_stage_model.transformer."
+    weights |= {f"{first}text_model.{k}": weight for k, weight in pipeline.text_encoder.state_dict().items()}
+    thirds = {}
+    for name, weight in sorted(second.state_dict().items() if second else (), reverse=True):
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if match := re.fullmatch(r"(.*attn\.)[qkv]_proj\.(\w+)", name):
+            name = f"{match[1]}in_proj_{match[2]}"
+            value, *others = thirds[name] = [*thirds.get(name, ()), weight]  # v, q, k, since reversed
+            weight = torch.cat([*others, value])
+        weights[f"conditioner.embedders.1.model.{name}"] = weight.T if name == "text_projection" else weight
+    marker = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"  # of SDXL's size
+    return {name: weight.contiguous() for name, weight in weights.items()} | (
+        {marker: torch.zeros(24)} if second else {})
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl"])
 def test_a_single_file_is_the_same_model_and_without_a_weight_or_of_another_kind_it_is_refused(
-        tiny_model, monkeypatch):
-    """Behind the original code's prefixes it has diffusers' names, which need no conversion then."""
+        model, request, monkeypatch):
+    folder = request.getfixturevalue(model)
     for part, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
         monkeypatch.setitem(
             single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind], "checkpoint_mapping_fn",
             lambda checkpoint, prefix=PREFIXES[part], **_: {
                 name.removeprefix(prefix): checkpoint[name] for name in checkpoint if prefix in name})
     monkeypatch.setattr(single_file, "fetch_diffusers_config", lambda _: {  # of the hub: what no file holds
-        "pretrained_model_name_or_path": str(tiny_model)})
-    pipeline = load_pipeline(tiny_model)
-    weights = {prefix + name: weight + 1 for part, prefix in PREFIXES.items()
-               for name, weight in pipeline.components[part].state_dict().items()}
-    torch.save({"state_dict": weights, "global_step": 7}, "dreams.ckpt")
+        "pretrained_model_name_or_path": str(folder)})
+    published = load_pipeline(folder)
+    torch.save({"state_dict": in_one_file(published), "global_step": 7}, "dreams.ckpt")
     loaded = load_pipeline("dreams.ckpt", prediction_type="v_prediction")
-    assert all(torch.equal(weight, weights[prefix + name]) for part, prefix in PREFIXES.items()
-               for name, weight in loaded.components[part].state_dict().items())
-    assert loaded.scheduler.config.prediction_type == "v_prediction"
-    first, *_, last = weights
+    assert type(loaded) is type(published) and loaded.scheduler.config.prediction_type == "v_prediction"
+    for part in {"unet", "vae", "text_encoder", "text_encoder_2"} & {*published.components}:
+        one, other = (pipeline.components[part].state_dict() for pipeline in (published, loaded))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    weights = in_one_file(published)
+    first, *_, last = sorted({name for name in weights if name.startswith("model.")})
     for names, message in (
             ({*weights} - {first}, "Cannot copy out of meta tensor"),
-            ({*weights} - {last}, "1 of its weights are missing"),
             (["lora_unet.lora_down.weight"], "Failed to load CLIPTextModel"),
-            ([first, "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"], "xl_refiner")):
+            ([last, "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"], "xl_refiner")):
         save_file({name: weights.get(name, torch.zeros(4)) for name in names}, "other.safetensors")
         assert message in refused("other.safetensors")
