@@ -172,12 +172,14 @@ def evaluate_fixed(run):
     seed_rewards(run.config, run.epoch)
     prompts, images = draw_fixed(run.fixed_policy, run.prompts, run.config)
     rewards, notes = map(processes.gathered, reward(images, prompts))
-    watched = {}
+    watched = dict.fromkeys(other.name for other in run.watched)
     for other in run.watched:
-        judged = shown(run, f"the watched reward {other.name}", lambda: other(images, prompts)[0])
-        parts = processes.gathered([judged])
-        values = torch.tensor([torch.nan]) if any(part is None for part in parts) else torch.cat(parts)
-        watched[other.name] = None if values.isnan().all() else values.nanmean().item()
+        values = shown(run, other.name, lambda: other(images, prompts)[0])
+        parts = processes.gathered([values])
+        if any(part is None for part in parts):  # it failed, perhaps in another process
+            run.failed.add(other.name)
+        elif not (values := torch.cat(parts)).isnan().all():
+            watched[other.name] = values.nanmean().item()
     texts = processes.gathered([prompt.text for prompt in prompts])
     pictures = processes.gathered([to_pil(image) for image in images])
     labels = ["\n".join(filter(None, (text, display(value, reward.unit), note)))
@@ -234,7 +236,7 @@ def fallen_rewards(run):
         values = [row["watched"][name] for row in run.rows if row["watched"]]
         last, first = values[-1], next((value for value in values if value is not None), None)
         limit = floor_of(first, number) if is_share and first is not None else number
-        if last is None and f"the watched reward {name}" in run.failed:
+        if last is None and name in run.failed:
             print(f"\n{name} is not known, so --stop-below lets the run go on", file=sys.stderr)
         elif last is None or last < limit:
             fallen.append(f"{name} {display(last, units[name])} is below {display(limit, units[name])}")

@@ -51,6 +51,20 @@ def reward(images, prompts):
     assert "--resume runs/r" in told[0] and run_folder.load_checkpoint(Path("runs/r"))["epoch"] == 1
 
 
+def test_a_watched_reward_that_fails_in_one_process_lets_all_go_on(tiny_model):
+    Path("own.py").write_text("""
+import os
+def watched(images, prompts):
+    if os.environ.get("RANK") == "1": raise ConnectionError
+    return [1.0] * len(images)
+""")
+    flags = tiny_flags(tiny_model, watch="own.py:watched", **{"stop-below": "watched=90%"})
+    codes, told = forked(2, *flags)
+    rows = run_folder.read_rows(Path("runs/r"))
+    assert codes == [0, 0] and [row["watched"] for row in rows] == [{"watched": None}] * 3
+    assert told[0].count("watched is not known, so --stop-below lets the run go on") == 3
+
+
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):
     for name, value, message in (("reward", "beauty", "no reward"), ("eval-prompts", 1, "are too many for"),
                                  ("samples-per-epoch", 2, "are too many for 1 images")):
