@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "test_ddpo.py"
-EMOJI, EVALUATE, GUIDANCE, LORA, NFT, POLICY, PROCESSES = (
-    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "lora", "nft", "policy",
+EMOJI, EVALUATE, GUIDANCE, HUB, LORA, NFT, POLICY, PROCESSES = (
+    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "hub", "lora", "nft", "policy",
                                          "processes"))
 PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
     f"tests/test_{name}.py" for name in ("prompts", "rewards", "runs", "settings", "studies", "trackers"))
@@ -113,6 +113,14 @@ MUTATIONS = [
     ("ddpo.py", "for one in processes.gathered([", "for one in ([", PROCESSES),
     ("train.py", "parts = processes.gathered([judged])", "parts = [judged]", PROCESSES),
     ("support/run_folder.py", "@by_first\ndef append_line", "def append_line", PROCESSES),
+    ("support/processes.py", 'and "WORLD_SIZE" not in os.environ', "", PROCESSES),
+    ("train.py", "            run.failed.add(other.name)\n", "            pass\n", PROCESSES),
+    # what people outside run into
+    ("support/networks.py", "said = said.__cause__ or said.__context__", "said = None", HUB),
+    ("support/loading.py", "if odd := {*saved} ^ {", "if odd := {*saved} - {", LORA),
+    ("support/loading.py", "    pipeline.unload_lora_weights()\n", "", LORA),
+    ("prompts.py", "not isinstance(question, str) or not right", "not right", PROMPTS),
+    ("train.py", "if last is None and name in run.failed:", "if False:", RUNS),
     ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
     ("evaluate.py", "for source in (config.model, model)]", "for source in (model, config.model)]", EVALUATE),
     ("support/trackers.py", "purge_step=epoch + 1", "purge_step=epoch", TRACKERS),
