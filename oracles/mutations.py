@@ -111,7 +111,7 @@ MUTATIONS = [
     ("support/processes.py", "tensor.copy_(total)", "tensor.copy_(total / 2)", PROCESSES),
     ("sampling.py", "    processes.add_up([latents, log_probs])\n", "", PROCESSES),
     ("ddpo.py", "for one in processes.gathered([", "for one in ([", PROCESSES),
-    ("train.py", "parts = processes.gathered([judged])", "parts = [judged]", PROCESSES),
+    ("train.py", "parts = processes.gathered([values])", "parts = [values]", PROCESSES),
     ("support/run_folder.py", "@by_first\ndef append_line", "def append_line", PROCESSES),
     ("support/processes.py", 'and "WORLD_SIZE" not in os.environ', "", PROCESSES),
     ("train.py", "            run.failed.add(other.name)\n", "            pass\n", PROCESSES),
