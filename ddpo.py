@@ -11,10 +11,10 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  3. Advantages are clipped, so that one lucky image cannot rule the update.
  4. Equal rewards give an advantage of 0 (see whiten). The authors divide by the deviation + 1e-6.
  5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The
-    gradient of a step's log p for epsilon is noise of size c / sigma, where c = d mean / d epsilon. The last
-    step but one has a large c at a tiny sigma: it makes 86 % of the gradient's variance at T = 10 and half of
-    it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image hardly changes there. Leaving them
-    out is slightly biased, and pays (studies/results/README.md, "More reward per second").
+    gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
+    epsilon. The last step but one has a large c at a tiny sigma: it makes 86 % of the gradient's variance at
+    T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image hardly changes
+    there. Leaving them out is slightly biased, and pays: studies/results/README.md, "More reward per second".
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
     and several images of a prompt in an epoch (images_per_prompt) they are those of the group, as in GRPO.
@@ -127,7 +127,7 @@ def ddpo_update(policy, trajectory, advantages, learner, rng, config, loss):
     advantages: (B,). learner: a Learner of the policy. rng: a CPU generator, which deals the images to the
     updates. loss: one of the two above. An update takes B / updates images. It learns from each at all steps
     but the last config.skip_last_steps, or at config.learn_steps of these, at random, the same for all. Its
-    loss is the mean over these images and steps. info: see summary; ratio_deviation: the first update's.
+    loss is the mean over these images and steps. info: see summary; ratio_deviation: of the first update.
     """
     B, actions = trajectory.log_probs.shape
     assert advantages.shape == (B,), f"{tuple(advantages.shape)} advantages for {B} images"

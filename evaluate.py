@@ -14,7 +14,6 @@ The images, before above after, go to before_after.png in the run's folder. By d
 """
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,20 +59,20 @@ def evaluate(folder, args):
     return rows
 
 
-def finished_run(folder, device=None):
-    """The settings of a run, on another device if one is given, and the folder of its trained model."""
+def finished_run(folder, device=None, **others):
+    """The settings of a run, on another device if one is given, with others, and the folder of its model."""
     settings, model = run_folder.load_checkpoint(folder)["settings"], folder / "model"
     if not model.exists():
         raise ValueError(f"{folder} has no model/ yet: finish it with python train.py --resume {folder}")
-    return load_settings(settings, {"device": device} if device else {}), model
+    return load_settings({**settings, **others}, {"device": device} if device else {}), model
 
 
 def merge(run, folder):
     """Write a run's adapters and its base model as one pipeline in fp32, which plain diffusers loads."""
-    config, model = finished_run(run, "cpu")
+    config, model = finished_run(run, "cpu", precision="fp32")
     if not is_lora(model):
         raise ValueError(f"{model} has no adapters: it is a whole pipeline")
-    pipeline = load_policy(replace(config, precision="fp32"), model).pipeline
+    pipeline = load_policy(config, model).pipeline
     merge_lora(pipeline)
     save_pipeline(pipeline, folder)
     return f"{folder}: {config.model} with the adapters of {run}"
@@ -116,8 +115,9 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         if args.merge:
-            run, = args.runs
-            print(merge(run, args.merge))
+            if len(args.runs) > 1:
+                refuse("--merge takes one run")
+            print(merge(args.runs[0], args.merge))
             return 0
         rows = [row for folder in args.runs for row in evaluate(folder, args)]
     except (ValueError, OSError) as error:

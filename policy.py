@@ -9,7 +9,7 @@ stand-in for its scheduler (a tap), gives all that we need:
     the image of x_0                      no timestep in the chain: prepare_latents hands in x_0
     the chain: T timesteps, a and b       what the pipeline itself set in the tap, shifts included
 
-So an architecture costs no code here. These read diffusers' internals, so requirements.txt pins diffusers.
+So an architecture costs no code here. `_call` and `tapped` read diffusers' internals, which are pinned.
 
 N images that go through the network together. Latents (N, D...) are as the scheduler sees them.
 """
@@ -277,10 +277,10 @@ def guidance_options(pipeline, scale):
 def load_policy(config, model=None, scored=True):
     """The policy of a run's settings (support.settings.Config) before its training, ready to be trained.
 
-    model: another one by hub name, folder or single file, or a folder's adapters beside the config's. It only
-    draws. scored: see sampling.make_schedule. With config.kl_weight policy.reference becomes the weights.
+    model: another one that only draws: a hub name, a folder, a single file, or adapters for the config's own.
+    scored: see sampling.make_schedule. With config.kl_weight policy.reference keeps the pretrained weights.
     """
-    adapters, trains, c = model is not None and is_lora(model), model is None, config
+    adapters, trains, c = model not in (None, config.model) and is_lora(model), model is None, config
     source = c.model if trains or adapters else model
     in_fp32 = trains and not c.lora_rank
     pipeline = load_pipeline(source, c.device, c.precision, c.t5, c.prediction_type, in_fp32)

@@ -87,8 +87,8 @@ def read_prompts(path):
         return [Prompt(line) for line in lines]
     prompts = [prompt_of_json(line, path.name) for line in lines]
     if unused := sorted(OPTIONS & {name for prompt in prompts for name in prompt.metadata}):
-        print(f"{path.name}: {', '.join(unused)} of a prompt changes no image here: for all prompts there is "
-              "--call", file=sys.stderr)
+        print(f"{path.name}: {', '.join(unused)} of a prompt changes no image here: train.py's flags hold "
+              "for all prompts", file=sys.stderr)
     return prompts
 
 

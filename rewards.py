@@ -284,7 +284,8 @@ class Reward:
         """What the function returns, as values and notes of one line each, empty if it has none."""
         prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         result = self.function(images, prompts)
-        values, notes = result if isinstance(result, tuple) else (result, {})
+        has_notes = isinstance(result, tuple) and isinstance(result[-1], (list, tuple, dict))
+        values, notes = result if has_notes else (result, {})
         notes = [""] * len(prompts) if isinstance(notes, dict) else notes
         return values, [" ".join(str(note).split()) for note in notes]
 

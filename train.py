@@ -150,13 +150,18 @@ def tell(run, epoch, metrics):
 
 
 def shown(run, part, work):
-    """work(), or None if it fails: what only shows must not end a run. A part's first failure is told."""
+    """work(), or an error's text if it fails, told once a part: what only shows must not end a run."""
     try:
         return work()
     except Exception as error:
-        if part not in run.failed:
-            print(f"\n{part} failed, the run goes on: {type(error).__name__}: {error}", file=sys.stderr)
-        run.failed.add(part)
+        return told_once(run, part, f"{type(error).__name__}: {error}")
+
+
+def told_once(run, part, error):
+    if part not in run.told:
+        print(f"\n{part} failed, the run goes on: {error}", file=sys.stderr)
+    run.told.add(part)
+    return error
 
 
 # ---- The evaluation: fixed prompts, fixed noise ----
@@ -172,12 +177,12 @@ def evaluate_fixed(run):
     seed_rewards(run.config, run.epoch)
     prompts, images = draw_fixed(run.fixed_policy, run.prompts, run.config)
     rewards, notes = map(processes.gathered, reward(images, prompts))
-    watched = dict.fromkeys(other.name for other in run.watched)
+    watched, run.failed = dict.fromkeys(other.name for other in run.watched), set()
     for other in run.watched:
         values = shown(run, other.name, lambda: other(images, prompts)[0])
         parts = processes.gathered([values])
-        if any(part is None for part in parts):  # it failed, perhaps in another process
-            run.failed.add(other.name)
+        if errors := [part for part in parts if isinstance(part, str)]:  # perhaps in another process
+            run.failed.add(other.name), told_once(run, other.name, errors[0])
         elif not (values := torch.cat(parts)).isnan().all():
             watched[other.name] = values.nanmean().item()
     texts = processes.gathered([prompt.text for prompt in prompts])
@@ -244,7 +249,7 @@ def fallen_rewards(run):
 
 
 def go_back(run, fallen):
-    """Take back the weights of the last evaluation that passed. The log's file keeps the rows given up."""
+    """Take back the weights of the evaluation before the fall. The log's file keeps the rows given up."""
     text = f"stopped after epoch {run.epoch}: {' and '.join(fallen)}"
     run.load_state_dict(run_folder.load_checkpoint(run.folder))
     run.rows = run.rows[:max(run.epoch, 0) + 1]
@@ -257,8 +262,8 @@ class Run:
     """A run in memory: what it is given, and all that changes.
 
     state: of an earlier run, to go on with. epoch: the last in the log, -1 before that of the pretrained
-    weights. rows: the log. trackers: they show a row elsewhere. failed: parts that only show, and did fail.
-    lock: held while the run lives.
+    weights. rows: the log. trackers: they show a row elsewhere. failed: watched rewards that failed in the
+    last evaluation. told: parts that only show, whose failure was told. lock: held while the run lives.
     """
 
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
@@ -269,7 +274,8 @@ class Run:
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:
             self.fixed_policy = policy.with_chain(config.eval_steps, config.eta, config.noise, scored=False)
-        self.learner, self.epoch, self.rows, self.failed = Learner(policy, config), -1, [], set()
+        self.learner, self.epoch, self.rows = Learner(policy, config), -1, []
+        self.failed, self.told = set(), set()
         self.statistics = PromptStatistics(
             config.stats_buffer, config.stats_min_count, config.advantage_clip, config.baseline)
         self.rng = torch.Generator().manual_seed(config.seed)  # of prompts, noise and order

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from rewards import unit_of
-from support.run_folder import draw_grid, first_row, sample_files, titled, write_atomically, write_text
+from support.run_folder import (draw_grid, first_row, new_figure, sample_files, titled, write_atomically,
+                                write_text)
 from support.settings import DDPO, RWR, Config, short_name
 from train import floor_of
 
@@ -200,10 +201,9 @@ def without_drift(lines, opposite):
 
 def figure(lines, reward, unit, path):
     """Left: reward against queries, mean and 95 % interval. Right: against the first watched reward."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
     groups, watched = by_label(lines), list(watched_units(lines).items())[:1]
-    plot = Figure(figsize=(13 if watched else 8, 4.2), layout="constrained")
+    plot = new_figure(13 if watched else 8, 4.2)
+    from matplotlib import colormaps
     left, *right = plot.subplots(1, 1 + len(watched), sharey=True, squeeze=False)[0]
     colors = colormaps["tab20" if len(groups) > 10 else "tab10"].colors
     for color, (label, group) in zip(colors, groups.items()):

@@ -43,14 +43,13 @@ def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_typ
     """
     silence_libraries()
     with one_line_errors("model", model), all_weights_loaded() as missing:
-        if Path(model).is_file():
-            pipeline = load_single_file(model)
-        elif is_lora(model):
-            pipeline = load_folder(base_of(model), precision, t5, in_fp32)
+        if is_lora(model):
+            pipeline = load_pipeline(base_of(model), device, precision, t5, prediction_type, in_fp32)
             load_lora(pipeline, model)
             merge_lora(pipeline)
-        else:
-            pipeline = load_folder(model, precision, t5, in_fp32)
+            return pipeline
+        is_file = Path(model).is_file()
+        pipeline = load_single_file(model, t5) if is_file else load_folder(model, precision, t5, in_fp32)
         networks, denoiser = networks_of(pipeline), denoiser_of(pipeline)
         missing += [f"{part}.{name}" for part, network in networks.items()
                     for name, weight in network.named_parameters() if weight.is_meta]
@@ -98,11 +97,13 @@ def load_folder(model, precision, t5, in_fp32):
         raise
 
 
-def load_single_file(model):
+def load_single_file(model, t5):
     """The pipeline of one file of weights of Stable Diffusion 1, 2 or SDXL."""
     import diffusers
     from diffusers.loaders import single_file_utils
     weights = single_file_utils.load_single_file_checkpoint(str(model))
+    if not t5 or not any(name.startswith("model.diffusion_model.") for name in weights):
+        raise ValueError("it is a LoRA or a part of a model" if t5 else "--no-t5 is for Stable Diffusion 3")
     kind = single_file_utils.infer_diffusers_model_type(weights)
     if kind not in ("v1", "v2", "xl_base"):
         raise ValueError(f"its weights are of the kind {kind}: in one file we load v1, v2 and xl_base")
@@ -162,13 +163,15 @@ def is_lora(folder):
 
 def load_lora(pipeline, folder):
     """Put the adapters of a folder beside the denoiser's weights, frozen. ValueError if not all fit."""
+    from diffusers.utils import convert_unet_state_dict_to_peft  # from older names of the same weights
     denoiser, part = denoiser_of(pipeline), "unet" if hasattr(pipeline, "unet") else "transformer"
     with one_line_errors("LoRA", folder):
         saved = pipeline.lora_state_dict(str(folder), weight_name=LORA_FILE)
-        saved = saved[0] if isinstance(saved, tuple) else saved
+        saved = convert_unet_state_dict_to_peft(saved[0] if isinstance(saved, tuple) else saved)
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="default")
         loaded = adapters_of(denoiser) if getattr(denoiser, "peft_config", None) else ()
-        if odd := {*saved} ^ {f"{part}.{name}" for name in loaded}:  # diffusers only warns
+        saved = {name for name in saved if not name.startswith("text_encoder")}
+        if odd := saved ^ {f"{part}.{name}" for name in loaded}:  # diffusers only warns
             raise ValueError(f"it does not fit this model: of {len(saved)} weights {len(odd)} have no place "
                              f"there, or are missing; the first is {min(odd)}")
     denoiser.requires_grad_(False)
@@ -185,7 +188,9 @@ def base_of(folder):
     with safe_open(Path(folder) / LORA_FILE, "pt") as file:
         said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     names, card = [name for key, name in said.items() if "base_model" in key], Path(folder) / "README.md"
-    names += [ModelCard.load(card).data.base_model] if card.exists() else []
+    if card.exists():
+        base = ModelCard.load(card).data.base_model
+        names += base if isinstance(base, list) else [base]
     if not any(names):
         raise ValueError("it is a LoRA, which does not say beside which model it was trained: give that one")
     return next(filter(None, names))

@@ -11,11 +11,13 @@
     before_after.png            the images of evaluate.py
     tensorboard/, wandb/, wandb_id.txt   with --tracker
 """
+import contextlib
 import itertools
 import json
 import os
 import shutil
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,7 +27,6 @@ from support.processes import by_first
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
-os.environ["MPLBACKEND"] = "agg"  # a notebook's own may keep matplotlib from being imported
 GIF_EVALUATIONS = 20  # at most: more would cost seconds at each evaluation
 
 
@@ -64,7 +65,7 @@ def create_run(parent, name, stem):
     """A new folder runs/NAME, or runs/STEM-1, -2, ... if no name is given."""
     for number in itertools.count(1):
         folder = parent / (name or f"{stem}-{number}")
-        if name or not folder.exists():
+        with contextlib.suppress(*[] if name else [FileExistsError]):  # two runs may start at one moment
             folder.mkdir(parents=True)
             return folder
 
@@ -150,7 +151,7 @@ def sample_files(folder):
 
 
 def draw_grid(images, labels, columns=COLUMNS, width=0):
-    """Pillow images in rows, each with its label under it, and so many pixels wide; 0: 128 to 256 pixels."""
+    """Pillow images in rows, each with its label under it. width: of one, in pixels; 0: 128 to 256."""
     width = width or min(max(128, images[0].width), 256)
     height = round(width * images[0].height / images[0].width)
     text_height = LINE_HEIGHT * max(label.count("\n") + 1 for label in labels)
@@ -184,15 +185,21 @@ def save_gif(strips, path):
 
 # ---- Curve ----
 
+def new_figure(width, height):
+    """An empty Figure, on no screen. A notebook's MPLBACKEND could keep matplotlib from being imported."""
+    with patch.dict(os.environ, MPLBACKEND="agg"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 @by_first
 def draw_curve(folder, name, unit, watched):
     """Reward against reward queries. Below it the watched rewards (name -> unit), those of one unit together.
 
     unit: see rewards.unit_of.
     """
-    from matplotlib.figure import Figure  # the object interface: no window, no global state
     units = list(dict.fromkeys(watched.values()))
-    figure = Figure(figsize=(6.5, 4 + 1.8 * len(units)), layout="constrained")
+    figure = new_figure(6.5, 4 + 1.8 * len(units))
     heights = {"height_ratios": [2] + [1] * len(units)}
     axes, *below = figure.subplots(1 + len(units), sharex=True, squeeze=False, gridspec_kw=heights)[:, 0]
     rows = read_rows(folder)

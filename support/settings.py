@@ -46,9 +46,11 @@ class Config:
     reward: str = setting("compressibility", "of rewards.py, or path/to/file.py:function", place=True)
     watch: tuple = setting((), "a reward to evaluate alone; may be repeated; none: nothing", place=True)
     prompts: str = setting("common_animals", "a set of prompts.py, or a text file or .jsonl", place=True)
-    algorithm: str = setting("ddpo-is", "importance sampling, score function, ...", choices=ALGORITHMS)
+    algorithm: str = setting("ddpo-is", "DDPO by importance sampling or score function; or others",
+                             choices=ALGORITHMS)
     model: str = setting("CompVis/stable-diffusion-v1-4", "pipeline: hub name, folder, one file", place=True)
-    prediction_type: str = setting("", "if files lack it", choices=("", "epsilon", "v_prediction", "sample"))
+    prediction_type: str = setting("", "what the network predicts, if no file says it",
+                                   choices=("", "epsilon", "v_prediction", "sample"))
     t5: bool = setting(True, "Stable Diffusion 3: read prompts with its third text encoder, too (10 GB)")
     lora_rank: int = setting(0, "train adapters of this rank beside the attention; 0: all weights")
     lora_alpha: int = setting(0, "an adapter adds alpha / rank B A x; 0: as the rank")
@@ -266,7 +268,7 @@ def check(config):
         if wrong:
             raise ValueError(message)
     with one_line_errors("--call", config.call):
-        json.loads(config.call or "{}")
+        dict(json.loads(config.call or "{}"))
     with one_line_errors("--device", config.device):
         torch.empty(0, device=config.device)
 
@@ -277,6 +279,8 @@ def refusals(c):
     images = n // c.updates_per_epoch if ddpo else c.batch_size
     learned = c.sampling_steps - c.skip_last_steps
     yield len({*names}) < len(names), f"two rewards have one name, and would be one in the log: {names}"
+    yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name, of a folder in runs/"
+    yield c.guidance_scale and '"guidance_scale"' in c.call, "--call and --guidance-scale both say it"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
     # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU.
     half = c.precision == "fp16" or c.compile and c.precision == "bf16"

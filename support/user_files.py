@@ -9,7 +9,7 @@ from support.networks import one_line_errors
 
 
 def user_function(name, known):
-    """The function of 'path/to/file.py:function'. known: the names of the rewards that are none's own."""
+    """The function of 'path/to/file.py:function'. known: the built-in rewards' names."""
     path, _, function_name = name.rpartition(":")
     if not path:
         raise ValueError(f"no reward {name!r}: choose {', '.join(known)} or path/to/file.py:function")

@@ -1,5 +1,6 @@
 """LoRA: adapters alone train, begin as nothing, are saved as plain diffusers loads them, and cost little."""
 import json
+import re
 from pathlib import Path
 
 import diffusers
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import sampling
 from conftest import load_policy, rng, run, tiny_flags
+from support import run_folder
 from support.loading import load_lora, save_pipeline
 
 FILE = "saved/pytorch_lora_weights.safetensors"
@@ -83,15 +85,33 @@ def test_a_folder_of_adapters_is_a_model_if_it_says_beside_which_it_was_trained(
     assert "it is a LoRA, which does not say beside which model" in capsys.readouterr().err
     Path("saved/README.md").write_text(f"---\nbase_model: {tiny_model}\n---\n")
     save_pipeline(policy.pipeline, "told")
+    edit = {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."}  # as older programs name them
+    save_file({re.sub("|".join(edit), lambda old: edit[old[0]], name): weight
+               for name, weight in load_file(FILE).items()}, FILE, {"format": "pt"})
     want = sampling.rollout(policy, ["a cat"], rng(), 1).x_0
     for folder in ("saved", "told"):
         one = load_policy(folder, 4)
         torch.testing.assert_close(sampling.rollout(one, ["a cat"], rng(), 1).x_0, want, rtol=0, atol=1e-4)
         assert one.trained.keys() == load_policy(tiny_model, 4).trained.keys()
+    save_pipeline(lora("told").pipeline, "again")  # adapters beside a model of adapters
+    again = load_policy("again", 4)
+    torch.testing.assert_close(sampling.rollout(again, ["a cat"], rng(), 1).x_0, want, rtol=0, atol=1e-4)
+
+
+def test_what_a_run_on_a_folder_of_adapters_began_from_is_that_folder_in_its_evaluation(tiny_model, capsys):
+    save_pipeline(moved(lora(tiny_model)).pipeline, "saved")
+    rows = run(*tiny_flags("saved", **{"learning-rate": 1e-9, "lora-rank": 2, "watch": "none"}))
+    assert evaluate.main(["runs/r"]) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert {cell.partition(" ")[0] for cell in cells[4:6]} == {f"{-rows[0]['eval_reward_mean']:.2f}"}
 
 
 def test_a_runs_adapters_are_merged_into_a_pipeline_that_plain_diffusers_loads(tiny_model, capsys):
     run(*tiny_flags(tiny_model, **{"lora-rank": 2, "learning-rate": 1e-1}))
+    checkpoint = run_folder.load_checkpoint(Path("runs/r"))  # as of a run on a GPU
+    checkpoint["settings"].update(precision="fp16", device="cuda")
+    torch.save(checkpoint, "runs/r/new.pt")
+    Path("runs/r/new.pt").rename("runs/r/checkpoint.pt")
     run(*tiny_flags(tiny_model, name="whole", epochs=1))
     assert evaluate.main(["runs/r", "--merge", "merged"]) == 0
     assert evaluate.main(["runs/whole", "--merge", "no"]) == 2 and not Path("no").exists()

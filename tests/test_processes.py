@@ -63,6 +63,7 @@ def watched(images, prompts):
     rows = run_folder.read_rows(Path("runs/r"))
     assert codes == [0, 0] and [row["watched"] for row in rows] == [{"watched": None}] * 3
     assert told[0].count("watched is not known, so --stop-below lets the run go on") == 3
+    assert told[0].count("watched failed, the run goes on: ConnectionError: ") == 1  # in the other process
 
 
 def test_a_mistake_in_several_processes_is_told_once(tiny_model):

@@ -183,7 +183,7 @@ def test_a_run_trains_in_a_thread_and_whatever_a_notebook_says_of_matplotlib(tin
     thread = threading.Thread(target=lambda: codes.append(train.main(list(map(str, flags)))))
     thread.start(), thread.join()
     assert codes == [0] and Path("runs/r/curve.png").exists()
-    code = "import support.run_folder; from matplotlib.figure import Figure; Figure().savefig('a.png')"
+    code = "from support.run_folder import new_figure; new_figure(2, 2).savefig('a.png')"
     env = {**os.environ, "MPLBACKEND": "module://nowhere", "PYTHONPATH": str(ROOT)}
     assert not subprocess.run([sys.executable, "-c", code], env=env).returncode
 
