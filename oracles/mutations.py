@@ -114,10 +114,10 @@ MUTATIONS = [
     ("train.py", "parts = processes.gathered([values])", "parts = [values]", PROCESSES),
     ("support/run_folder.py", "@by_first\ndef append_line", "def append_line", PROCESSES),
     ("support/processes.py", 'and "WORLD_SIZE" not in os.environ', "", PROCESSES),
-    ("train.py", "            run.failed.add(other.name)\n", "            pass\n", PROCESSES),
+    ("train.py", "run.failed.add(other.name), told_once", "told_once", PROCESSES),
     # what people outside run into
     ("support/networks.py", "said = said.__cause__ or said.__context__", "said = None", HUB),
-    ("support/loading.py", "if odd := {*saved} ^ {", "if odd := {*saved} - {", LORA),
+    ("support/loading.py", "if odd := saved ^ {", "if odd := saved - {", LORA),
     ("support/loading.py", "    pipeline.unload_lora_weights()\n", "", LORA),
     ("prompts.py", "not isinstance(question, str) or not right", "not right", PROMPTS),
     ("train.py", "if last is None and name in run.failed:", "if False:", RUNS),
