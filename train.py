@@ -150,7 +150,7 @@ def tell(run, epoch, metrics):
 
 
 def shown(run, part, work):
-    """work(), or an error's text if it fails, told once a part: what only shows must not end a run."""
+    """work(), or the text of its error, which is told: what only shows must not end a run."""
     try:
         return work()
     except Exception as error:
@@ -158,6 +158,7 @@ def shown(run, part, work):
 
 
 def told_once(run, part, error):
+    """Say that a part failed, unless it was said. Returns the error's text."""
     if part not in run.told:
         print(f"\n{part} failed, the run goes on: {error}", file=sys.stderr)
     run.told.add(part)
@@ -182,7 +183,8 @@ def evaluate_fixed(run):
         values = shown(run, other.name, lambda: other(images, prompts)[0])
         parts = processes.gathered([values])
         if errors := [part for part in parts if isinstance(part, str)]:  # perhaps in another process
-            run.failed.add(other.name), told_once(run, other.name, errors[0])
+            run.failed.add(other.name)
+            told_once(run, other.name, errors[0])
         elif not (values := torch.cat(parts)).isnan().all():
             watched[other.name] = values.nanmean().item()
     texts = processes.gathered([prompt.text for prompt in prompts])
