@@ -10,8 +10,11 @@ from unittest.mock import patch
 import huggingface_hub
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from torch import nn
+HUB_ERRORS = HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
 
 @functools.cache
 def silence_libraries():
@@ -48,7 +51,7 @@ def announce(name):
 def one_line_errors(described_as, name):
     """Any error becomes a ValueError of one line: what it is of, its name, and the library's own words.
 
-    Those of the hub are the best: they say that a model is gated, and where to ask for it.
+    The hub's own are the best: that a model is gated, and where to ask for it, or that there is no network.
     """
     try:
         yield
@@ -56,7 +59,7 @@ def one_line_errors(described_as, name):
         raise
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
         said = first = error
-        while said and not isinstance(said, huggingface_hub.errors.HfHubHTTPError):
+        while said and not isinstance(said, HUB_ERRORS):
             said = said.__cause__ or said.__context__
         message = " ".join(str(said or first).split())[:2000] or type(error).__name__
         raise ValueError(f"{described_as} {str(name)!r}: {message}") from error

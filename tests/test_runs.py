@@ -192,7 +192,7 @@ def test_a_run_trains_in_a_thread_and_whatever_a_notebook_says_of_matplotlib(tin
 
 @pytest.mark.parametrize("flags, message", [
     (["--watch", "own.py:nothing"], "has no function 'nothing'"),
-    (["--model", "nobody/nothing"], "model 'nobody/nothing': "),
+    (["--model", "nobody/nothing"], "Internet connection is on"),
     (["--name", "taken", "--model", "nowhere"], "runs/taken exists: choose another --name"),
     (["--resume", "runs/nothing"], "runs/nothing is no run"),
     (["--resume", "runs/taken"], "is no run: it has no checkpoint.pt")], ids=str)
