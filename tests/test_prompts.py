@@ -46,6 +46,7 @@ def test_a_field_that_changes_images_elsewhere_is_told_once(tmp_path, capsys):
     ("p.jsonl", '{"prompt": "a", "questions": [["how?", ["polar bear"]]]}'),
     ("p.jsonl", '{"prompt": "a", "questions": ["ab"]}'),
     ("p.jsonl", '{"prompt": "a", "questions": [["how?", []]]}'),
+    ("p.jsonl", '{"prompt": "a", "questions": [[3, ["two"]]]}'),
     ("p.jsonl", '{"prompt": "a", "questions": [{"q": "how many?", "a": "two"}]}'),
     ("p.jsonl", '{"prompt": "a", "questions": {"question": "how many?", "answer": "two"}}')])
 def test_what_is_no_set_and_no_file_of_prompts_is_refused_in_one_line(name, content, tmp_path):
