@@ -56,6 +56,7 @@ def sparse_weights(prompts, rewards, percentile):
 def weights_per_prompt(prompts, rewards, weights_of):
     """B prompts, B rewards -> weights (B,) fp32. weights_of: rewards (n,) of one prompt -> its weights."""
     rewards = torch.as_tensor(rewards).cpu().double()
+    assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
     weights = torch.empty_like(rewards)
     rows = {}
     for row, prompt in enumerate(prompts):

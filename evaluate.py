@@ -70,8 +70,10 @@ def finished_run(folder, device=None, **others):
 def merge(run, folder):
     """Write a run's adapters and its base model as one pipeline in fp32, which plain diffusers loads."""
     config, model = finished_run(run, "cpu", precision="fp32")
-    if not is_lora(model) or folder.exists():
-        raise ValueError(f"{folder} exists" if folder.exists() else f"{model} is whole: it has no adapters")
+    if folder.exists():
+        raise ValueError(f"{folder} exists")
+    if not is_lora(model):
+        raise ValueError(f"{model} is whole: it has no adapters")
     pipeline = load_policy(config, model).pipeline
     merge_lora(pipeline)
     save_pipeline(pipeline, folder)

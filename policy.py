@@ -17,7 +17,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -27,6 +26,7 @@ from support.loading import (PRECISIONS, add_lora, denoiser_of, is_lora, load_lo
                              networks_of)
 from support.networks import one_line_errors
 from support.schedulers import chain_levels, training_levels
+from support.settings import call_options
 
 KEPT_NUMBERS = 2**27  # of results of encode_prompt: half a GB in fp32. More are dropped, all at once
 PROBE = "a photo"  # a prompt for calls whose image nobody looks at
@@ -190,6 +190,7 @@ class Policy:
             for name, weight in self.trained.items():
                 weight.data = mine[name]
 
+
 @functools.cache
 def tapped(kind):
     """The class of a tap: a scheduler's, whose step keeps the prediction and returns the latents.
@@ -288,7 +289,7 @@ def load_policy(config, model=None, scored=True):
     with one_line_errors("model", source):
         guidance = c.guidance_scale or (c.sd_guidance if name == "StableDiffusionPipeline" else 0)
         size = {side: getattr(c, side) for side in ("height", "width") if getattr(c, side)}
-        options = {**guidance_options(pipeline, guidance), **size, **json.loads(c.call or "{}")}
+        options = {**guidance_options(pipeline, guidance), **size, **call_options(c)}
         unknown = set(options) - set(inspect.signature(type(pipeline).__call__).parameters)
         if unknown:  # some calls take any, and ignore it
             raise ValueError(f"the call of a {name} has no option {', '.join(unknown)}")

@@ -139,8 +139,8 @@ def tell(run, epoch, metrics):
     for show in run.trackers:
         shown(run, "--tracker", lambda: show(row))
     if is_evaluated:
-        name, unit, watched = run.reward.name, run.reward.unit, {one.name: one.unit for one in run.watched}
-        shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, watched))
+        name, unit = run.reward.name, run.reward.unit
+        shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
         if fallen := fallen_rewards(run):
             go_back(run, fallen)
             return True
@@ -238,7 +238,7 @@ def floor_of(start, kept):
 
 def fallen_rewards(run):
     """In words, the watched rewards that the last evaluation found below their limit, or could not judge."""
-    fallen, units = [], {reward.name: reward.unit for reward in run.watched}
+    fallen = []
     for name, (number, is_share) in run.limits.items():
         values = [row["watched"][name] for row in run.rows if row["watched"]]
         last, first = values[-1], next((value for value in values if value is not None), None)
@@ -246,7 +246,8 @@ def fallen_rewards(run):
         if last is None and name in run.failed:
             print(f"\n{name} is not known, so --stop-below lets the run go on", file=sys.stderr)
         elif last is None or last < limit:
-            fallen.append(f"{name} {display(last, units[name])} is below {display(limit, units[name])}")
+            unit = run.units[name]
+            fallen.append(f"{name} {display(last, unit)} is below {display(limit, unit)}")
     return fallen
 
 
@@ -271,6 +272,7 @@ class Run:
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
         self.config, self.folder, self.lock = config, folder, run_folder.lock_run(folder)
         self.prompts, self.policy, self.reward, self.watched = prompts, policy, reward, watched
+        self.units = {reward.name: reward.unit for reward in watched}
         self.settings, self.limits = saved_settings(config), stop_limits(config)
         self.files = hashes_of((config.prompts, config.reward, *config.watch))
         self.fixed_policy = policy  # of the evaluations

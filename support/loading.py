@@ -24,14 +24,19 @@ def networks_of(pipeline):
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def denoiser_of(pipeline):
-    """The network that trains, unet or transformer. ValueError if there is none, or another beside it."""
-    networks = networks_of(pipeline)
-    found = [name for name in networks if "transformer" in name or "unet" in name or name == "prior"]
-    if found not in (["unet"], ["transformer"]):
-        parts = " and ".join(found) or "no unet or transformer"
+def denoiser_name(pipeline):
+    """The part that trains, unet or transformer. ValueError if there is none, or another beside it."""
+    names = [name for name in networks_of(pipeline)
+             if "transformer" in name or "unet" in name or name == "prior"]
+    if names not in (["unet"], ["transformer"]):
+        parts = " and ".join(names) or "no unet or transformer"
         raise ValueError(f"the model has {parts}: only a pipeline with one denoiser can be trained")
-    return networks[found[0]]
+    return names[0]
+
+
+def denoiser_of(pipeline):
+    """The network of that part."""
+    return pipeline.components[denoiser_name(pipeline)]
 
 
 def load_pipeline(model, device="cpu", precision="fp32", t5=True, prediction_type="", in_fp32=False):
@@ -102,8 +107,10 @@ def load_single_file(model, t5):
     import diffusers
     from diffusers.loaders import single_file_utils
     weights = single_file_utils.load_single_file_checkpoint(str(model))
-    if not t5 or not any(name.startswith("model.diffusion_model.") for name in weights):
-        raise ValueError("it is a LoRA or a part of a model" if t5 else "--no-t5 is for Stable Diffusion 3")
+    if not t5:
+        raise ValueError("--no-t5 is for Stable Diffusion 3, and not in one file")
+    if not any(name.startswith("model.diffusion_model.") for name in weights):
+        raise ValueError("it is a LoRA or a part of a model")
     kind = single_file_utils.infer_diffusers_model_type(weights)
     if kind not in ("v1", "v2", "xl_base"):
         raise ValueError(f"its weights are of the kind {kind}: in one file we load v1, v2 and xl_base")
@@ -164,22 +171,23 @@ def is_lora(folder):
 def load_lora(pipeline, folder):
     """Put the adapters of a folder beside the denoiser's weights, frozen. ValueError if not all fit."""
     from diffusers.utils import convert_unet_state_dict_to_peft  # from older names of the same weights
-    denoiser, part = denoiser_of(pipeline), "unet" if hasattr(pipeline, "unet") else "transformer"
+    denoiser, part = denoiser_of(pipeline), denoiser_name(pipeline)
     with one_line_errors("LoRA", folder):
         saved = pipeline.lora_state_dict(str(folder), weight_name=LORA_FILE)
         saved = convert_unet_state_dict_to_peft(saved[0] if isinstance(saved, tuple) else saved)
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="default")
-        loaded = adapters_of(denoiser) if getattr(denoiser, "peft_config", None) else ()
         saved = {name for name in saved if not name.startswith("text_encoder")}
-        if odd := saved ^ {f"{part}.{name}" for name in loaded}:  # diffusers only warns
+        if odd := saved ^ {f"{part}.{name}" for name in adapters_of(denoiser)}:  # diffusers only warns
             raise ValueError(f"it does not fit this model: of {len(saved)} weights {len(odd)} have no place "
                              f"there, or are missing; the first is {min(odd)}")
     denoiser.requires_grad_(False)
 
 
 def adapters_of(denoiser):
-    """name -> weight, of its adapters, as files name them."""
+    """name -> weight, of its adapters, as files name them; {} if it has none."""
     from peft.utils import get_peft_model_state_dict
+    if not getattr(denoiser, "peft_config", None):
+        return {}
     return get_peft_model_state_dict(denoiser, save_embedding_layers=False)  # else it asks the hub
 
 
@@ -204,12 +212,11 @@ def merge_lora(pipeline):
 
 def save_pipeline(pipeline, folder):
     """Write the pipeline with its published scheduler, or its adapters alone, for plain diffusers."""
-    denoiser = denoiser_of(pipeline)
-    if getattr(denoiser, "peft_config", None):
+    denoiser, part = denoiser_of(pipeline), denoiser_name(pipeline)
+    if adapters := adapters_of(denoiser):
         from diffusers.training_utils import _collate_lora_metadata
-        name = "unet" if hasattr(pipeline, "unet") else "transformer"
-        layers = {f"{name}_lora_layers": adapters_of(denoiser)}
-        pipeline.save_lora_weights(folder, **layers, **_collate_lora_metadata({name: denoiser}))
+        metadata = _collate_lora_metadata({part: denoiser})
+        pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": adapters}, **metadata)
     else:
         with patch.object(pipeline, "scheduler", pipeline.published_scheduler):
             pipeline.save_pretrained(folder)

@@ -58,10 +58,10 @@ def one_line_errors(described_as, name):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a dozen types: the hub's own, safetensors' own, ...
-        said = first = error
+        said = error
         while said and not isinstance(said, HUB_ERRORS):
             said = said.__cause__ or said.__context__
-        message = " ".join(str(said or first).split())[:2000] or type(error).__name__
+        message = " ".join(str(said or error).split())[:2000] or type(error).__name__
         raise ValueError(f"{described_as} {str(name)!r}: {message}") from error
 
 

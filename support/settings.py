@@ -111,8 +111,6 @@ class Config:
 
 # ---- The rules: where they hold, and what they set ----
 
-# An image is compared with the others of its prompt in the same epoch: a baseline from the first epoch on.
-_GROUPS = dict(images_per_prompt=8, stats_buffer=1, stats_min_count=1)
 RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     # RWR's numbers are appendix D.2's. Five epochs spend as many queries as DDPO; the authors' code has ten.
     (dict(algorithm=RWR), dict(epochs=5, samples_per_epoch=10_000, updates_per_epoch=400, eval_every=1)),
@@ -128,14 +126,15 @@ RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     # Untested by us at full size, as the next.
     (dict(preset="sdxl"), dict(
         model="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=32, precision="bf16", sampling_steps=20,
-        eval_steps=40, **_GROUPS, sample_batch=4, micro_batch=1, gradient_checkpointing=True)),
+        eval_steps=40, **preset.GROUPS, sample_batch=4, micro_batch=1, gradient_checkpointing=True)),
     # Steps, groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
     # action of such a chain adds hardly any noise, so its gradient would drown the others': with the last
     # step, which is no action, it is skipped.
     (dict(preset="flow"), dict(
         model="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, lora_alpha=64, precision="bf16",
         sampling_steps=10, eval_steps=40, height=512, width=512, skip_last_steps=2, samples_per_epoch=240,
-        **_GROUPS | dict(images_per_prompt=24), sample_batch=8, micro_batch=1, gradient_checkpointing=True)),
+        **preset.GROUPS | dict(images_per_prompt=24), sample_batch=8, micro_batch=1,
+        gradient_checkpointing=True)),
     *preset.RULES]  # of the toy model
 
 
@@ -267,8 +266,7 @@ def check(config):
     for wrong, message in refusals(config):
         if wrong:
             raise ValueError(message)
-    with one_line_errors("--call", config.call):
-        dict(json.loads(config.call or "{}"))
+    call_options(config)
     with one_line_errors("--device", config.device):
         torch.empty(0, device=config.device)
 
@@ -280,7 +278,7 @@ def refusals(c):
     learned = c.sampling_steps - c.skip_last_steps
     yield len({*names}) < len(names), f"two rewards have one name, and would be one in the log: {names}"
     yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name, of a folder in runs/"
-    yield c.guidance_scale and '"guidance_scale"' in c.call, "--call and --guidance-scale both say it"
+    yield c.guidance_scale and "guidance_scale" in call_options(c), "--call and --guidance-scale both say it"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
     # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU.
     half = c.precision == "fp16" or c.compile and c.precision == "bf16"
@@ -300,6 +298,12 @@ def refusals(c):
            f"{processes.size()} processes are too many for {images} images or {c.eval_prompts} eval prompts")
     yield (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
            f"--tracker {c.tracker} needs a package: pip install {c.tracker}")
+
+
+def call_options(config):
+    """--call as a dict. ValueError if it is no JSON object."""
+    with one_line_errors("--call", config.call):
+        return dict(json.loads(config.call or "{}"))
 
 
 # ---- The command line ----
