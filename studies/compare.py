@@ -39,7 +39,7 @@ from train import RUNS
 RESULTS = Path(__file__).resolve().parent / "results"
 QUERIES = 512       # the emoji preset's 8 epochs: with 12 no setting of DDPO-IS keeps nine animals of ten
 VLM_QUERIES = 3072  # for a VLM's reward the preset has larger epochs
-SWEEP_SEED = 100    # the comparison takes seeds from 0
+SWEEP_SEEDS, SEEDS = (100, 101), range(5, 10)  # of the sweep, of the comparison
 
 
 # ---- The studies: train.py's flags ----
@@ -50,22 +50,22 @@ def rounds(count, queries):
     return f"--samples-per-epoch {samples} --batch-size 32 --updates-per-epoch {round(5 * samples / 32)}"
 
 
-def sweep(of_vlm):
-    """The queries, and four settings for each algorithm: the learning rate and settings of its own."""
-    queries, many = (VLM_QUERIES, 12) if of_vlm else (QUERIES, 8)
-    four = rounds(4, queries)  # in which RWR changes the images least without a reward
-    return queries, {
-        "ddpo-is": [f"--learning-rate {lr} --updates-per-epoch {own}" for lr, own in (
-            (("5e-5", 4), ("5e-5", 2), ("1e-4", 4), ("1e-4", 2)) if of_vlm else
-            (("2e-4", 8), ("2e-4", 4), ("4e-4", "8 --clip-range 1e-2"), ("4e-4", 8)))],
-        "ddpo-sf": [f"--learning-rate {lr} --samples-per-epoch {n}" for lr, n in (
-            (("5e-5", 256), ("5e-5", 64), ("1e-4", 256), ("1e-4", 64)) if of_vlm else
-            (("2e-4", 64), ("1e-4", 16), ("2e-4", 16), ("1e-4", 64)))],
-        "rwr": [f"--learning-rate {lr} --beta {beta} {four}"
-                for lr, beta in (("1e-4", 5), ("1e-4", 20), ("1e-4", 60), ("3e-5", 20))],
-        "rwr-sparse": [f"--learning-rate {lr} --percentile {share} {four}"
-                       for lr, share in (("1e-4", 0.9), ("1e-4", 0.75), ("2e-4", 0.9), ("3e-5", 0.9))],
-        "nft": [f"--learning-rate {lr} {rounds(n, queries)}" for n in (many, 4) for lr in ("1e-4", "3e-4")]}
+# protocol.md, 1. Of each algorithm a setting in the middle, and what is changed, one at a time.
+SWEEP = {
+    "ddpo-is": ("--samples-per-epoch 64 --learning-rate 2e-4 --clip-range 2e-3 --updates-per-epoch 4", [
+        "--learning-rate 1e-4", "--learning-rate 4e-4", "--clip-range 1e-3", "--clip-range 4e-3",
+        "--updates-per-epoch 8"]),
+    "ddpo-sf": ("--samples-per-epoch 16 --learning-rate 1e-4", [
+        "--learning-rate 5e-5", "--learning-rate 2e-4", "--samples-per-epoch 8", "--samples-per-epoch 32",
+        "--samples-per-epoch 64"]),
+    "rwr": (f"{rounds(4, QUERIES)} --learning-rate 1e-4 --beta 120", [
+        "--learning-rate 5e-5", "--learning-rate 2e-4", "--beta 60", "--beta 240", rounds(8, QUERIES)]),
+    "rwr-sparse": (f"{rounds(4, QUERIES)} --learning-rate 1e-4 --percentile 0.9", [
+        "--learning-rate 5e-5", "--learning-rate 2e-4", "--percentile 0.5", "--percentile 0.75",
+        rounds(8, QUERIES)]),
+    "nft": (f"{rounds(8, QUERIES)} --learning-rate 1e-4 --nft-strength 1 --training-guidance 3", [
+        "--learning-rate 5e-5", "--learning-rate 2e-4", "--nft-strength 0.3", "--training-guidance 1",
+        "--training-guidance 1.4"])}
 
 
 # Steps learned from, and the queries that then cost as many U-Net passes as 512 with the default's 8 steps.
@@ -156,9 +156,10 @@ def planned_runs(args, reward):
     """The runs of the study that is asked for, seed by seed: a study that is cut short has fewer seeds."""
     of_vlm, some, common = reward in VLM, args.algorithms or (), ["--reward", reward, *args.train]
     if args.sweep:
-        name, (queries, settings) = "sweep", sweep(of_vlm)
-        choices = {f"{one} {k + 1}": f"--algorithm {one} {flags}"
-                   for one in some or settings for k, flags in enumerate(settings[one])}
+        name, queries = "sweep", QUERIES
+        choices = {f"{one}: {' '.join(change.split()[:2])[2:] or 'middle'}":
+                   f"--algorithm {one} {SWEEP[one][0]} {change}"
+                   for one in some or SWEEP for change in ("", *SWEEP[one][1])}
     elif args.ablation:
         name, (queries, choices) = args.ablation, ABLATIONS[args.ablation]
     else:
@@ -167,13 +168,15 @@ def planned_runs(args, reward):
         choices = TWINS if args.twins else {one: f"--algorithm {one}" for one in some or ALGORITHMS}
         if not some and not args.twins:  # the control: what RWR does to the images without any reward
             choices["no reward"] = "--algorithm rwr --beta 0"
-    seeds = [SWEEP_SEED] if args.sweep else range(args.seeds or (3 if args.ablation or args.twins else 5))
+    count = args.seeds or (2 if args.sweep else 3 if args.ablation or args.twins else 5)
+    seeds = SWEEP_SEEDS[:count] if args.sweep else range(count)
     runs = []
     for seed, (label, own) in itertools.product(seeds, choices.items()):
         flags, count = own if isinstance(own, tuple) else (own, queries)
-        if "--samples-per-epoch" not in flags and (args.ablation or args.sweep and not of_vlm):
+        if "--samples-per-epoch" not in flags and args.ablation:
             flags += " --samples-per-epoch 64"  # into which their queries divide
-        runs.append(Run("-".join([name, *some]), label, seed, [*common, *shlex.split(flags)], count))
+        name = name if args.sweep else "-".join([name, *some])
+        runs.append(Run(name, label, seed, [*common, *shlex.split(flags)], count))
     return runs
 
 
