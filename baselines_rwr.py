@@ -5,9 +5,10 @@
     sparse RWR   w(x_0, c) = 1[r(x_0, c) >= C]
 
 The policy is fine-tuned on its own images by the denoising loss. Each image is weighted by its reward. Only
-(x_0, c) is needed, not the chain: the denoising loss is an upper bound on -log p(x_0 | c), so a smaller loss
-makes the image more likely. The paper calls an epoch of RWR a round. With one round it is the algorithm of
-earlier work (Lee et al. 2023). More rounds interleave sampling and training.
+(x_0, c) is needed, not the chain. With the ELBO's weights over t the loss would bound -log p(x_0 | c) from
+above. With equal ones, as here and in pretraining, a smaller loss need not make the image more likely. The
+paper calls an epoch of RWR a round. With one round it is the algorithm of earlier work (Lee et al. 2023).
+More rounds interleave sampling and training.
 
 Where we depart from these lines:
  1. Weights are per prompt, as the paper says (D.3). The authors' RWR on JPEG size takes one softmax over all
@@ -93,20 +94,22 @@ def rwr_update(policy, trajectory, weights, learner, rng, config):
     # Images of weight 0 are never drawn, so the weights of the others must average 1.
     weights = (weights / weights[kept].mean()).to(policy.device)
 
-    def loss_of(policy, images, noised, target):
+    def loss_of(policy, images, noised, x_0, eps, a, b):
+        target = target_of(x_0, eps, a, b, policy.schedule.prediction_type)
         return weighted_denoising_loss(policy.predict(*noised), target, weights[images])
 
-    return fine_tune(policy, trajectory, kept, learner, rng, config, loss_of)
+    return fine_tune(policy, trajectory, kept, learner, rng, config, loss_of, policy.training_levels)
 
 
-def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of):
+def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of, levels_of):
     """The optimizer steps of an epoch on the images `rows` of a trajectory, as rwr_update says. Returns info.
 
-    loss_of(policy, images (N,), (x_t (N, D...), t (N,), N texts), target (N, D...)) -> loss, info.
+    loss_of(policy, images (N,), (x_t (N, D...), t (N,), N texts), x_0, eps (N, D...), a, b (N, 1...)) ->
+    loss, info. levels_of: timesteps, a, b (n,): an image is noised to one of these.
     """
     if config.training_guidance:
         policy = policy.with_guidance(config.training_guidance)
-    timesteps, a_of, b_of = policy.training_levels
+    timesteps, a_of, b_of = levels_of
     infos, size = [], config.batch_size
     levels = size if policy.copies_of_timesteps else min(size, LEVELS)
     for images in reshuffled_passes(rows, config.updates_per_epoch, size, rng):
@@ -118,8 +121,8 @@ def fine_tune(policy, trajectory, rows, learner, rng, config, loss_of):
             chosen = level[part].to(policy.device)
             a, b = (values[chosen].view(-1, *[1] * (x_0.dim() - 1)) for values in (a_of, b_of))
             prompts = [trajectory.prompts[image] for image in images[part].tolist()]
-            target = target_of(x_0, eps, a, b, policy.schedule.prediction_type)
-            return loss_of(policy, images[part], (a * x_0 + b * eps, timesteps[chosen], prompts), target)
+            noised = a * x_0 + b * eps, timesteps[chosen], prompts
+            return loss_of(policy, images[part], noised, x_0, eps, a, b)
 
         infos.append(learner.step(torch.arange(size), [denoising_loss]))
     return summary(infos)

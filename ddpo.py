@@ -171,7 +171,8 @@ def summary(infos):
 class Learner:
     """Optimizer steps on the weights that train: AdamW, micro-batches, fp16's scaler. It knows no epoch.
 
-    config.micro_batch is the largest number of rows at a time, a knob of memory and speed.
+    config.micro_batch is the largest number of rows at a time, a knob of memory and speed. updates: how many
+    so far. old: name -> weight, of those that draw the next images, if they are others: DiffusionNFT's.
     """
 
     def __init__(self, policy, config):
@@ -184,6 +185,7 @@ class Learner:
         half = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=half)
         self.micro_batch, self.max_grad_norm = config.micro_batch, config.max_grad_norm
+        self.updates, self.old = 0, {}
 
     def step(self, rows, losses):
         """One optimizer step. Returns info, with grad_norm and skipped_updates.
@@ -217,14 +219,18 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
         return {"grad_norm": norm, "skipped_updates": int(self.scaler.get_scale() < scale)}
 
     def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "updates": self.updates, "old": self.old}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # its memory is the file's
         self.scaler.load_state_dict(state["scaler"])
+        self.updates, device = state["updates"], self.weights[0].device
+        self.old = {name: weight.to(device, copy=True) for name, weight in state["old"].items()}
 
 
 def add_info(total, info, share):

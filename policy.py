@@ -180,15 +180,16 @@ class Policy:
 
     @contextlib.contextmanager
     def with_weights(self, weights):
-        """The context in which the policy predicts with other weights. No gradient in it."""
-        mine = {name: weight.data for name, weight in self.trained.items()}
-        for name, weight in self.trained.items():
-            weight.data = weights[name]
+        """The context in which the policy predicts with other weights, if any. No gradient in it."""
+        trained = self.trained
+        mine = {name: trained[name].data for name in weights}
+        for name, weight in weights.items():
+            trained[name].data = weight
         try:
             yield
         finally:
-            for name, weight in self.trained.items():
-                weight.data = mine[name]
+            for name, weight in mine.items():
+                trained[name].data = weight
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
-from beyond.diffusion_nft import nft_update
+from beyond.diffusion_nft import nft_preferences, nft_update
 from ddpo import Learner, PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from policy import load_policy
 from prompts import load_prompts
@@ -50,7 +50,8 @@ def train(run):
         # 1. Act: draw an image for each of a batch of prompts. DDPO keeps the chains.
         prompts = draw_prompts(run.prompts, config, rng)
         texts = [prompt.text for prompt in prompts]
-        trajectory = rollout(policy, texts, rng, config.sample_batch, keep_chain)
+        with policy.with_weights(run.learner.old):  # DiffusionNFT's v_old; of the others none
+            trajectory = rollout(policy, texts, rng, config.sample_batch, keep_chain)
         clock.lap("seconds_sample")
 
         # 2. Judge: decode the images and ask for their rewards. Nothing else looks at them.
@@ -115,7 +116,7 @@ ALGORITHMS = {
     "ddpo-sf": (advantages, partial(ddpo_update, loss=score_function_loss), True),
     "rwr": (lambda texts, r, _, c: (rwr_weights(texts, r, c.beta), {}), rwr_update, False),
     "rwr-sparse": (lambda texts, r, _, c: (sparse_weights(texts, r, c.percentile), {}), rwr_update, False),
-    "nft": (advantages, nft_update, False)}
+    "nft": (lambda texts, r, _, c: (nft_preferences(texts, r), {}), nft_update, False)}
 
 # In the log's order; null in row 0, and where an algorithm has none. What they mean: reward_metrics,
 # advantages, ddpo.summary, ddpo.ratio_info, weighted_denoising_loss, evaluate_fixed.

@@ -1,44 +1,83 @@
 """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): a newer method than the paper, in the shape of RWR.
 
-Where we depart from its paper:
- 1. It samples and trains without guidance. Ours has the policy's guidance (or --training-guidance) in both
-    predictions; --guidance-scale 1 is the paper's.
- 2. Its v_old is a moving average of the policy. Ours is the policy that drew the epoch's images.
- 3. Its code divides each squared error by the mean absolute error. Ours are plain.
+    v+ = b v_theta + (1 - b) v_old,   v- = (1 + b) v_old - b v_theta
+    minimise   L = E[ r ||x_0(v+) - x_0||^2 / w+  +  (1 - r) ||x_0(v-) - x_0||^2 / w- ] / b,   x_0 ~ p_old
+
+A good image, with r near 1, pulls v+ towards itself. A bad one, with r near 0, pulls v- and so pushes v_theta
+away. v_old draws the images. It is an average of the weights that lags behind: a checkpoint has it.
+
+Loss, weights w, preferences r and average are those of its code (NVlabs/DiffusionNFT, train_nft_sd3.py, with
+decay_type 1). Where we depart from that:
+ 1. It draws and trains without guidance. Ours has the policy's guidance, in the loss --training-guidance;
+    --guidance-scale 1 is its.
+ 2. It draws by a deterministic solver of second order (DPM), ours is the chain of the other algorithms.
+ 3. An update takes all images of an epoch, or half of them, each at all timesteps of the sampler. Ours takes
+    config.batch_size images, each at one of these timesteps.
+ 4. It adds 1e-4 ||v_theta - v_pretrained||^2. We do not.
+ 5. It evaluates and saves an average of v_theta over the updates (decay 0.9). We take v_theta itself.
+ 6. Any kind of prediction can be v here, since x_0 depends linearly on it.
 """
 import torch
 
-from baselines_rwr import fine_tune
+from baselines_rwr import fine_tune, weights_per_prompt
+from sampling import x_0_and_eps
+
+SATURATION = 5  # deviations from the prompt's mean at which an image is entirely good, or bad
 
 
-def nft_preferences(advantages):
-    """Advantages (B,) -> r (B,) in [0, 1]: 1/2 for an average image, 0 or 1 one deviation away or more."""
-    return (1 + advantages.clamp(-1, 1)) / 2
+def nft_preferences(prompts, rewards):
+    """B prompts, B rewards -> r (B,) fp32 in [0, 1]: 1/2 at the mean of its prompt's images in the epoch.
+
+    0 and 1 are SATURATION deviations of the whole epoch's rewards away, as in Flow-GRPO.
+    """
+    rewards = torch.as_tensor(rewards).double()
+    baseline = weights_per_prompt(prompts, rewards, lambda own: own.mean().expand(len(own))).double()
+    advantages = (rewards - baseline) / (rewards.std(correction=0) + 1e-4)
+    return (0.5 + (advantages / SATURATION).clamp(-1, 1) / 2).float()
 
 
-def nft_loss(prediction, old_prediction, target, preferences, strength):
-    """Three (N, D...) and r (N,) -> scalar loss, info: DiffusionNFT's (Zheng et al. 2025).
+def nft_loss(prediction, old_prediction, x_0, preferences, strength):
+    """x_0 (N, D...) as v_theta and v_old predict it, x_0, r (N,) -> scalar loss, info. strength: b.
 
-    A good image pulls v+ = v_old + b (v - v_old) towards its target, a bad one v- = v_old - b (v - v_old). b
-    is the strength. At v = v_old the gradient is 2 b (2 r - 1) (v_old - target): an average image, with
-    r = 1/2, changes nothing. RWR, which has positive weights alone, re-trains the policy on it.
+    At v_theta = v_old the gradient is proportional to 2 r - 1: an average image changes nothing. RWR, which
+    has positive weights alone, re-trains the policy on it.
     """
     change = strength * (prediction - old_prediction)
-    errors = (old_prediction + sign * change - target for sign in (1, -1))
-    positive, negative = ((error**2).flatten(1).mean(1) for error in errors)
-    loss = (preferences * positive + (1 - preferences) * negative).mean()
-    return loss, {"denoising_error": ((prediction.detach() - target) ** 2).mean()}
+    positive, negative = (adaptive_error(old_prediction + sign * change - x_0) for sign in (1, -1))
+    loss = (preferences * positive + (1 - preferences) * negative).mean() / strength
+    return SATURATION * loss, {"denoising_error": ((prediction.detach() - x_0) ** 2).mean()}
 
 
-def nft_update(policy, trajectory, advantages, learner, rng, config):
-    """One epoch of DiffusionNFT, as rwr_update. advantages: (B,). Also read: config.nft_strength."""
-    preferences = nft_preferences(advantages).to(policy.device)
-    old = policy.weights()  # v_old: a copy of what trains
+def adaptive_error(error):
+    """Error (N, D...) -> its mean square by its mean absolute value, which carries no gradient: (N,).
 
-    def loss_of(policy, images, noised, target):
+    The error of x_0 is largest where x_t is noisiest. Divided so, these timesteps teach most, but not alone.
+    """
+    weight = error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return (error**2).flatten(1).mean(1) / weight
+
+
+def nft_update(policy, trajectory, preferences, learner, rng, config):
+    """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). Also read: config.nft_strength.
+
+    learner.old, v_old, moves towards the weights at the end: by all in the first epoch, by half in the end.
+    """
+    old = learner.old = learner.old or policy.weights()
+    preferences = preferences.to(policy.device)
+
+    def loss_of(policy, images, noised, x_0, _, a, b):
+        def predicted():
+            prediction = policy.predict(*noised)
+            return x_0_and_eps(noised[0], prediction, a, b, policy.schedule.prediction_type)[0]
+
         with torch.no_grad(), policy.with_weights(old):
-            old_prediction = policy.predict(*noised)
-        return nft_loss(policy.predict(*noised), old_prediction, target, preferences[images],
-                        config.nft_strength)
+            old_prediction = predicted()
+        return nft_loss(predicted(), old_prediction, x_0, preferences[images], config.nft_strength)
 
-    return fine_tune(policy, trajectory, torch.arange(len(preferences)), learner, rng, config, loss_of)
+    levels = policy.schedule.timesteps, policy.schedule.a[:-1], policy.schedule.b[:-1]
+    rows = torch.arange(len(preferences))
+    info = fine_tune(policy, trajectory, rows, learner, rng, config, loss_of, levels)
+    decay = min(0.001 * learner.updates, 0.5)
+    for name, weight in policy.trained.items():
+        old[name].lerp_(weight.detach(), 1 - decay)
+    return info

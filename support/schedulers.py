@@ -37,7 +37,8 @@ def chain_levels(scheduler, timesteps):
 def training_levels(scheduler, mu=None):
     """What a model was trained with: prediction type, and timesteps, a, b (1000,) of x_t = a x_0 + b eps.
 
-    With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift.
+    With flow matching they are shifted as the chain is: by mu, or by the scheduler's own shift. Not each was
+    trained as often: of Stable Diffusion 3 the middle ones were trained most (logit-normal).
     """
     N = scheduler.config.num_train_timesteps
     if hasattr(scheduler, "alphas_cumprod"):

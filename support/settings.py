@@ -17,7 +17,7 @@ from support.networks import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 DDPO, RWR = ("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")
-FINE_TUNING, ADVANTAGES = (*RWR, "nft"), (*DDPO, "nft")  # which settings an algorithm reads: see Config
+FINE_TUNING = (*RWR, "nft")  # which settings an algorithm reads: see Config
 ALGORITHMS = (*DDPO, *RWR, "nft")
 PRESETS = ("emoji", "paper", "lora", "sdxl", "flow")
 VLM = ("alignment", "counting")  # rewards by a vision-language model
@@ -83,12 +83,12 @@ class Config:
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     clip_range: float = setting(1e-4, "the ratio, per dimension, stays in 1 +- this", read_by=("ddpo-is",))
     advantage_clip: float = setting(10.0, "advantages are clipped to +- this", read_by=DDPO)
-    stats_buffer: int = setting(32, "last rewards that a prompt's statistics are of", read_by=ADVANTAGES)
-    stats_min_count: int = setting(16, "with fewer, a prompt takes the batch's", read_by=ADVANTAGES)
+    stats_buffer: int = setting(32, "last rewards that a prompt's statistics are of", read_by=DDPO)
+    stats_min_count: int = setting(16, "with fewer, a prompt takes the batch's", read_by=DDPO)
     skip_last_steps: int = setting(0, "last steps not learned from: ddpo.py", read_by=DDPO)
     learn_steps: int = setting(0, "steps of an update, at random; 0: all others", read_by=DDPO)
     baseline: str = setting("prompt", "what a reward is compared with; none: with nothing",
-                            choices=("prompt", "batch", "none"), read_by=ADVANTAGES)
+                            choices=("prompt", "batch", "none"), read_by=DDPO)
     kl_weight: float = setting(0.0, "of the KL to the pretrained: ddpo.surrogate", read_by=DDPO)
     beta: float = setting(0.2, "inverse temperature of rewards", zero=True, read_by=("rwr",))
     nft_strength: float = setting(1.0, "b: how far v+ and v- lie from v_old", read_by=("nft",))
@@ -115,6 +115,7 @@ RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     # RWR's numbers are appendix D.2's. Five epochs spend as many queries as DDPO; the authors' code has ten.
     (dict(algorithm=RWR), dict(epochs=5, samples_per_epoch=10_000, updates_per_epoch=400, eval_every=1)),
     (dict(algorithm="ddpo-sf"), dict(updates_per_epoch=1)),
+    (dict(algorithm="nft"), dict(images_per_prompt=8)),
     (dict(reward=("compressibility", "incompressibility")), dict(prompts="imagenet_animals")),  # the paper's
     (dict(reward=("pickscore", "hpsv2")), dict(prompts="painted_animals")),
     (dict(reward="imagereward"), dict(prompts="dpok")),
@@ -283,14 +284,14 @@ def refusals(c):
     # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU.
     half = c.precision == "fp16" or c.compile and c.precision == "bf16"
     yield half and not c.device.startswith("cuda"), "--precision fp16, or --compile with bf16, needs CUDA"
-    yield c.algorithm == "nft" and c.baseline == "none", "--baseline none: nft compares images"
+    yield c.algorithm == "nft" and c.images_per_prompt == 1, "--images-per-prompt 1: nft compares a prompt's"
     yield (c.stats_min_count > max(c.stats_buffer, c.images_per_prompt),
            f"--stats-min-count {c.stats_min_count}: more than --stats-buffer or --images-per-prompt can give")
     yield (c.algorithm == "ddpo-sf" and c.updates_per_epoch > 1,
            "--updates-per-epoch: ddpo-sf takes one, since its samples must come from the current weights")
     yield n % c.images_per_prompt, "--samples-per-epoch does not divide into groups of --images-per-prompt"
     alone = c.baseline == "prompt" and c.images_per_prompt == c.stats_buffer == 1
-    yield alone and c.algorithm in ADVANTAGES, "--stats-buffer 1 compares an image with itself"
+    yield alone and ddpo, "--stats-buffer 1 compares an image with itself"
     yield ddpo and n % c.updates_per_epoch, "--samples-per-epoch does not divide into --updates-per-epoch"
     yield (ddpo and max(c.learn_steps, 1) > learned,
            f"--skip-last-steps leaves {learned} of --sampling-steps, too few to learn from")

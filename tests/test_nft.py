@@ -1,40 +1,103 @@
-"""DiffusionNFT: its formula, its old policy, and that it follows the reward."""
+"""DiffusionNFT: its code's loss, its old policy, and what a checkpoint keeps of it."""
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-import baselines_rwr
 import sampling
+import train
 from beyond import diffusion_nft
-from conftest import learner, load_policy, rng
+from conftest import learner, load_policy, rng, run, tiny_flags
+from support.run_folder import load_checkpoint
 
 
-def test_the_loss_of_nft_is_that_of_its_formula_and_an_average_image_changes_nothing():
-    old, target = torch.randn(2, 3, 4, 2, 2, generator=rng())
-    v, r, b = old + 0.1 * torch.randn(old.shape, generator=rng(1)), torch.tensor([1.0, 0.25, 0.5]), 0.7
-    loss, _ = diffusion_nft.nft_loss(v, old, target, r, b)
-    good, bad = (((old + sign * b * (v - old) - target) ** 2).mean((1, 2, 3)) for sign in (1, -1))
-    torch.testing.assert_close(loss, (r * good + (1 - r) * bad).mean())
-    start = old.clone().requires_grad_()
-    diffusion_nft.nft_loss(start, old, target, r, b)[0].backward()
-    gradient = 2 * b * (2 * r - 1)[:, None, None, None] * (old - target) / old.numel()
-    torch.testing.assert_close(start.grad, gradient)
-    assert (start.grad[2] == 0).all()
-    assert diffusion_nft.nft_preferences(torch.tensor([-3.0, -1, 0, 0.5, 2])).tolist() == [0, 0, 0.5, 0.75, 1]
+def their_loss(v, old, x_t, t, x_0, advantages, b):
+    """The policy loss of NVlabs/DiffusionNFT, train_nft_sd3.py. t (N, 1, 1, 1): the noise level of a flow."""
+    r = (advantages.clamp(-5, 5) / 5 / 2 + 0.5).clamp(0, 1)
+    losses = []
+    for mixed in (b * v + (1 - b) * old, (1 + b) * old - b * v):
+        predicted = x_t - t * mixed
+        factor = (predicted.double() - x_0.double()).abs().mean((1, 2, 3), keepdim=True)
+        factor = factor.clip(min=1e-5).detach()
+        losses.append(((predicted - x_0) ** 2 / factor).mean((1, 2, 3)))
+    return (5 * (r * losses[0] / b + (1 - r) * losses[1] / b)).mean()
+
+
+@pytest.mark.parametrize("b", [1.0, 0.1])
+def test_the_loss_and_its_gradient_on_v_are_those_of_its_code(b):
+    old, x_0, eps = torch.randn(3, 4, 4, 8, 8, generator=rng())
+    v = (old + 0.1 * torch.randn(old.shape, generator=rng(1))).requires_grad_()
+    t = torch.tensor([0.02, 0.3, 0.7, 0.98]).view(-1, 1, 1, 1)
+    advantages = torch.tensor([6.0, -1.0, 0.0, -7.0])
+    x_t = (1 - t) * x_0 + t * eps
+    theirs = their_loss(v, old, x_t, t, x_0, advantages, b)
+    r = 0.5 + (advantages / 5).clamp(-1, 1) / 2
+
+    def x_0_of(prediction):
+        return sampling.x_0_and_eps(x_t, prediction, 1 - t, t, "flow")[0]
+
+    ours, _ = diffusion_nft.nft_loss(x_0_of(v), x_0_of(old), x_0, r, b)
+    torch.testing.assert_close(ours.double(), theirs)
+    gradients = [torch.autograd.grad(loss, v)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+    start = x_0_of(old).requires_grad_()
+    diffusion_nft.nft_loss(start, start.detach(), x_0, r, b)[0].backward()
+    assert (start.grad[2] == 0).all()  # an average image changes nothing
+    assert (start.grad[[0, 1, 3]].flatten(1) != 0).all()
+
+
+def test_preferences_are_those_of_its_code_and_equal_rewards_prefer_nothing():
+    prompts, rewards = ["a", "a", "a", "b", "b"] * 8, torch.randn(40, generator=rng()).double() * 3
+    rewards[7] = 100
+    own = {prompt: np.mean([r for p, r in zip(prompts, rewards.tolist()) if p == prompt]) for prompt in "ab"}
+    centred = torch.tensor([r - own[p] for p, r in zip(prompts, rewards.tolist())])
+    advantages = centred / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(diffusion_nft.nft_preferences(prompts, rewards).double(),
+                               (advantages.clamp(-5, 5) / 5 / 2 + 0.5), rtol=0, atol=1e-6)
+    assert diffusion_nft.nft_preferences(prompts, rewards)[7] == 1
+    torch.testing.assert_close(diffusion_nft.nft_preferences(prompts, [0.1] * 40), torch.full((40,), 0.5))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_nft_compares_with_the_weights_that_drew_the_images_all_the_epoch(tiny_model, monkeypatch, rank):
+def test_v_old_stays_for_an_epoch_then_follows_as_in_its_code(tiny_model, monkeypatch, rank):
     seen, loss = [], diffusion_nft.nft_loss
     monkeypatch.setattr(diffusion_nft, "nft_loss", lambda *given: seen.append(given[:2]) or loss(*given))
     policy = load_policy(tiny_model, 4, 1.0, 5.0, lora_rank=rank)
     trajectory = sampling.rollout(policy, ["a cat"] * 8, rng(), 8, keep_chain=False)
-    noise, t = torch.randn(8, 4, 8, 8, generator=rng(1)), torch.full((8,), 300)
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
-    monkeypatch.setattr(baselines_rwr, "reshuffled_passes", lambda *_: torch.arange(8).expand(3, 8))
-    diffusion_nft.nft_update(policy, trajectory, torch.rand(8, generator=rng()),
-                             **learner(policy, 1e-2, nft_strength=1.0))
-    (v, old), (later, still_old), (latest, _) = seen
-    assert v.requires_grad and not old.requires_grad
-    assert torch.equal(v, old) and torch.equal(old, still_old)
-    assert min((later - old).abs().max(), (latest - old).abs().max()) > 1e-6
+    given = learner(policy, 1e-2, nft_strength=1.0, updates_per_epoch=3)
+    before = policy.weights()
+    diffusion_nft.nft_update(policy, trajectory, torch.rand(8, generator=rng()), **given)
+    first, *_ = seen
+    assert first[0].requires_grad and not first[1].requires_grad and torch.equal(*first)
+    assert all((v - old).abs().max() > 1e-6 for v, old in seen[1:])
+    now, old = policy.weights(), given["learner"].old  # decay_type 1: after 3 updates, 0.003
+    for name in now:
+        torch.testing.assert_close(old[name], 0.003 * before[name] + 0.997 * now[name], rtol=1e-5, atol=1e-7)
+    given["learner"].updates = 999  # at most a half
+    diffusion_nft.nft_update(policy, trajectory, torch.rand(8, generator=rng()), **given)
+    later = policy.weights()
+    for name in now:
+        torch.testing.assert_close(given["learner"].old[name], (0.003 * before[name] + 0.997 * now[name]) / 2
+                                   + later[name] / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_v_old_draws_the_images_and_a_checkpoint_keeps_it(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    drawn, rollout = [], train.rollout
+
+    def seen(policy, *given, **options):
+        drawn.append({name: weight.clone() for name, weight in policy.trained.items()})
+        return rollout(policy, *given, **options)
+
+    flags = tiny_flags(tiny_model, **{"algorithm": "nft", "batch-size": 4, "epochs": 1, "eval-every": 9})
+    run(*flags)
+    state = load_checkpoint(Path("runs/r"))
+    monkeypatch.setattr(train, "rollout", seen)
+    run("--resume", "runs/r", "--epochs", 2)
+    old = state["learner"]["old"]
+    assert all(torch.equal(drawn[0][name], old[name]) for name in old)  # the epoch's images
+    assert any(not torch.equal(drawn[0][name], state["weights"][name]) for name in old)
+    # The evaluation's are of the weights that train.
+    assert all(torch.equal(drawn[1][name], weight)
+               for name, weight in load_checkpoint(Path("runs/r"))["weights"].items())
