@@ -12,12 +12,14 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  4. Equal rewards give an advantage of 0 (see whiten). The authors divide by the deviation + 1e-6.
  5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The
     gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
-    epsilon. The last step but one has a large c at a tiny sigma: it makes 86 % of the gradient's variance at
-    T = 10 and half of it at T = 50 (`pytest test_ddpo.py -k last_but_one`), though the image hardly changes
-    there. Leaving them out is slightly biased, and pays: studies/results/README.md, "More reward per second".
+    epsilon. The last step but one has a large c at a tiny sigma: it makes 86 % of this gradient's variance at
+    T = 10, half of it at T = 50, and of the toy model's weights 92 % at T = 10 (`pytest test_ddpo.py -k
+    last_but_one`), though the image hardly changes there. Leaving them out is slightly biased, and pays:
+    studies/results/README.md, "More reward per second".
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
-    and several images of a prompt in an epoch (images_per_prompt) they are those of the group, as in GRPO.
+    and several images of a prompt in an epoch (images_per_prompt) they are the group's mean and deviation, as
+    in GRPO. (Flow-GRPO and DiffusionNFT divide by the deviation of the whole epoch.)
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
     moves, the ratio falls, and at a negative advantage the clip's low side bounds the KL. GRPO-Guard (arXiv
     2510.22319) adds the mean back in. Here that was no gain (studies/results/README.md, "A centred ratio").

@@ -74,7 +74,7 @@ class Policy:
             raise ValueError(f"a {name} draws no image of three colours")
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
-            raise ValueError(f"{steps} sampling steps: diffusers makes {len(timesteps)}; take one more")
+            raise ValueError(f"{steps} sampling steps: diffusers makes {len(timesteps)}; take another number")
         kind, *levels = training_levels(scheduler, tap.mu)
         policy.schedule = make_schedule(timesteps, *chain_levels(tap, timesteps), kind, eta, noise, scored)
         policy.training_levels = [values.to(self.device) for values in levels]
@@ -284,7 +284,7 @@ def load_policy(config, model=None, scored=True):
     """
     adapters, trains, c = model not in (None, config.model) and is_lora(model), model is None, config
     source = c.model if trains or adapters else model
-    in_fp32 = trains and not c.lora_rank
+    in_fp32 = not c.lora_rank  # to evaluate, too: as it was trained
     pipeline = load_pipeline(source, c.device, c.precision, c.t5, c.prediction_type, in_fp32)
     name = type(pipeline).__name__
     with one_line_errors("model", source):

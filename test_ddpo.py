@@ -448,13 +448,20 @@ def test_micro_batch_does_not_change_an_update_whose_first_ratio_is_one(tiny_mod
 def test_the_last_but_one_step_has_most_of_the_gradients_variance_and_dpoks_code_weighs_steps_otherwise():
     """With c = d mean / d eps, a step's score for eps is c / sigma times unit noise. So its variance is
     (c / sigma)^2. The KL of a difference d in eps is (c / sigma)^2 / 2 times d^2. DPOK's code takes d^2."""
-    for steps, share in ((5, 0.95), (10, 0.86), (50, 0.49)):
+    for steps, share in ((5, 0.95), (10, 0.86), (20, 0.73), (50, 0.49)):
         schedule, eps = schedule_of(ddim(), steps, 1.0), torch.tensor(1.0)
         c = torch.stack([sampling.mean_sigma(0 * eps, eps, k, schedule)[0] for k in range(steps)])
         variance = (c / schedule.sigma) ** 2
         assert variance[-2] / variance.sum() == pytest.approx(share, abs=0.01)
     kl = variance / 2
     assert (kl.median().item(), kl[-2].item()) == pytest.approx((0.088, 5.36), rel=0.01)
+    policy, of_weights = load_policy(EMOJI, 10, 1.0, 3.0), torch.zeros(10)
+    trajectory = sampling.rollout(policy, ["a cat", "a dog", "a fox"], rng(), 3)
+    for image, k in itertools.product(range(3), range(10)):
+        log_p, _ = sampling.score(policy, trajectory, torch.tensor([image]), k)
+        gradients = torch.autograd.grad(log_p, list(policy.trained.values()))
+        of_weights[k] += sum((gradient**2).sum() for gradient in gradients)
+    assert of_weights[-2] / of_weights.sum() == pytest.approx(0.92, abs=0.02)
 
 
 @pytest.mark.parametrize("to_one, skipped, learned", [

@@ -6,6 +6,7 @@ import torch
 
 import evaluate
 import rewards
+import train
 from conftest import run, tiny_flags
 
 
@@ -16,12 +17,19 @@ def table(capsys, *flags):
     return [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rank", [0, 2], ids=["weights", "lora"])
-def test_on_a_runs_own_prompts_before_and_after_are_what_its_log_says(rank, tiny_model, own_reward, capsys):
-    flags = {"learning-rate": 1e-2, "lora-rank": rank, "reward": own_reward("redness")}
+def test_on_a_runs_own_prompts_before_and_after_are_what_its_log_says_to_the_last_bit(
+        rank, precision, tiny_model, own_reward, capsys, monkeypatch):
+    drawn, draw = [], train.draw_fixed
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "draw_fixed", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    flags = {"learning-rate": 1e-2, "lora-rank": rank, "precision": precision,
+             "reward": own_reward("redness")}
     rows = run(*tiny_flags(tiny_model, epochs=1, watch="none", **flags))
     logged = [rewards.display(row["eval_reward_mean"], (1, "")) for row in rows]
     assert [cell.partition(" ±")[0] for cell in table(capsys)[0][4:6]] == logged and logged[0] != logged[1]
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(drawn[:2], drawn[2:], strict=True))
 
 
 def test_other_prompts_rewards_and_chains_may_be_asked_for(tiny_model, own_reward, capsys):

@@ -242,7 +242,7 @@ def test_a_model_of_any_sampler_takes_stable_diffusions_chain_but_trailing_spaci
         got = chain(sampler=name)
         assert torch.equal(got.timesteps, want.timesteps) and torch.equal(got.sigma, want.sigma)
     assert chain(timestep_spacing="trailing").timesteps.tolist() == [999, 749, 499, 249]
-    with pytest.raises(ValueError, match="61 sampling steps: diffusers makes 62; take one more"):
+    with pytest.raises(ValueError, match="61 sampling steps: diffusers makes 62; take another number"):
         chain(61, timestep_spacing="trailing")
     got = chain(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert got.timesteps[0] == 999 and got.a[0] == 0 and (got.sigma > 0).all()
