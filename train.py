@@ -140,14 +140,23 @@ def tell(run, epoch, metrics):
     for show in run.trackers:
         shown(run, "--tracker", lambda: show(row))
     if is_evaluated:
-        name, unit = run.reward.name, run.reward.unit
-        shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
+        draw(run)
         if fallen := fallen_rewards(run):
             go_back(run, fallen)
             return True
     if epoch and (is_due or epoch == config.epochs):
         run.save()
     return False
+
+
+def draw(run):
+    """Draw the curve and the animation of all evaluations so far."""
+    name, unit, (height, width) = run.reward.name, run.reward.unit, run.policy.image_size
+    rewards = {row["epoch"]: f"{display(row['eval_reward_mean'], unit)} on average"
+               for row in run.rows if row["eval_reward_mean"] is not None}
+    shown(run, "curve.png", lambda: run_folder.draw_curve(run.folder, name, unit, run.units))
+    shown(run, "the pictures", lambda: run_folder.draw_progress(
+        run.folder, rewards, run.config.eval_prompts, height / width))
 
 
 def shown(run, part, work):

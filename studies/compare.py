@@ -1,8 +1,9 @@
 """Figure 4 of the paper on the toy model: its four algorithms, and nft, at the same number of reward queries.
 
-    python studies/compare.py --reward compressibility          # the comparison
-    python studies/compare.py --reward compressibility --sweep  # what its settings were chosen from
-    python studies/compare.py --drift                           # the mean gain over both JPEG rewards
+    python studies/compare.py --reward compressibility          # the comparison: protocol.md
+    python studies/compare.py --reward compressibility --sweep  # what its settings are chosen from
+    python studies/compare.py --together [--sweep]              # both JPEG rewards' lines in one table
+    python studies/compare.py --alignment                       # a VLM's reward
     python studies/compare.py --twins                           # DDPO-IS on a diffusion and on a flow model
     python studies/compare.py --ablation clip-range             # one question; --help names them all
 
@@ -30,19 +31,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method
 from emoji.preset import HERE as EMOJI
 from rewards import unit_of
 from studies import command_line
-from studies.report import config_of, report, without_drift
+from studies.report import comparison, config_of, judged_by, over_control, report, scores
 from support import run_folder
 from support.settings import (ALGORITHMS, ROOT, VLM, Config, build_config, facts, parse, saved_settings,
                               short_name)
 from train import RUNS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-QUERIES = 512       # the emoji preset's 8 epochs: with 12 no setting of DDPO-IS keeps nine animals of ten
-VLM_QUERIES = 3072  # for a VLM's reward the preset has larger epochs
+QUERIES, MAIN_QUERIES = 512, 1024  # of the sweep, of the comparison
+VLM_QUERIES = 3072                 # for a VLM's reward the preset has larger epochs
+JPEG = ("compressibility", "incompressibility")
 SWEEP_SEEDS, SEEDS = (100, 101), range(5, 10)  # of the sweep, of the comparison
+RANDOM = f"--reward {shlex.quote(str(ROOT / 'studies/noise.py'))}:noise"
 
 
 # ---- The studies: train.py's flags ----
+
+def watching(*names):
+    """The flags that watch functions of the toy model's judge."""
+    return " ".join(f"--watch {shlex.quote(str(EMOJI / 'judge.py'))}:{name}" for name in names)
+
 
 def rounds(count, queries):
     """RWR's flags for so many epochs. Its updates make five passes over the samples, as in the paper."""
@@ -67,6 +75,24 @@ SWEEP = {
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--nft-strength 0.3", "--training-guidance 1",
         "--training-guidance 1.4"])}
 
+
+# protocol.md, 2. What the images do without a reward.
+CONTROLS = {
+    **{f"{one}, random numbers":
+       f"--algorithm {one} {RANDOM} {watching('animal', 'number')} --watch compressibility"
+       for one in ("ddpo-is", "ddpo-sf", "nft")},
+    "rwr, weights of 1": "--algorithm rwr --beta 0",
+    "rwr-sparse, weights of 1": "--algorithm rwr-sparse --percentile 0"}
+
+# protocol.md, 3. The random numbers' run has what the preset gives to alignment.
+ALIGNMENT = {
+    "ddpo-is": "--updates-per-epoch 4", "ddpo-sf": "--algorithm ddpo-sf --samples-per-epoch 64",
+    "rwr-sparse": "--algorithm rwr-sparse",
+    "random numbers": (f"{RANDOM} --watch alignment --prompts two_to_four_animals --sampling-steps 4 "
+                       "--guidance-scale 1 --samples-per-epoch 256 --updates-per-epoch 4")}
+SEEN = ("animal", "number", "animal_and_number")
+ALIGNMENT = {label: f"{flags} {watching(*SEEN)} --learning-rate 5e-5 --eval-prompts 270"
+             for label, flags in ALIGNMENT.items()}
 
 # Steps learned from, and the queries that then cost as many U-Net passes as 512 with the default's 8 steps.
 AS_MANY_PASSES = {1: 1344, 2: 1088, 4: 768}
@@ -99,10 +125,11 @@ ABLATIONS = {
     "sampling-steps": (QUERIES, {
         f"T = {T}": (f"--sampling-steps {T} --skip-last-steps {T // 5} --eval-steps 20", own)
         for T, own in ((5, 1024), (10, 512), (20, 256))}),
-    "groups": (1536, {  # the first is the preset before it had groups: the last rewards of a prompt
-        name: f"--updates-per-epoch 8 --images-per-prompt {n} --stats-buffer {last} --stats-min-count {least}"
-        for name, n, last, least in (("running statistics", 1, 16, 8), ("groups of 4", 4, 1, 1),
-                                     ("groups of 8", 8, 1, 1))}),
+    **{study: (queries, {  # protocol.md, 4
+        "running statistics": f"{images} --images-per-prompt 1 --stats-buffer 16 --stats-min-count 8",
+        "groups of 8": f"{images} --images-per-prompt 8"})
+       for study, queries, images in (("groups", 768, "--updates-per-epoch 8"),
+                                      ("groups-256", 1536, "--updates-per-epoch 8 --samples-per-epoch 256"))},
     "baseline": (640, {"per prompt": "", "batch": "--baseline batch", "none": "--baseline none"})}
 
 # The same training on the toy model and on its twin, with the two sigmas of --noise.
@@ -111,18 +138,19 @@ TWINS = {"diffusion": "", "flow": FLOW, "flow, cps": f"{FLOW} --noise cps"}
 
 
 class Run:
-    """A planned run of so many queries, evaluated about eight times. words: train.py's flags but its name.
+    """A planned run of so many queries, evaluated so often. words: train.py's flags but its name.
 
     key: all that makes its numbers what they are, whatever study it is of. Its line is found by it.
     """
 
-    def __init__(self, study, label, seed, words, queries):
+    def __init__(self, study, label, seed, words, queries, evaluations):
         samples = build_config(parse(words, "")).samples_per_epoch
         epochs, over = divmod(queries, samples)
         if over:
             raise ValueError(f"{queries} queries do not divide into epochs of {samples}, as {label} has them")
         self.study, self.label, self.seed = study, label, seed
-        self.words = [*words, *f"--epochs {epochs} --eval-every {-(-epochs // 8)} --seed {seed}".split()]
+        every = -(-epochs // evaluations)
+        self.words = [*words, *f"--epochs {epochs} --eval-every {every} --seed {seed}".split()]
         self.config = build_config(parse(self.words, ""))
         self.model = hash_of_model(self.config.model)
         self.key = key_of(self.model, seed, self.config)
@@ -152,32 +180,44 @@ def hash_of_model(model):
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def planned_runs(args, reward):
+def planned_runs(args):
     """The runs of the study that is asked for, seed by seed: a study that is cut short has fewer seeds."""
-    of_vlm, some, common = reward in VLM, args.algorithms or (), ["--reward", reward, *args.train]
-    if args.sweep:
-        name, queries = "sweep", QUERIES
-        choices = {f"{one}: {' '.join(change.split()[:2])[2:] or 'middle'}":
-                   f"--algorithm {one} {SWEEP[one][0]} {change}"
-                   for one in some or SWEEP for change in ("", *SWEEP[one][1])}
-    elif args.ablation:
-        name, (queries, choices) = args.ablation, ABLATIONS[args.ablation]
-    else:
-        queries = VLM_QUERIES if of_vlm else QUERIES
-        name = ("twins" if args.twins else "main") + f"-{queries}" * (queries != QUERIES)
-        choices = TWINS if args.twins else {one: f"--algorithm {one}" for one in some or ALGORITHMS}
-        if not some and not args.twins:  # the control: what RWR does to the images without any reward
-            choices["no reward"] = "--algorithm rwr --beta 0"
-    count = args.seeds or (2 if args.sweep else 3 if args.ablation or args.twins else 5)
-    seeds = SWEEP_SEEDS[:count] if args.sweep else range(count)
+    reward = reward_of(args)
+    name, queries, seeds, choices, evaluations = study_of(args, reward)
     runs = []
-    for seed, (label, own) in itertools.product(seeds, choices.items()):
+    for seed, (label, own) in itertools.product(seeds[:args.seeds], choices.items()):
         flags, count = own if isinstance(own, tuple) else (own, queries)
-        if "--samples-per-epoch" not in flags and args.ablation:
+        if args.ablation and "--samples-per-epoch" not in flags:
             flags += " --samples-per-epoch 64"  # into which their queries divide
-        name = name if args.sweep else "-".join([name, *some])
-        runs.append(Run(name, label, seed, [*common, *shlex.split(flags)], count))
+        words = ["--reward", reward, *args.train, *shlex.split(flags)]
+        runs.append(Run(name, label, seed, words, count, evaluations))
     return runs
+
+
+def reward_of(args):
+    return "alignment" if args.alignment else args.reward
+
+
+def study_of(args, reward):
+    """Its name, queries, seeds, label -> train.py's flags, and how often a run is evaluated."""
+    some = args.algorithms or ALGORITHMS
+    if args.sweep:
+        return "sweep", QUERIES, SWEEP_SEEDS, {
+            f"{one}: {' '.join(own.split()[:2])[2:] or 'middle'}": f"--algorithm {one} {SWEEP[one][0]} {own}"
+            for one in some for own in ("", *SWEEP[one][1])}, 8
+    if args.alignment:
+        return "controlled", VLM_QUERIES, SEEDS, ALIGNMENT, 4
+    if args.twins:
+        of_vlm = reward in VLM
+        return "twins-3072" if of_vlm else "twins", VLM_QUERIES if of_vlm else QUERIES, range(3), TWINS, 8
+    if args.ablation:
+        queries, choices = ABLATIONS[args.ablation]
+        of_groups = args.ablation.startswith("groups")
+        return args.ablation, queries, range(6 if of_groups else 3), choices, 12 if of_groups else 8
+    choices = {one: f"--algorithm {one}" for one in some}
+    if reward == JPEG[0]:  # of the other the controls are the same runs, with the other sign
+        choices |= {label: flags for label, flags in CONTROLS.items() if label.partition(",")[0] in some}
+    return "comparison", MAIN_QUERIES, SEEDS, choices, 8
 
 
 # ---- Running what is missing ----
@@ -261,34 +301,45 @@ def line_of(run, made_at):
 
 def study(command, args):
     """Run what is missing of a study, and report. Returns the table."""
-    unit_of(args.reward)  # a name that does not exist is refused before anything is written
-    planned = planned_runs(args, args.reward)
-    path = RESULTS / short_name(args.reward) / planned[0].study
-    return report(train_missing(planned, Path(f"{path}.jsonl"), args.jobs), args.reward, RUNS, path, command)
+    reward, planned = reward_of(args), planned_runs(args)
+    unit_of(reward)  # a name that does not exist is refused before anything is written
+    path = RESULTS / short_name(reward) / planned[0].study
+    lines = train_missing(planned, Path(f"{path}.jsonl"), args.jobs)
+    if args.alignment:
+        lines = [judged_by(line, reward) for line in lines]
+    text = report(lines, reward, RUNS, path, command)
+    if args.alignment:
+        text = over_control(lines, "random numbers", (reward, *SEEN))
+        run_folder.write_text(Path(f"{path}_gains.md"), f"`{command}`: by the end, in points\n\n{text}\n")
+    return text
 
 
-def drift(command, _args):
-    """Write drift.md, of the last line of each label and seed in both JPEG rewards' main.jsonl."""
-    both = [{(line["label"], line["seed"]): line
-             for line in run_folder.read_lines(RESULTS / reward / "main.jsonl")}.values()
-            for reward in ("compressibility", "incompressibility")]
-    text = without_drift(*both)
-    run_folder.write_text(RESULTS / "drift.md", (
-        f"# Compressibility and incompressibility together\n\n`{command}`, from their `main.jsonl`: the mean "
-        "of a seed's gains on the two, in percent of the start. If a size falls under both rewards alike, "
-        "that cancels. What is left is what the reward itself did. The last column is what `--stop-below "
-        f"animal=90%` would have left. Intervals are 95 % over the seeds.\n\n{text}\n"))
+def together(command, args):
+    """Write sweep.md or comparison.md, of the last line of each label and seed under both JPEG rewards."""
+    name = "sweep" if args.sweep else "comparison"
+    small, large = ({(line["label"], line["seed"]): line for line in run_folder.read_lines(
+        RESULTS / reward / f"{name}.jsonl")} for reward in JPEG)
+    if args.sweep:
+        text = scores([*small.values()], [*large.values()])
+    else:
+        mirrored = {key: judged_by(line, JPEG[0], -1) for key, line in small.items() if key[0] in CONTROLS}
+        sides = [judged_by(line, JPEG[0]) for line in small.values()], [*(mirrored | large).values()]
+        text = "\n\n".join(f"## After {queries:,} queries\n\n{comparison(*sides, queries)}"
+                           for queries in (QUERIES, MAIN_QUERIES))
+    run_folder.write_text(RESULTS / f"{name}.md", f"# Both JPEG rewards: {name}\n\n`{command}`; what the "
+                          f"columns are: [the protocol](../protocol.md).\n\n{text}\n")
     return text
 
 
 def work(args):
     """Do what is asked. Returns the table."""
-    if sum(map(bool, (args.sweep, args.drift, args.twins, args.ablation))) > 1:
-        raise ValueError("--sweep, --drift, --twins and --ablation are studies of their own: give one")
+    if sum(map(bool, (args.sweep, args.alignment, args.twins, args.ablation))) > 1:
+        raise ValueError("--sweep, --alignment, --twins and --ablation are studies of their own: give one")
     if args.jobs > 1:  # also what a line tells
         torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
         os.environ["OMP_NUM_THREADS"] = f"{torch.get_num_threads()}"
-    return (drift if args.drift else study)(shlex.join(["python", "studies/compare.py", *sys.argv[1:]]), args)
+    command = shlex.join(["python", "studies/compare.py", *sys.argv[1:]])
+    return (together if args.together else study)(command, args)
 
 
 def main(argv=None):
@@ -296,11 +347,12 @@ def main(argv=None):
     return command_line(
         __doc__, work, argv,
         reward=dict(default="compressibility", help="as in train.py (default: compressibility)"),
-        seeds=dict(type=int, help="how many, from 0 up (default: 5; of --twins and an ablation: 3)"),
+        seeds=dict(type=int, help="how many of the study's seeds, from the first (default: all)"),
         algorithms=dict(nargs="+", choices=ALGORITHMS, help="of the comparison or the sweep (default: all)"),
         jobs=dict(type=int, default=1, help="runs to train at a time, which share the cores (default: 1)"),
-        sweep=dict(help="the settings that the preset's were chosen from", **yes),
-        drift=dict(help="the mean gain over both JPEG rewards, in which a common drift cancels", **yes),
+        sweep=dict(help="the settings that the presets' are chosen from", **yes),
+        together=dict(help="no runs: the comparison, or with --sweep the sweep, of both JPEG rewards", **yes),
+        alignment=dict(help="a VLM's reward, and random numbers as its control", **yes),
         twins=dict(help="the toy model and its flow-matching twin, with both values of --noise", **yes),
         ablation=dict(choices=ABLATIONS, help="one question"))
 

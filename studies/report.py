@@ -11,7 +11,7 @@ import numpy as np
 from rewards import unit_of
 from support.run_folder import (draw_grid, first_row, new_figure, sample_files, titled, write_atomically,
                                 write_text)
-from support.settings import DDPO, RWR, Config, short_name
+from support.settings import DDPO, Config, short_name
 from train import floor_of
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
@@ -66,6 +66,19 @@ def gain_percent(line, queries=np.inf):
     return 100 * (end - reward[0]) / abs(reward[0]) if reward[0] else np.nan
 
 
+def until(line, queries):
+    """The line of the same run, stopped after so many queries."""
+    return {**line, "rows": [row for row in line["rows"] if row["reward_queries"] <= queries]}
+
+
+def judged_by(line, name, sign=1):
+    """The line of the same run, evaluated by sign times a watched reward, if it has one of that name."""
+    rows = [row if row["eval_reward_mean"] is None else
+            {**row, "eval_reward_mean": sign * row["watched"].get(name, row["eval_reward_mean"])}
+            for row in line["rows"]]
+    return {**line, "rows": rows}
+
+
 def gain_in_time(line):
     """The gain at the last evaluation before the first watched reward is below nine tenths of its start.
 
@@ -108,14 +121,10 @@ def interval(values):
     return values.mean(), half * T_95[min(n, len(T_95)) - 1]
 
 
-def gain_over_control(group, groups):
-    """The gain of RWR's runs minus that of the same epochs without a reward, by seed; [] if not run."""
-    label = group[0]["label"]
-    if group[0]["settings"]["algorithm"] not in RWR or "no reward" in label:
-        return []
-    control = groups.get(f"{label}, no reward", groups.get("no reward", []))
-    control = {line["seed"]: gain_percent(line) for line in control}
-    return [gain_percent(line) - control[line["seed"]] for line in group if line["seed"] in control]
+def paired(group, base, figure):
+    """The figure of a label's lines minus that of the base's of the same seed."""
+    base = {line["seed"]: figure(line) for line in base}
+    return [figure(line) - base[line["seed"]] for line in group if line["seed"] in base]
 
 
 def cell(values, digits=2):
@@ -146,6 +155,9 @@ def table(lines, unit):
     def mean(figure, digits=1, factor=1.0):
         return lambda group: cell([factor * figure(line) for line in group], digits)
 
+    def control_of(group):
+        return groups.get(f"{group[0]['label']}, no reward", [])
+
     groups, watched = by_label(lines), watched_units(lines)
     columns = [  # title, and what makes a cell of a label's lines
         ("seeds", lambda group: str(len(group))),
@@ -154,7 +166,7 @@ def table(lines, unit):
         ("reward gained (%)", mean(gain_percent)),
         *((f"gained before {name} fell below 90 % of its start (%)", mean(gain_in_time))
           for name in list(watched)[:1]),
-        ("gain over control (%)", lambda group: cell(gain_over_control(group, groups), 1)),
+        ("gain over control (%)", lambda group: cell(paired(group, control_of(group), gain_percent), 1)),
         (titled("mean during training", unit), mean(mean_during_training, 2, unit[0])),
         *((titled(f"{name} at the end", own),
            mean(lambda line, name=name: watched_values(line, name)[-1], 1 if own[1] == "%" else 2, own[0]))
@@ -186,39 +198,82 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def without_drift(lines, opposite):
-    """Table of the mean gain over a reward and its opposite, by seed. What both do to the images cancels."""
-    others, rows = {(line["label"], line["seed"]): line for line in opposite}, []
-    for label, group in by_label(lines).items():
-        pairs = [(line, others[label, line["seed"]]) for line in group if (label, line["seed"]) in others]
-        if pairs:
-            rows.append([label, str(len(pairs)), *(
-                cell([(gain(one) + gain(other)) / 2 for one, other in pairs], 1)
-                for gain in (gain_percent, gain_in_time))])
-    return markdown(["", "seeds", "mean gain over both rewards (%)", "mean of the gains before the first "
-                     "watched reward fell below 90 % of its start (%)"], rows)
+# ---- protocol.md's tables ----
+
+def over_control(lines, control, names):
+    """Table of what each label gained by the end in points, minus the control's of the same seed."""
+    def change(line):
+        return 100 * (evaluations(line)[1][-1] - evaluations(line)[1][0])
+
+    groups = by_label(lines)
+    seen = {name: {label: [judged_by(line, name) for line in group] for label, group in groups.items()}
+            for name in names}
+    return markdown(["", "seeds", *(f"{name}, points over {control}" for name in names)], [
+        [label, str(len(group)), *(cell(paired(of[label], of[control], change), 1) for of in seen.values())]
+        for label, group in groups.items() if label != control])
+
+def both(lines, opposite, figure):
+    """label -> seed -> that figure of a line under each reward. opposite: lines with the other sign."""
+    others = {(line["label"], line["seed"]): line for line in opposite}
+    return {label: {line["seed"]: np.array([figure(line), figure(others[label, line["seed"]])])
+                    for line in group if (label, line["seed"]) in others}
+            for label, group in by_label(lines).items()}
+
+
+def scores(lines, opposite):
+    """Table of the sweep, best first: the mean over both rewards and all seeds of the gain in time."""
+    gains = both(lines, opposite, gain_in_time)
+    score = {label: np.mean([*seeds.values()]) for label, seeds in gains.items() if seeds}
+    return markdown(["", "score (%)", "compressibility, by seed", "incompressibility, by seed"], [
+        [label, f"{score[label]:.1f}", *(
+            ", ".join(f"{gain[k]:.1f}" for gain in gains[label].values()) for k in (0, 1))]
+        for label in sorted(score, key=lambda label: (label.partition(":")[0], -score[label]))])
+
+
+def comparison(lines, opposite, queries, base="rwr"):
+    """Table of what is gained after so many queries, on each reward and on the mean, where a drift cancels.
+
+    The last columns are differences to the base's gain in time, paired by seed.
+    """
+    def cells(pairs):  # (2,) of each seed
+        return [cell(values, 1) for values in ([one for one, _ in pairs], [other for _, other in pairs],
+                                               [np.mean(pair) for pair in pairs])]
+
+    cut = [[until(line, queries) for line in some] for some in (lines, opposite)]
+    gains, in_time, animals = (both(*cut, figure) for figure in (
+        gain_percent, gain_in_time, lambda line: 100 * watched_values(line, "animal")[-1]))
+    rows = [[label, str(len(seeds)), *cells(gains[label].values()), *cells(seeds.values()),
+             *cells(animals[label].values())[:2],
+             *cells([gain - in_time[base][seed] for seed, gain in seeds.items() if seed in in_time[base]])]
+            for label, seeds in in_time.items()]
+    rewards = ["smaller", "larger", "mean"]
+    return markdown(["", "seeds", *(f"{title}: {reward}" for title, some in (
+        ("gain (%)", rewards), ("in time (%)", rewards), ("`animal` (%)", rewards[:2]),
+        (f"in time, minus {base}", rewards)) for reward in some)], rows)
 
 
 def figure(lines, reward, unit, path):
-    """Left: reward against queries, mean and 95 % interval. Right: against the first watched reward."""
+    """Left: evaluations against queries, mean and 95 % interval. Right: against the first watched reward."""
     groups, watched = by_label(lines), list(watched_units(lines).items())[:1]
     plot = new_figure(13 if watched else 8, 4.2)
     from matplotlib import colormaps
     left, *right = plot.subplots(1, 1 + len(watched), sharey=True, squeeze=False)[0]
-    colors = colormaps["tab20" if len(groups) > 10 else "tab10"].colors
+    n, several = len(groups), any(len(group) > 1 for group in groups.values())
+    colors = colormaps["tab10"].colors if n <= 10 else colormaps["turbo"](np.linspace(0, 1, n))
     for color, (label, group) in zip(colors, groups.items()):
-        queries, _ = rewards_by_epoch(group[0])
-        values = unit[0] * np.array([rewards_by_epoch(line)[1] for line in group])
+        queries = evaluations(group[0])[0]
+        values = unit[0] * np.array([evaluations(line)[1] for line in group])
         mean, half = np.array([interval(column) for column in values.T]).T
-        left.plot(queries, mean, drawstyle="steps-post", color=color, label=f"{label}, seeds: {len(group)}")
-        left.fill_between(queries, mean - half, mean + half, step="post", color=color, alpha=0.2, linewidth=0)
+        left.plot(queries, mean, ".-", color=color, label=f"{label}, seeds: {len(group)}")
+        left.fill_between(queries, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         for axes, (name, own) in zip(right, watched):
             seen = own[0] * np.array([watched_values(line, name) for line in group])
-            rewards = unit[0] * np.array([evaluations(line)[1] for line in group])
-            axes.plot(seen.mean(0), rewards.mean(0), "-", color=color)
-            axes.plot(seen[:, -1], rewards[:, -1], "o", color=color)
-            axes.set(xlabel=titled(f"watched: {name}", own), title="line: mean; points: seeds at the end")
-    left.set(xlabel="reward queries", ylabel=titled(reward, unit), title="mean and 95 % interval over seeds")
+            axes.plot(seen.mean(0), mean, ".-", color=color)
+            axes.plot(seen[:, -1], values[:, -1], "o", color=color)
+            axes.set(xlabel=titled(f"watched: {name}", own),
+                     title="lines: evaluations; large: seeds at the end")
+    left.set(xlabel="reward queries", ylabel=titled(reward, unit),
+             title="evaluations, mean and 95 % interval over seeds" if several else "evaluations of one seed")
     plot.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     write_atomically(path, lambda temporary: plot.savefig(temporary, dpi=110))
 

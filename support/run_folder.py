@@ -131,12 +131,20 @@ def save_model(folder, save):
 
 @by_first
 def save_samples(folder, epoch, images, labels):
-    """Draw Pillow images with their labels as samples/epoch_NNNN.png, and progress.gif anew."""
+    """Draw Pillow images with their labels as samples/epoch_NNNN.png."""
     write_atomically(sample_file(folder, epoch), draw_grid(images, labels).save)
-    paths, columns = sample_files(folder), min(COLUMNS, len(images))
-    aspect = images[0].height / images[0].width
+
+
+@by_first
+def draw_progress(folder, rewards, count, aspect):
+    """Draw progress.gif: the first row of some evaluations, each with its mean reward.
+
+    rewards: epoch -> that, in words. count: of an evaluation's images. aspect: their height / width.
+    """
+    paths = [path for path in sample_files(folder) if int(path.stem[6:]) in rewards]
     some = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
-    strips = {f"epoch {int(paths[k].stem[6:])}": first_row(paths[k], columns, aspect) for k in some}
+    epochs = {int(paths[k].stem[6:]): first_row(paths[k], min(COLUMNS, count), aspect) for k in some}
+    strips = {f"epoch {epoch}: {rewards[epoch]}": strip for epoch, strip in epochs.items()}
     write_atomically(folder / "progress.gif", partial(save_gif, strips))
 
 

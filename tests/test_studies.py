@@ -48,9 +48,31 @@ def test_the_gain_in_time_is_that_of_the_evaluation_before_the_watched_reward_fe
     assert gain(*[float("nan")] * 4) == 75  # a watched reward that can judge no image ends no run
 
 
+def test_the_protocols_tables_by_hand_made_cases():
+    small = [line(label, seed, [0, 4, 8], [-2.0, mid, end], animal) for label, seed, mid, end, animal in (
+        ("rwr", 5, -1.9, -1.8, None), ("rwr", 6, -1.9, -1.6, None),
+        ("ddpo-is", 5, -1.5, -1.0, [1.0, 0.9, 0.5]), ("ddpo-is", 6, -1.6, -1.4, None))]
+    large = [line(label, seed, [0, 4, 8], [2.0, 2.2, end]) for label, seed, end in (
+        ("rwr", 5, 2.2), ("rwr", 6, 2.4), ("ddpo-is", 5, 3.0), ("ddpo-is", 6, 3.0))]
+    head, _, rwr, ddpo = [row[2:-2].split(" | ") for row in report.comparison(small, large, 8).splitlines()]
+    rwr, ddpo = (dict(zip(head, row)) for row in (rwr, ddpo))
+    assert rwr["gain (%): mean"].startswith("15.0 ±")  # of 10, 10 and 20, 20
+    assert ddpo["gain (%): smaller"][:6] == "40.0 ±" and ddpo["in time (%): smaller"][:6] == "27.5 ±"
+    # By seed 25 - 10 and 30 - 20, 50 - 10 and 50 - 20: means of both rewards 27.5 and 20.
+    assert ddpo["in time, minus rwr: mean"] == f"23.8 ± {12.71 * 3.75:.1f}"
+    assert "ddpo-is | 2 | 22.5 ± 31.8 | 10.0 ± 0.0 | 16.3" in report.comparison(small, large, 4)
+    *_, best, last = report.scores(small, large).splitlines()
+    assert best.startswith("| ddpo-is | 38.8 | 25.0, 30.0 | 50.0, 50.0") and last.startswith("| rwr | 15.0 |")
+    seen = [report.judged_by(one, "animal", -1) for one in small]
+    assert seen[2]["rows"][-1]["eval_reward_mean"] == -0.5
+    assert report.judged_by(small[0], "other")["rows"] == small[0]["rows"]
+    text = report.over_control(small, "rwr", ("reward", "animal"))
+    assert text.splitlines()[2] == f"| ddpo-is | 2 | 50.0 ± {12.71 * 30:.1f} | -25.0 ± {12.71 * 25:.1f} |"
+
+
 def planned(*flags):
     """The runs that these flags of compare.py plan."""
-    with patch.object(compare, "work", lambda args: runs.extend(compare.planned_runs(args, args.reward))):
+    with patch.object(compare, "work", lambda args: runs.extend(compare.planned_runs(args))):
         runs = []
         assert compare.main(list(flags)) == 0
     return runs
@@ -60,8 +82,8 @@ def test_planned_runs_are_accepted_by_train_at_the_same_number_of_queries():
     assert " ".join(planned("--ablation", "clip-range", "--precision", "bf16")[0].words) == (
         "--reward compressibility --precision bf16 --clip-range 0.0005 --samples-per-epoch 64 --epochs 10 "
         "--eval-every 2 --seed 0")
-    for flags in (["--sweep"], [], ["--reward", "alignment"],
-                  ["--twins"], *(["--ablation", one] for one in compare.ABLATIONS)):
+    for flags in (["--sweep"], [], ["--reward", "incompressibility"], ["--alignment"], ["--twins"],
+                  *(["--ablation", one] for one in compare.ABLATIONS)):
         runs = planned(*flags)
         assert len({one.name for one in runs}) == len({one.key for one in runs}) == len(runs)
         queries = {one.config.epochs * one.config.samples_per_epoch for one in runs}
