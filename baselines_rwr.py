@@ -8,7 +8,6 @@ The policy is fine-tuned on its own images by the denoising loss. Each image is 
 (x_0, c) is needed, not the chain. With the ELBO's weights over t the loss would bound -log p(x_0 | c) from
 above. With equal ones, as here and in pretraining, a smaller loss need not make the image more likely. The
 paper calls an epoch of RWR a round. With one round it is the algorithm of earlier work (Lee et al. 2023).
-More rounds interleave sampling and training.
 
 Where we depart from these lines:
  1. Weights are per prompt, as the paper says (D.3). The authors' RWR on JPEG size takes one softmax over all

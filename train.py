@@ -26,8 +26,7 @@ from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
 from support.loading import save_pipeline
-from support.settings import (build_config, load_settings, parse, reward_options,
-                              saved_settings, short_name)
+from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
 from support.trackers import load_trackers
 from support.user_files import hashes_of
 
@@ -140,23 +139,15 @@ def tell(run, epoch, metrics):
     for show in run.trackers:
         shown(run, "--tracker", lambda: show(row))
     if is_evaluated:
-        draw(run)
+        name, unit, shape = run.reward.name, run.reward.unit, (config.eval_prompts, *run.policy.image_size)
+        shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
+        shown(run, "the pictures", lambda: run_folder.draw_progress(folder, unit, shape))
         if fallen := fallen_rewards(run):
             go_back(run, fallen)
             return True
     if epoch and (is_due or epoch == config.epochs):
         run.save()
     return False
-
-
-def draw(run):
-    """Draw the curve and the animation of all evaluations so far."""
-    name, unit, (height, width) = run.reward.name, run.reward.unit, run.policy.image_size
-    rewards = {row["epoch"]: f"{display(row['eval_reward_mean'], unit)} on average"
-               for row in run.rows if row["eval_reward_mean"] is not None}
-    shown(run, "curve.png", lambda: run_folder.draw_curve(run.folder, name, unit, run.units))
-    shown(run, "the pictures", lambda: run_folder.draw_progress(
-        run.folder, rewards, run.config.eval_prompts, height / width))
 
 
 def shown(run, part, work):

@@ -136,15 +136,17 @@ def save_samples(folder, epoch, images, labels):
 
 
 @by_first
-def draw_progress(folder, rewards, count, aspect):
-    """Draw progress.gif: the first row of some evaluations, each with its mean reward.
+def draw_progress(folder, unit, shape):
+    """Draw progress.gif: the first row of some evaluations, each with the mean reward of all their images.
 
-    rewards: epoch -> that, in words. count: of an evaluation's images. aspect: their height / width.
+    unit: see rewards.unit_of. shape: of an evaluation's images: how many, height, width.
     """
-    paths = [path for path in sample_files(folder) if int(path.stem[6:]) in rewards]
-    some = sorted({k * (len(paths) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
-    epochs = {int(paths[k].stem[6:]): first_row(paths[k], min(COLUMNS, count), aspect) for k in some}
-    strips = {f"epoch {epoch}: {rewards[epoch]}": strip for epoch, strip in epochs.items()}
+    count, height, width = shape
+    rows = [row for row in read_rows(folder) if row["eval_reward_mean"] is not None]
+    some = sorted({k * (len(rows) - 1) // (GIF_EVALUATIONS - 1) for k in range(GIF_EVALUATIONS)})
+    strips = {f"epoch {row['epoch']}: {unit[0] * row['eval_reward_mean']:#.3g} {unit[1]}":
+              first_row(sample_file(folder, row["epoch"]), min(COLUMNS, count), height / width)
+              for row in (rows[k] for k in some)}
     write_atomically(folder / "progress.gif", partial(save_gif, strips))
 
 
