@@ -37,7 +37,7 @@ def rwr_weights(prompts, rewards, beta):
     beta multiplies the reward in its own unit: an inverse temperature. At 0 all weights are 1, plain
     fine-tuning. At a large beta only a prompt's best sample counts.
     """
-    return weights_per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r))
+    return per_prompt(prompts, rewards, lambda r: torch.softmax(beta * r, 0) * len(r)).float()
 
 
 def sparse_weights(prompts, rewards, percentile):
@@ -50,20 +50,20 @@ def sparse_weights(prompts, rewards, percentile):
         kept = (r >= r.quantile(percentile)).double()
         return kept / kept.mean()
 
-    return weights_per_prompt(prompts, rewards, weights)
+    return per_prompt(prompts, rewards, weights).float()
 
 
-def weights_per_prompt(prompts, rewards, weights_of):
-    """B prompts, B rewards -> weights (B,) fp32. weights_of: rewards (n,) of one prompt -> its weights."""
+def per_prompt(prompts, rewards, values_of):
+    """B prompts, B rewards -> values (B,) fp64. values_of: rewards (n,) of one prompt -> their values."""
     rewards = torch.as_tensor(rewards).cpu().double()
     assert rewards.shape == (len(prompts),), f"{tuple(rewards.shape)} rewards for {len(prompts)} prompts"
-    weights = torch.empty_like(rewards)
+    values = torch.empty_like(rewards)
     rows = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
     for group in rows.values():
-        weights[group] = weights_of(rewards[group])
-    return weights.float()
+        values[group] = values_of(rewards[group])
+    return values
 
 
 # ---- The loss ----

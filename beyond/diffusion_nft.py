@@ -7,19 +7,24 @@ A good image, with r near 1, pulls v+ towards itself. A bad one, with r near 0, 
 away. v_old draws the images. It is an average of the weights that lags behind: a checkpoint has it.
 
 Loss, weights w, preferences r and average are those of its code (NVlabs/DiffusionNFT, train_nft_sd3.py, with
-decay_type 1). Where we depart from that:
+decay_type 1). The norms are means. The loss is multiplied by SATURATION, which the clipped norm sees.
+
+Where we depart from that code:
  1. It draws and trains without guidance. Ours has the policy's guidance, in the loss --training-guidance;
     --guidance-scale 1 is its.
- 2. It draws by a deterministic solver of second order (DPM), ours is the chain of the other algorithms.
- 3. An update takes all images of an epoch, or half of them, each at all timesteps of the sampler. Ours takes
-    config.batch_size images, each at one of these timesteps.
+ 2. It draws by a deterministic solver of second order, and evaluates by 40 steps of Euler. Ours has the chain
+    of the other algorithms.
+ 3. An epoch of its makes one or two updates. An image is in one of them, at nine of ten timesteps of the
+    sampler. Ours makes config.updates_per_epoch of config.batch_size images, in reshuffled passes, each image
+    at one of these timesteps. So v_old, which waits for the epoch's end, is further behind.
  4. It adds 1e-4 ||v_theta - v_pretrained||^2. We do not.
- 5. It evaluates and saves an average of v_theta over the updates (decay 0.9). We take v_theta itself.
- 6. Any kind of prediction can be v here, since x_0 depends linearly on it.
+ 5. It evaluates and saves an average of v_theta over the updates (decay up to 0.9). We take v_theta itself.
+ 6. Its v is a flow's. Ours is any prediction, since x_0 depends linearly on it. x_0 moves with a flow's v by
+    the noise level s <= 1, with an epsilon by b / a: there the noisiest steps teach most.
 """
 import torch
 
-from baselines_rwr import fine_tune, weights_per_prompt
+from baselines_rwr import fine_tune, per_prompt
 from sampling import x_0_and_eps
 
 SATURATION = 5  # deviations from the prompt's mean at which an image is entirely good, or bad
@@ -28,10 +33,11 @@ SATURATION = 5  # deviations from the prompt's mean at which an image is entirel
 def nft_preferences(prompts, rewards):
     """B prompts, B rewards -> r (B,) fp32 in [0, 1]: 1/2 at the mean of its prompt's images in the epoch.
 
-    0 and 1 are SATURATION deviations of the whole epoch's rewards away, as in Flow-GRPO.
+    0 and 1 are SATURATION deviations of the whole epoch's rewards away, as in Flow-GRPO. 1e-4 is added to the
+    deviation, in the reward's unit.
     """
     rewards = torch.as_tensor(rewards).double()
-    baseline = weights_per_prompt(prompts, rewards, lambda own: own.mean().expand(len(own))).double()
+    baseline = per_prompt(prompts, rewards, lambda own: own.mean().expand(len(own)))
     advantages = (rewards - baseline) / (rewards.std(correction=0) + 1e-4)
     return (0.5 + (advantages / SATURATION).clamp(-1, 1) / 2).float()
 
@@ -51,7 +57,7 @@ def nft_loss(prediction, old_prediction, x_0, preferences, strength):
 def adaptive_error(error):
     """Error (N, D...) -> its mean square by its mean absolute value, which carries no gradient: (N,).
 
-    The error of x_0 is largest where x_t is noisiest. Divided so, these timesteps teach most, but not alone.
+    The error of x_0 is largest where x_t is noisiest. Divided so, these timesteps teach less alone.
     """
     weight = error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return (error**2).flatten(1).mean(1) / weight
@@ -60,7 +66,7 @@ def adaptive_error(error):
 def nft_update(policy, trajectory, preferences, learner, rng, config):
     """One epoch of DiffusionNFT, as rwr_update. preferences: r (B,). Also read: config.nft_strength.
 
-    learner.old, v_old, moves towards the weights at the end: by all in the first epoch, by half in the end.
+    At its end v_old, learner.old, moves towards the weights: by 1 - 0.001 learner.updates, at least by half.
     """
     old = learner.old = learner.old or policy.weights()
     preferences = preferences.to(policy.device)
