@@ -173,8 +173,8 @@ def summary(infos):
 class Learner:
     """Optimizer steps on the weights that train: AdamW, micro-batches, fp16's scaler. It knows no epoch.
 
-    config.micro_batch is the largest number of rows at a time, a knob of memory and speed. updates: how many
-    so far. old: name -> weight, of those that draw the next images, if they are others: DiffusionNFT's.
+    config.micro_batch: the most rows at a time (support/processes.py). updates: how many so far. old: name ->
+    weight, of those that draw the next images, if they are others: DiffusionNFT's.
     """
 
     def __init__(self, policy, config):
@@ -186,8 +186,7 @@ class Learner:
         # By default the scale grows only after 2,000 good steps. The paper's DDPO-IS run has 784.
         half = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(policy.device.type, growth_interval=100, enabled=half)
-        self.micro_batch, self.max_grad_norm = config.micro_batch, config.max_grad_norm
-        self.updates, self.old = 0, {}
+        self.config, self.denoiser, self.updates, self.old = config, policy.denoiser, 0, {}
 
     def step(self, rows, losses):
         """One optimizer step. Returns info, with grad_norm and skipped_updates.
@@ -196,7 +195,19 @@ class Learner:
         is the mean over all rows and losses. FloatingPointError, before the step, if the gradient is not
         finite. (Under fp16 the scaler skips the step.)
         """
-        info, parts = {}, processes.my_parts(len(rows), self.micro_batch)
+        at_one = partial(processes.use_checkpointing, self.config, self.denoiser)
+        for attempt in processes.attempts(self.config, "micro_batch", at_one):
+            with attempt:
+                info = self.accumulate(rows, losses)
+        whole = {}
+        for one in processes.gathered([{name: value.item() for name, value in info.items()}]):
+            add_info(whole, one, 1)
+        return {**whole, **self.clipped_step()}
+
+    def accumulate(self, rows, losses):
+        """The gradient of this process's share of the rows, from zero on. Returns its share of the info."""
+        self.optimizer.zero_grad(set_to_none=True)
+        info, parts = {}, processes.my_parts(len(rows), self.config.micro_batch)
         with tqdm(desc="learning", total=len(parts) * len(losses), leave=False, disable=None) as bar:
             for part in parts:
                 for loss_of in losses:
@@ -205,22 +216,19 @@ class Learner:
                     self.scaler.scale(loss * share).backward()
                     add_info(info, {"loss": loss.detach(), **figures}, share)
                     bar.update()
-        whole = {}
-        for one in processes.gathered([{name: value.item() for name, value in info.items()}]):
-            add_info(whole, one, 1)
-        return {**whole, **self.clipped_step()}
+        return info
 
     def clipped_step(self):
         """Add up the processes' gradients, unscale once, clip the norm, step."""
         processes.add_up([weight.grad for weight in self.weights if weight.grad is not None])
         self.scaler.unscale_(self.optimizer)  # after the sum: if one process has an inf, all skip the step
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm).item()
         scale = self.scaler.get_scale()
         if not np.isfinite(norm) and (not self.scaler.is_enabled() or scale < 1):  # it began at 65,536
             raise FloatingPointError("the gradient is not finite: a smaller --learning-rate may help")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # its memory is the next images'
         self.updates += 1
         return {"grad_norm": norm, "skipped_updates": int(self.scaler.get_scale() < scale)}
 

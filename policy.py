@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sampling import make_schedule, mean_sigma
+from support import processes
 from support.loading import (PRECISIONS, add_lora, denoiser_of, is_lora, load_lora, load_pipeline,
                              networks_of)
 from support.networks import one_line_errors
@@ -72,6 +73,7 @@ class Policy:
         _, channels, *policy.image_size = image.shape
         if channels != 3 or len(policy.image_size) != 2:
             raise ValueError(f"a {name} draws no image of three colours")
+        policy.decode_batch = min(8, max(1, 2**19 // (image.shape[2] * image.shape[3])))  # 1 GB of 512 x 512
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: diffusers makes {len(timesteps)}; take another number")
@@ -125,13 +127,15 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, x_0):
-        """Latents (B, D...) -> images (B, 3, height, width), fp32 in [0, 1].
+        """Latents (B, D...) -> images (B, 3, height, width), fp32 in [0, 1]; decode_batch at a time.
 
         FloatingPointError if one is not finite: as 8-bit pixels it would look like a black one.
         """
-        height, width = self.image_size
-        at_once = min(8, max(1, 2**19 // (height * width)))  # 1 GB of activations for 512 x 512 pixels
-        return torch.cat([self.decode_with_gradient(part) for part in x_0.split(at_once)])
+        images = []
+        for part in processes.parts(slice(0, len(x_0)), self, "decode_batch"):
+            with part as rows:
+                images.append(self.decode_with_gradient(x_0[rows]))
+        return torch.cat(images)
 
     def decode_with_gradient(self, x_0):
         """As decode, all at once, with a gradient to the latents, for beyond/universal_guidance.py."""
@@ -222,7 +226,7 @@ def tapped(kind):
 
 
 def remembered_encoding(pipeline):
-    """The pipeline's encode_prompt, with a memory. Encoders on the CPU visit the denoiser's device."""
+    """The pipeline's encode_prompt, with a processes. Encoders on the CPU visit the denoiser's device."""
     encode, device, kept = pipeline.encode_prompt, denoiser_of(pipeline).device, {}
     guests = [network for name, network in networks_of(pipeline).items()
               if name.startswith("text_encoder") and network.device != device]

@@ -42,6 +42,7 @@ from PIL import Image
 
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
 from prompts import Prompt
+from support import processes
 from support.networks import (clip_pixels, clip_pixels_with_gradient, from_pretrained, hub_file,
                               image_embeddings, load_clip, load_weights, read_weights, scoring_head)
 from support.settings import short_name
@@ -259,11 +260,22 @@ class Reward:
     function: object           # images (B, 3, H, W) and B prompts.Prompt -> values, or (values, notes)
     unit: tuple = (1, "")      # of unit_of
     nan_allowed: bool = False  # where NaN means that an image cannot be judged: watched rewards, evaluate.py
+    at_once: int = 256         # images, in parts: 10,000 of 512 x 512 pixels would fill 31 GB
 
     def __call__(self, images, prompts):
         """Values (B,) on the CPU, in float64 for their small differences, and B notes. prompts: or texts."""
-        with torch.no_grad():
-            values, notes = self.called(images.clone(), prompts)
+        values, notes = [], []
+        for part in processes.parts(slice(0, len(images)), self, "at_once"):
+            with part as rows:
+                some, words = self.checked(images[rows].clone(), prompts[rows])
+                values.append(some)
+                notes += words
+        return torch.cat(values), notes
+
+    @torch.no_grad()
+    def checked(self, images, prompts):
+        """Values and notes of images that go to the function together."""
+        values, notes = self.called(images, prompts)
         values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         if values.shape != (len(images),) or len(notes) != len(images):
             raise ValueError(f"the reward {self.name} returned {list(values.shape)} values and {len(notes)} "

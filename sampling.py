@@ -165,30 +165,33 @@ class Trajectory:
 def rollout(policy, prompts, rng, batch_size, keep_chain=True, title="sampling"):
     """Draw one chain for each of B prompts. Returns the Trajectory; policy.decode turns its x_0 into images.
 
-    rng is a CPU generator, the only source of noise. batch_size is a knob of memory: each image has noise of
-    its own. Without keep_chain only x_0 is kept: memory does not grow with T, and the trajectory cannot be
-    scored. title: of the progress bar. FloatingPointError if a latent is not finite.
+    rng is a CPU generator, the only source of noise. batch_size: how many at a time, or the settings that say
+    it (sample_batch), which changes rounding only: each image has noise of its own. Without keep_chain only
+    x_0 is kept: memory does not grow with T, and the trajectory cannot be scored. title: of the progress bar.
+    FloatingPointError if a latent is not finite.
     """
     B, T, A = len(prompts), len(policy.schedule.timesteps), policy.schedule.actions
     rngs = generators(rng, B)
     latents = torch.zeros((B, T + 1 if keep_chain else 1, *policy.latent_shape), device=policy.device)
     log_probs = torch.zeros((B, A if keep_chain else 0), device=policy.device)
-    batches = processes.my_parts(B, batch_size)
-    with tqdm(desc=title, total=len(batches) * T, leave=False, disable=None) as bar:
-        for batch in batches:
-            x_t = latents[batch, 0] = noise(policy, rngs[batch])                         # x_T ~ Normal(0, I)
-            for k in range(T):
-                mean, sigma = p_mean_sigma(policy, x_t, k, prompts[batch])
-                x_prev = mean + sigma * noise(policy, rngs[batch])                       # x_{t-1} ~ p_theta
-                if keep_chain:
-                    latents[batch, k + 1] = x_prev
-                if keep_chain and k < A:
-                    log_probs[batch, k] = log_prob(x_prev, mean, sigma)
-                x_t = x_prev
-                bar.update()
-            if not x_t.isfinite().all():  # found here, and not after 10,000 images
-                raise FloatingPointError("a latent is not finite")
-            latents[batch, -1] = x_t
+    mine = processes.share(B)
+    with tqdm(desc=title, total=(mine.stop - mine.start) * T, leave=False, disable=None) as bar:
+        for part in processes.parts(mine, batch_size, "sample_batch"):
+            with part as batch:
+                own = [rng.clone_state() for rng in rngs[batch]]  # a part that comes again has the same
+                x_t = latents[batch, 0] = noise(policy, own)                             # x_T ~ Normal(0, I)
+                for k in range(T):
+                    mean, sigma = p_mean_sigma(policy, x_t, k, prompts[batch])
+                    x_prev = mean + sigma * noise(policy, own)                           # x_{t-1} ~ p_theta
+                    if keep_chain:
+                        latents[batch, k + 1] = x_prev
+                    if keep_chain and k < A:
+                        log_probs[batch, k] = log_prob(x_prev, mean, sigma)
+                    x_t = x_prev
+                    bar.update(len(x_t))
+                if not x_t.isfinite().all():  # found here, and not after 10,000 images
+                    raise FloatingPointError("a latent is not finite")
+                latents[batch, -1] = x_t
     processes.add_up([latents, log_probs])
     return Trajectory(latents, log_probs, tuple(prompts))
 

@@ -744,10 +744,10 @@ def test_a_run_follows_its_seed_and_its_evaluations_one_noise_and_their_own_step
     assert six[0]["eval_reward_mean"] == pytest.approx(redness(images).mean().item(), rel=1e-4)
 
 
-def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_time(tiny_policy, monkeypatch):
-    monkeypatch.setattr(train, "IMAGES_AT_ONCE", 3)
+def test_each_image_is_judged_by_its_own_prompt_however_many_are_judged_at_a_time(tiny_policy):
     trajectory = sampling.rollout(tiny_policy, texts_of("emoji_animals")[:8], rng(), 8, keep_chain=False)
-    reward = rewards.Reward("own", lambda images, given: (images.mean((1, 2, 3)), [p.text for p in given]))
+    reward = rewards.Reward(
+        "own", lambda images, given: (images.mean((1, 2, 3)), [p.text for p in given]), at_once=3)
     drawn, clock = prompts.load_prompts("emoji_animals")[:8], train.Clock(tiny_policy.device)
     values, notes = train.judge(tiny_policy, reward, trajectory, drawn, clock)
     assert_close(values.float(), tiny_policy.decode(trajectory.x_0).mean((1, 2, 3)))

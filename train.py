@@ -5,7 +5,6 @@
     python train.py --resume runs/compressibility-ddpo-is-1   # go on where a run stopped
 """
 import random
-import re
 import signal
 import sys
 import threading
@@ -27,12 +26,12 @@ from sampling import rollout
 from support import processes, run_folder
 from support.loading import save_pipeline
 from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
+from support.stopping import fallen_rewards, go_back, stop_limits
 from support.trackers import load_trackers
 from support.user_files import hashes_of
 
 RUNS = Path("runs")
 EVAL_SEED = 1234  # of the evaluation's noise, whatever --seed is
-IMAGES_AT_ONCE = 256  # decoded and judged: 10,000 images of 512 x 512 pixels would fill 31 GB
 
 
 def train(run):
@@ -50,7 +49,7 @@ def train(run):
         prompts = draw_prompts(run.prompts, config, rng)
         texts = [prompt.text for prompt in prompts]
         with policy.with_weights(run.learner.old):  # DiffusionNFT's v_old; of the others none
-            trajectory = rollout(policy, texts, rng, config.sample_batch, keep_chain)
+            trajectory = rollout(policy, texts, rng, config, keep_chain)
         clock.lap("seconds_sample")
 
         # 2. Judge: decode the images and ask for their rewards. Nothing else looks at them.
@@ -89,13 +88,14 @@ def seed_rewards(config, epoch):
 def judge(policy, reward, trajectory, prompts, clock):
     """Rewards (B,) and B notes of the images that the chains ended with, decoded in parts."""
     rewards, notes = [], []
-    for part in processes.my_parts(len(prompts), IMAGES_AT_ONCE):
-        images = policy.decode(trajectory.x_0[part])
-        clock.lap("seconds_sample")
-        part_rewards, part_notes = reward(images, prompts[part])
-        clock.lap("seconds_reward")
-        rewards.append(part_rewards)
-        notes += part_notes
+    for part in processes.parts(processes.share(len(prompts)), reward, "at_once"):
+        with part as rows:
+            images = policy.decode(trajectory.x_0[rows])
+            clock.lap("seconds_sample")
+            part_rewards, part_notes = reward(images, prompts[rows])
+            clock.lap("seconds_reward")
+            rewards.append(part_rewards)
+            notes += part_notes
     return processes.gathered(torch.cat(rewards)), processes.gathered(notes)
 
 
@@ -142,7 +142,7 @@ def tell(run, epoch, metrics):
         name, unit, shape = run.reward.name, run.reward.unit, (config.eval_prompts, *run.policy.image_size)
         shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
         shown(run, "the pictures", lambda: run_folder.draw_progress(folder, unit, shape))
-        if fallen := fallen_rewards(run):
+        if fallen := run.limits and fallen_rewards(run):
             go_back(run, fallen)
             return True
     if epoch and (is_due or epoch == config.epochs):
@@ -200,8 +200,8 @@ def evaluate_fixed(run):
 def draw_fixed(policy, prompts, config):
     """The fixed prompts and their images, always from the same noise: this process's share."""
     chosen, rng = fixed_prompts(prompts, config), torch.Generator().manual_seed(EVAL_SEED)
-    texts, size = [prompt.text for prompt in chosen], config.sample_batch
-    trajectory = rollout(policy, texts, rng, size, keep_chain=False, title="evaluating")
+    texts = [prompt.text for prompt in chosen]
+    trajectory = rollout(policy, texts, rng, config, keep_chain=False, title="evaluating")
     mine = processes.share(len(chosen))
     return chosen[mine], policy.decode(trajectory.x_0[mine])
 
@@ -219,47 +219,6 @@ def reward_metrics(prefix, texts, rewards, notes):
     return {prefix + name: value for name, value in metrics.items()}
 
 
-# ---- --stop-below: a watched reward that falls ends the run ----
-
-def stop_limits(config):
-    """name -> (number, whether it is a share of the reward's start), of --stop-below."""
-    limits = {}
-    for text in config.stop_below:
-        match = re.fullmatch(r"(\w+)=(-?[\d.]+)(%?)", text)
-        if not match or match[1] not in map(short_name, config.watch):
-            raise ValueError(f"--stop-below {text}: must be as animal=0.9 or animal=90%, of a watched reward")
-        limits[match[1]] = float(match[2]) / (100 if match[3] else 1), bool(match[3])
-    return limits
-
-
-def floor_of(start, kept):
-    """start - (1 - kept) |start|: what a reward that began at start must keep, whatever its sign."""
-    return start - (1 - kept) * abs(start)
-
-
-def fallen_rewards(run):
-    """In words, the watched rewards that the last evaluation found below their limit, or could not judge."""
-    fallen = []
-    for name, (number, is_share) in run.limits.items():
-        values = [row["watched"][name] for row in run.rows if row["watched"]]
-        last, first = values[-1], next((value for value in values if value is not None), None)
-        limit = floor_of(first, number) if is_share and first is not None else number
-        if last is None and name in run.failed:
-            print(f"\n{name} is not known, so --stop-below lets the run go on", file=sys.stderr)
-        elif last is None or last < limit:
-            unit = run.units[name]
-            fallen.append(f"{name} {display(last, unit)} is below {display(limit, unit)}")
-    return fallen
-
-
-def go_back(run, fallen):
-    """Take back the weights of the evaluation before the fall. The log's file keeps the rows given up."""
-    text = f"stopped after epoch {run.epoch}: {' and '.join(fallen)}"
-    run.load_state_dict(run_folder.load_checkpoint(run.folder))
-    run.rows = run.rows[:max(run.epoch, 0) + 1]
-    print(f"{text}; the weights are those of epoch {max(run.epoch, 0)}", flush=True)
-
-
 # ---- The state: all that is saved and restored ----
 
 class Run:
@@ -274,7 +233,7 @@ class Run:
         self.config, self.folder, self.lock = config, folder, run_folder.lock_run(folder)
         self.prompts, self.policy, self.reward, self.watched = prompts, policy, reward, watched
         self.units = {reward.name: reward.unit for reward in watched}
-        self.settings, self.limits = saved_settings(config), stop_limits(config)
+        self.limits = stop_limits(config)
         self.files = hashes_of((config.prompts, config.reward, *config.watch))
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:
@@ -287,15 +246,15 @@ class Run:
         if state:
             self.load_state_dict(state)
             self.rows = run_folder.read_rows(folder)[:self.epoch + 1]
-        self.trackers = load_trackers(config.tracker, folder, self.settings, self.epoch)
+        self.trackers = load_trackers(config.tracker, folder, saved_settings(config), self.epoch)
 
     def save(self):
         """Write the checkpoint: everything that changes, the settings, and hashes of the user's files."""
         weights = {name: weight.detach() for name, weight in self.policy.trained.items()}
         run_folder.save_checkpoint(self.folder, {
-            "settings": self.settings, "files": self.files, "epoch": self.epoch, "weights": weights,
-            "learner": self.learner.state_dict(), "statistics": self.statistics.rewards,
-            "rng": self.rng.get_state()})
+            "settings": saved_settings(self.config), "files": self.files, "epoch": self.epoch,
+            "weights": weights, "learner": self.learner.state_dict(),
+            "statistics": self.statistics.rewards, "rng": self.rng.get_state()})
 
     def load_state_dict(self, state):
         """Go back to a checkpoint."""

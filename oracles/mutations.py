@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "test_ddpo.py"
-EMOJI, EVALUATE, GUIDANCE, HUB, LORA, NFT, POLICY, PROCESSES = (
-    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "hub", "lora", "nft", "policy",
-                                         "processes"))
+EMOJI, EVALUATE, GUIDANCE, HUB, LORA, MEMORY, NFT, POLICY, PROCESSES = (
+    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "hub", "lora", "memory", "nft",
+                                         "policy", "processes"))
 PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
     f"tests/test_{name}.py" for name in ("prompts", "rewards", "runs", "settings", "studies", "trackers"))
 
@@ -121,6 +121,10 @@ MUTATIONS = [
     ("support/run_folder.py", "@by_first\ndef append_line", "def append_line", PROCESSES),
     ("support/processes.py", 'and "WORLD_SIZE" not in os.environ', "", PROCESSES),
     ("train.py", "            run.failed.add(other.name)\n", "", PROCESSES),
+    ("ddpo.py", "        self.optimizer.zero_grad(set_to_none=True)\n        info", "        info", MEMORY),
+    ("sampling.py", "rng.clone_state() for rng in", "rng for rng in", MEMORY),
+    ("support/processes.py", "first = part.rows.stop if part.fitted() else first", "part.fitted()\n"
+     "        first = part.rows.stop", MEMORY),
     # what people outside run into
     ("support/networks.py", "said = said.__cause__ or said.__context__", "said = None", HUB),
     ("support/loading.py", "if odd := saved ^ {", "if odd := saved - {", LORA),

@@ -31,7 +31,8 @@ from studies import command_line
 from studies.report import markdown
 from support.run_folder import draw_grid, write_atomically
 from support.settings import completed
-from train import EVAL_SEED, fixed_prompts, floor_of, load_rewards
+from support.stopping import floor_of
+from train import EVAL_SEED, fixed_prompts, load_rewards
 
 SWEEP_SEED = 100  # of the noise on which the scale is chosen
 COLUMNS = 12      # of the picture

@@ -12,7 +12,7 @@ from rewards import unit_of
 from support.run_folder import (draw_grid, first_row, new_figure, sample_files, titled, write_atomically,
                                 write_text)
 from support.settings import DDPO, Config, short_name
-from train import floor_of
+from support.stopping import floor_of
 
 # Student's t, two-sided 95 %, by degrees of freedom. For more, the last is a little too wide.
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,

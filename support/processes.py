@@ -4,6 +4,13 @@ Every process holds the whole policy and the same generator, so all draw the sam
 Each draws, judges and learns from its own rows. Chains and gradients are added up over the processes, rewards
 are gathered in a row. So their number changes the result in rounding only (but for rewards that are random or
 keep a state). If one fails, torchrun ends the others.
+
+A process goes through its rows in parts that fit its memory. Where that runs out, a size is halved and what
+was begun is done again, which changes rounding only, too:
+
+    for part in parts(slice(0, n), config, "sample_batch"):
+        with part as rows:  # a slice of at most config.sample_batch
+            ...             # if memory runs out here, that size is halved, and the part comes again
 """
 import functools
 import os
@@ -14,6 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+HELP = "smaller images, --lora-rank, half precision, --gradient-checkpointing or a larger card would help"
 LAUNCHERS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # variables of srun, Open MPI, MPICH
 
 
@@ -61,6 +69,60 @@ def my_parts(n, at_once):
     """This process's share of n rows, as slices of at most `at_once` rows."""
     mine = share(n)
     return [slice(first, min(first + at_once, mine.stop)) for first in range(mine.start, mine.stop, at_once)]
+
+
+def parts(rows, sizes, name):
+    """Contexts of a slice's rows, of at most sizes.name at a time. sizes: or a number, which stays."""
+    first = rows.start
+    while first < rows.stop:
+        size = sizes if isinstance(sizes, int) else getattr(sizes, name)
+        part = Part(sizes, name, rows=slice(first, min(first + size, rows.stop)))
+        yield part
+        first = part.rows.stop if part.fitted() else first
+
+
+def attempts(sizes, name, at_one):
+    """Contexts of a work that begins anew as a whole. at_one(): what else helps at size 1, or False."""
+    attempt = Part(sizes, name, at_one)
+    while not attempt.fitted():
+        yield attempt
+
+
+def use_checkpointing(config, denoiser):
+    """Compute activations twice from now on, to save memory. False if that is not new, or cannot be."""
+    can = not config.gradient_checkpointing and denoiser._supports_gradient_checkpointing
+    if can:
+        config.gradient_checkpointing = True
+        denoiser.enable_gradient_checkpointing()
+    return can
+
+
+class Part:
+    """A context that lets torch.OutOfMemoryError pass by once it has halved a size; at 1 it is raised."""
+
+    def __init__(self, sizes, name, at_one=lambda: False, rows=None):
+        self.sizes, self.name, self.at_one, self.rows, self.fits = sizes, name, at_one, rows, False
+
+    def __enter__(self):
+        return self.rows
+
+    def __exit__(self, kind, error, traceback):
+        self.fits = kind is None
+        if self.fits or not issubclass(kind, torch.OutOfMemoryError):
+            return False
+        size = self.rows.stop - self.rows.start if self.rows else getattr(self.sizes, self.name)
+        if size == 1 and not self.at_one():
+            error.add_note(f"{self.name} is {size}; {HELP}")
+            return False
+        setattr(self.sizes, self.name, max(1, size // 2))
+        print(f"\nout of memory with {self.name} {size}, on with {max(1, size // 2)}", file=sys.stderr)
+        return True
+
+    def fitted(self):
+        """Whether it is done. If not, the memory is given back, now that the traceback is gone."""
+        if not self.fits and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self.fits
 
 
 def add_up(tensors):

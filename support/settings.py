@@ -95,7 +95,8 @@ class Config:
     percentile: float = setting(0.9, "rewards below it are dropped", zero=True, below=1, read_by=RWR[1:])
     precision: str = setting("fp16", "of networks, not of trained weights", choices=("fp32", "fp16", "bf16"))
     sample_batch: int = setting(16, "images drawn at a time", speed=True)
-    micro_batch: int = setting(4, "images in a forward pass of learning", speed=True)
+    micro_batch: int = setting(16, "images in a forward pass of learning; halved, as others, where memory "
+                               "runs out", speed=True)
     gradient_checkpointing: bool = setting(False, "compute activations twice, to save memory", speed=True)
     compile: bool = setting(False, "torch.compile the denoiser: minutes at the start", speed=True)
     eval_every: int = setting(10, "epochs between evaluations on fixed prompts and noise; and the last")
