@@ -150,6 +150,8 @@ PROMPT_SETS = {
                             counted(COMMON_ANIMALS, 4)),
     "dpok": ("the comparison with DPOK (appendix C): one model is trained on all four",
              ["a green colored rabbit", "four wolves in the park", "a dog and a cat", "a dog on the moon"]),
+    "signs": ("the reward ocr: signs, posters and book covers, their texts in quotes",
+              read_prompts(Path(__file__).parent / "support" / "signs.txt")),
     "unseen_animals": ("generalisation: animals that no training prompt names", UNSEEN_ANIMALS),
     "objects": ("generalisation: common objects", OBJECTS),
     "unseen_emoji_animals": ("generalisation of the toy model: other animals that it can draw",

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from beyond.ocr import OCR
 from beyond.preference_rewards import HPSv2, ImageReward, PickScore
 from prompts import Prompt
 from support import processes
@@ -249,7 +250,7 @@ class Counting:
 # ---- The table of rewards: the next one goes here ----
 
 LEARNED = {"aesthetic": Aesthetic, "alignment": Alignment, "counting": Counting, "pickscore": PickScore,
-           "hpsv2": HPSv2, "imagereward": ImageReward}  # classes, made with a device and with options
+           "hpsv2": HPSv2, "imagereward": ImageReward, "ocr": OCR}  # classes, made with a device and options
 REWARDS = {"compressibility": compressibility, "incompressibility": incompressibility, **LEARNED}
 
 

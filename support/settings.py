@@ -120,6 +120,7 @@ RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     (dict(reward=("compressibility", "incompressibility")), dict(prompts="imagenet_animals")),  # the paper's
     (dict(reward=("pickscore", "hpsv2")), dict(prompts="painted_animals")),
     (dict(reward="imagereward"), dict(prompts="dpok")),
+    (dict(reward="ocr"), dict(prompts="signs")),
     (dict(reward="alignment"), dict(prompts="animal_activities")),
     (dict(reward="counting"), dict(prompts="two_to_eight_animals")),
     (dict(lora=True), dict(learning_rate=3e-4)),  # of the authors' port; 1e-5 moves adapters too little
