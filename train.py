@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from baselines_rwr import rwr_update, rwr_weights, sparse_weights
 from beyond.diffusion_nft import nft_preferences, nft_update
+from beyond.ocr import text_of
 from ddpo import Learner, PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from policy import load_policy
-from prompts import load_prompts
+from prompts import Prompt, load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
 from support.loading import save_pipeline
+from support.run_page import write_page
 from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
 from support.stopping import fallen_rewards, go_back, stop_limits
 from support.trackers import load_trackers
@@ -142,6 +144,8 @@ def tell(run, epoch, metrics):
         name, unit, shape = run.reward.name, run.reward.unit, (config.eval_prompts, *run.policy.image_size)
         shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
         shown(run, "the pictures", lambda: run_folder.draw_progress(folder, unit, shape))
+        shown(run, "index.html", lambda: write_page(
+            folder, saved_settings(config), {**run.units, name: unit}, shape[1] / shape[2]))
         if fallen := run.limits and fallen_rewards(run):
             go_back(run, fallen)
             return True
@@ -212,9 +216,12 @@ def fixed_prompts(prompts, config):
 
 
 def reward_metrics(prefix, texts, rewards, notes):
-    """For the log: reward_mean; reward_std (at 0 nothing is left to learn from); [prompt, reward, note]."""
+    """For the log: reward_mean; reward_std (at 0 nothing is left to learn from); notes.
+
+    notes: [prompt, reward, note] of each image; of an epoch's samples only if there is a note.
+    """
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
-    if any(notes):
+    if prefix or any(notes):
         metrics["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]
     return {prefix + name: value for name, value in metrics.items()}
 
@@ -276,8 +283,10 @@ def load_rewards(config):
 def load_parts(config):
     """Prompts, policy, reward and watched rewards of a run's settings."""
     prompts = load_prompts(config.prompts)
-    if config.reward == "counting" and not all(prompt.questions for prompt in prompts):
-        raise ValueError(f"--prompts {config.prompts}: counting needs questions, as in two_to_eight_animals")
+    asks, what = {"counting": (lambda prompt: prompt.questions, "questions, as in two_to_eight_animals"),
+                  "ocr": (text_of, "texts, as in signs")}.get(config.reward, (Prompt, ""))
+    if not all(map(asks, prompts)):
+        raise ValueError(f"--prompts {config.prompts}: {config.reward} needs {what}")
     stop_limits(config)  # refused before the loading
     reward, *watched = load_rewards(config)
     policy = load_policy(config)

@@ -2,6 +2,7 @@
 
     config.json                 every setting, for people to read
     log.jsonl                   one object an epoch: the evaluation after it, and its training
+    index.html                  all this as a page: run_page.py
     samples/epoch_0000.png      the fixed prompts and noise, drawn by the weights after that many epochs
     progress.gif                the first of them over the epochs
     curve.png                   reward against reward queries, and the watched rewards

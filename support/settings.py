@@ -208,6 +208,12 @@ def saved_settings(config):
     return json.loads(json.dumps(asdict(config), ensure_ascii=False).replace(f"{ROOT}/", ""))
 
 
+def preset_settings(settings):
+    """What the rules say for the preset, algorithm and reward of saved settings, as saved settings."""
+    asked = {name: settings[name] for name in ("preset", "algorithm", "reward")}
+    return saved_settings(Config(**{**chosen(**asked, lora=settings["lora_rank"] > 0), **asked}))
+
+
 def load_settings(settings, flags):
     """The Config of saved settings, with the flags of --resume."""
     allowed = facts("resumable") + facts("place") + facts("speed")

@@ -67,7 +67,7 @@ def test_the_log_the_images_and_the_last_line_of_a_run(tiny_model, own_reward, c
     assert " on 3 fixed prompts after 12 reward queries, 0 min " in outcome
     assert outcome.endswith(f"is_cat 100 % -> 100 %, unknown - -> -, brightness {before} -> {after}")
     left = {str(path.relative_to("runs/r")) for path in Path("runs/r").rglob("*") if path.is_file()}
-    assert {"config.json", "log.jsonl", "progress.gif", "curve.png", "checkpoint.pt", "lock",
+    assert {"config.json", "log.jsonl", "index.html", "progress.gif", "curve.png", "checkpoint.pt", "lock",
             "model/model_index.json", *(f"samples/epoch_000{k}.png" for k in (0, 2, 3))} <= left
     assert not [name for name in left if "new-" in name]
 

@@ -106,7 +106,8 @@ def test_the_choices_of_the_settings_are_the_tables_of_the_code():
     ("--watch none --stop-below animal=0.9", "of a watched reward"), ("--unknown 1", "unrecognized"),
     ("--stop-below animal", "must be as animal=0.9"), ("--reward x", "no reward 'x': choose compressibility"),
     ("--reward x.py:f", "no reward file"), ("--prompts x", "no prompts 'x'"), ("--epochs x", "invalid int"),
-    ("--reward counting --prompts dpok", "counting needs questions"), ("--tracker wandb", "pip install"),
+    ("--reward counting --prompts dpok", "counting needs questions"), ("--reward ocr", "ocr needs texts"),
+    ("--tracker wandb", "pip install"),
     ("--watch pickscore --watch pickscore", "two rewards have one name")])
 def test_a_mistake_on_the_command_line_is_one_line_and_loses_nothing(flags, told, capsys):
     assert train.main(flags.split()) == 2
