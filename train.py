@@ -25,7 +25,7 @@ from prompts import Prompt, load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
-from support.loading import save_pipeline
+from support.model_card import save_with_card
 from support.run_page import write_page
 from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
 from support.stopping import fallen_rewards, go_back, stop_limits
@@ -346,7 +346,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt):
             return 130
         raise
-    run_folder.save_model(run.folder, partial(save_pipeline, run.policy.pipeline))
+    run_folder.save_model(run.folder, partial(save_with_card, run))
     print(outcome(run), flush=True)
     processes.finish()
     return 0
