@@ -116,7 +116,7 @@ def test_a_runs_adapters_are_merged_into_a_pipeline_that_plain_diffusers_loads(t
     assert evaluate.main(["runs/r", "--merge", "merged"]) == 0
     assert evaluate.main(["runs/whole", "--merge", "no"]) == 2 and not Path("no").exists()
     assert evaluate.main(["runs/r", "--merge", "runs/r/model"]) == 2  # which stays as it is
-    assert len([*Path("runs/r/model").iterdir()]) == 1
+    assert len([*Path("runs/r/model").iterdir()]) == 2  # weights and card
     one, two, base = (diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
                       for folder in ("merged", tiny_model, tiny_model))
     two.load_lora_weights("runs/r/model")
