@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "test_ddpo.py"
-EMOJI, EVALUATE, GUIDANCE, HUB, LORA, MEMORY, NFT, POLICY, PROCESSES = (
-    f"tests/test_{name}.py" for name in ("emoji", "evaluate", "guidance", "hub", "lora", "memory", "nft",
-                                         "policy", "processes"))
+CARD, EMOJI, EVALUATE, GUIDANCE, HUB, LORA, MEMORY, NFT, OCR, PAGE, POLICY, PROCESSES = (
+    f"tests/test_{name}.py" for name in ("card", "emoji", "evaluate", "guidance", "hub", "lora", "memory",
+                                         "nft", "ocr", "page", "policy", "processes"))
 PROMPTS, REWARDS, RUNS, SETTINGS, STUDIES, TRACKERS = (
     f"tests/test_{name}.py" for name in ("prompts", "rewards", "runs", "settings", "studies", "trackers"))
 
@@ -41,7 +41,7 @@ MUTATIONS = [
     ("ddpo.py", "len(rows[part]) / len(rows)", "self.micro_batch / len(rows)", METHOD),
     ("ddpo.py", "self.rewards[prompt]) >= enough", "self.rewards[prompt]) > enough", METHOD),
     ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
-    ("ddpo.py", "clip_grad_norm_(self.weights, self.max_grad_norm)", "clip_grad_norm_(self.weights, 1e9)",
+    ("ddpo.py", "clip_grad_norm_(self.weights, self.config.max_grad_norm)", "clip_grad_norm_(self.weights, 1e9)",
      METHOD),
     ("ddpo.py", "[:config.learn_steps or learned]", "[:learned]", METHOD),
     ("ddpo.py", "rounding = 2e-7 if (group ==", "rounding = 2e-7 if True or (group ==", REWARDS),
@@ -68,10 +68,8 @@ MUTATIONS = [
     ("rewards.py", 're.findall("[a-z0-9]+", answer.lower())', 're.findall("|".join(right), answer.lower())',
      REWARDS),
     ("rewards.py", "MAX_ANSWER = 64", "MAX_ANSWER = 40", REWARDS),
-    ("rewards.py", "self.called(images.clone(),", "self.called(images,", REWARDS),
-    ("rewards.py", "        with torch.no_grad():\n            values, notes",
-     "        with torch.enable_grad():\n"
-     "            values, notes", REWARDS),
+    ("rewards.py", "images[rows].clone(), prompts[rows]", "images[rows], prompts[rows]", REWARDS),
+    ("rewards.py", "    @torch.no_grad()\n    def checked(", "    def checked(", REWARDS),
     ("prompts.py", '.split("\\n")  #', ".splitlines()  #", PROMPTS),
     ("prompts.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', PROMPTS),
     # support/settings.py, train.py, support/run_folder.py
@@ -81,8 +79,8 @@ MUTATIONS = [
      SETTINGS),
     ("support/settings.py", "config.guidance_scale in (0, config.sd_guidance)", "True", SETTINGS),
     ("support/settings.py", "if name in (config.reward, *config.watch) else", "if True else", SETTINGS),
-    ("train.py", "return start - (1 - kept) * abs(start)", "return start", RUNS),
-    ("train.py", "reward(images, prompts[part])", "reward(images, prompts[:len(images)])", METHOD),
+    ("support/stopping.py", "return start - (1 - kept) * abs(start)", "return start", RUNS),
+    ("train.py", "reward(images, prompts[rows])", "reward(images, prompts[:len(images)])", METHOD),
     ("train.py", "torch.Generator().manual_seed(EVAL_SEED)", "torch.Generator().manual_seed(config.seed)",
      METHOD),
     ("train.py", "values.nanmean().item()", "values.nan_to_num().mean().item()", RUNS),
@@ -125,12 +123,19 @@ MUTATIONS = [
     ("sampling.py", "rng.clone_state() for rng in", "rng for rng in", MEMORY),
     ("support/processes.py", "first = part.rows.stop if part.fitted() else first", "part.fitted()\n"
      "        first = part.rows.stop", MEMORY),
+    ("policy.py", "raise torch.OutOfMemoryError(str(error)) from error", "raise", POLICY),
+    # what a run leaves, what is read
+    ("support/run_page.py", '.replace("<", "\\\\u003c")', "", PAGE),
+    ("support/run_page.py", "for row in rows[1:]]", "for row in rows]", PAGE),
+    ("support/model_card.py", "for k in (0, -1)]", "for k in (0, 0)]", CARD),
+    ("beyond/ocr.py", "1.0 if text in read else", "1.0 if text == read else", OCR),
+    ("beyond/ocr.py", "last[j - 1] + (letter != other)", "last[j - 1] + 1", OCR),
     # what people outside run into
     ("support/networks.py", "said = said.__cause__ or said.__context__", "said = None", HUB),
     ("support/loading.py", "if odd := saved ^ {", "if odd := saved - {", LORA),
     ("support/loading.py", "    pipeline.unload_lora_weights()\n", "", LORA),
     ("prompts.py", "not isinstance(question, str) or not right", "not right", PROMPTS),
-    ("train.py", "if last is None and name in run.failed:", "if False:", RUNS),
+    ("support/stopping.py", "if last is None and name in run.failed:", "if False:", RUNS),
     ("evaluate.py", "(after > before).float().mean()", "(after >= before).float().mean()", EVALUATE),
     ("evaluate.py", "for source in (config.model, model)]", "for source in (model, config.model)]", EVALUATE),
     ("support/trackers.py", "purge_step=epoch + 1", "purge_step=epoch", TRACKERS),

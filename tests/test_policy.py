@@ -194,6 +194,22 @@ def test_rwr_and_nft_learn_from_images_at_timesteps_of_their_own(family):
         assert any(not torch.equal(weight, before[name]) for name, weight in weights(policy).items())
 
 
+def test_a_decoding_that_runs_out_of_memory_is_done_again_in_halves(family, monkeypatch, capsys):
+    policy = load_policy(family.folder, 3, **family.options)
+    latents, decode = torch.randn(2, *policy.latent_shape, generator=rng()), policy.pipeline.vae.decode
+    whole = policy.decode(latents)
+
+    def full(z, *given, **options):
+        if len(z) > 1:
+            raise torch.OutOfMemoryError  # which Sana's pipeline catches
+        return decode(z, *given, **options)
+
+    monkeypatch.setattr(policy.pipeline.vae, "decode", full)
+    torch.testing.assert_close(policy.decode(latents), whole, rtol=0, atol=1e-5)
+    assert policy.decode_batch == 1
+    assert "out of memory with decode_batch 2, on with 1" in capsys.readouterr().err
+
+
 def test_a_missing_weight_of_any_part_is_refused_by_its_name(family, tmp_path):
     for path in family.folder.glob("*/*.safetensors"):
         folder = shutil.copytree(family.folder, tmp_path / path.parent.name)
