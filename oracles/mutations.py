@@ -41,7 +41,7 @@ MUTATIONS = [
     ("ddpo.py", "len(rows[part]) / len(rows)", "self.micro_batch / len(rows)", METHOD),
     ("ddpo.py", "self.rewards[prompt]) >= enough", "self.rewards[prompt]) > enough", METHOD),
     ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
-    ("ddpo.py", "clip_grad_norm_(self.weights, self.config.max_grad_norm)", "clip_grad_norm_(self.weights, 1e9)",
+    ("ddpo.py", "(self.weights, self.config.max_grad_norm)", "(self.weights, 1e9)",
      METHOD),
     ("ddpo.py", "[:config.learn_steps or learned]", "[:learned]", METHOD),
     ("ddpo.py", "rounding = 2e-7 if (group ==", "rounding = 2e-7 if True or (group ==", REWARDS),
