@@ -207,12 +207,12 @@ class Learner:
     def accumulate(self, rows, losses):
         """The gradient of this process's share of the rows, from zero on. Returns its share of the info."""
         self.optimizer.zero_grad(set_to_none=True)
-        info, parts = {}, processes.my_parts(len(rows), self.config.micro_batch)
+        info, parts = {}, rows[processes.share(len(rows))].split(self.config.micro_batch)
         with tqdm(desc="learning", total=len(parts) * len(losses), leave=False, disable=None) as bar:
             for part in parts:
                 for loss_of in losses:
-                    loss, figures = loss_of(rows[part])
-                    share = len(rows[part]) / len(rows) / len(losses)
+                    loss, figures = loss_of(part)
+                    share = len(part) / len(rows) / len(losses)
                     self.scaler.scale(loss * share).backward()
                     add_info(info, {"loss": loss.detach(), **figures}, share)
                     bar.update()

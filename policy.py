@@ -168,8 +168,10 @@ class Policy:
             made = type(pipeline).__call__.__wrapped__(
                 pipeline, prompt=list(prompts), num_inference_steps=self.steps, output_type=output,
                 generator=torch.Generator().manual_seed(0), **{**self.options, **negatives})
-        except UnboundLocalError as error:  # Sana's catches the lack of memory in its decoding, and goes on
-            raise torch.OutOfMemoryError(str(error)) from error
+        except UnboundLocalError as error:
+            if output == "pt":  # Sana's catches the lack of memory in its decoding, and goes on
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
         finally:
             vars(pipeline).update(scheduler=scheduler)
             for name in ours:
@@ -226,7 +228,7 @@ def tapped(kind):
 
 
 def remembered_encoding(pipeline):
-    """The pipeline's encode_prompt, with a processes. Encoders on the CPU visit the denoiser's device."""
+    """The pipeline's encode_prompt, with a memory. Encoders on the CPU visit the denoiser's device."""
     encode, device, kept = pipeline.encode_prompt, denoiser_of(pipeline).device, {}
     guests = [network for name, network in networks_of(pipeline).items()
               if name.startswith("text_encoder") and network.device != device]
@@ -239,13 +241,15 @@ def remembered_encoding(pipeline):
         if key not in kept:
             if sum(value.numel() for value in tree_leaves(kept) if torch.is_tensor(value)) > KEPT_NUMBERS:
                 kept.clear()
-            for network in guests:
-                network.to(device)
-            # Outside autocast: states of half precision would be served to calls in fp32.
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                kept[key] = encode(*args, **options)
-            for network in guests:
-                network.to("cpu")
+            try:
+                for network in guests:
+                    network.to(device)
+                # Outside autocast: states of half precision would be served to calls in fp32.
+                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    kept[key] = encode(*args, **options)
+            finally:
+                for network in guests:
+                    network.to("cpu")
         return kept[key]
 
     return encode_prompt

@@ -25,7 +25,8 @@ from prompts import Prompt, load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
-from support.model_card import save_with_card
+from support.loading import save_pipeline
+from support.model_card import write_card
 from support.run_page import write_page
 from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
 from support.stopping import fallen_rewards, go_back, stop_limits
@@ -89,15 +90,18 @@ def seed_rewards(config, epoch):
 
 def judge(policy, reward, trajectory, prompts, clock):
     """Rewards (B,) and B notes of the images that the chains ended with, decoded in parts."""
+    def judged(rows):
+        images = policy.decode(trajectory.x_0[rows])
+        clock.lap("seconds_sample")
+        return reward(images, prompts[rows])
+
     rewards, notes = [], []
     for part in processes.parts(processes.share(len(prompts)), reward, "at_once"):
         with part as rows:
-            images = policy.decode(trajectory.x_0[rows])
-            clock.lap("seconds_sample")
-            part_rewards, part_notes = reward(images, prompts[rows])
-            clock.lap("seconds_reward")
-            rewards.append(part_rewards)
-            notes += part_notes
+            some, words = judged(rows)
+            rewards.append(some)
+            notes += words
+        clock.lap("seconds_reward")
     return processes.gathered(torch.cat(rewards)), processes.gathered(notes)
 
 
@@ -141,13 +145,14 @@ def tell(run, epoch, metrics):
     for show in run.trackers:
         shown(run, "--tracker", lambda: show(row))
     if is_evaluated:
+        if fallen := run.limits and fallen_rewards(run):
+            go_back(run, fallen)
         name, unit, shape = run.reward.name, run.reward.unit, (config.eval_prompts, *run.policy.image_size)
         shown(run, "curve.png", lambda: run_folder.draw_curve(folder, name, unit, run.units))
         shown(run, "the pictures", lambda: run_folder.draw_progress(folder, unit, shape))
         shown(run, "index.html", lambda: write_page(
-            folder, saved_settings(config), {**run.units, name: unit}, shape[1] / shape[2]))
-        if fallen := run.limits and fallen_rewards(run):
-            go_back(run, fallen)
+            folder, saved_settings(config), {**run.units, name: unit}, run.epoch, shape[1] / shape[2]))
+        if fallen:
             return True
     if epoch and (is_due or epoch == config.epochs):
         run.save()
@@ -346,7 +351,8 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt):
             return 130
         raise
-    run_folder.save_model(run.folder, partial(save_with_card, run))
+    run_folder.save_model(run.folder, partial(save_pipeline, run.policy.pipeline))
+    shown(run, "the model's card", lambda: write_card(run))
     print(outcome(run), flush=True)
     processes.finish()
     return 0

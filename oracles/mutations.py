@@ -38,7 +38,7 @@ MUTATIONS = [
     # ddpo.py
     ("ddpo.py", "torch.minimum(advantages * ratio", "torch.maximum(advantages * ratio", METHOD),
     ("ddpo.py", "timesteps) - config.skip_last_steps", "timesteps)", METHOD),
-    ("ddpo.py", "len(rows[part]) / len(rows)", "self.micro_batch / len(rows)", METHOD),
+    ("ddpo.py", "share = len(part) / len(rows)", "share = self.config.micro_batch / len(rows)", METHOD),
     ("ddpo.py", "self.rewards[prompt]) >= enough", "self.rewards[prompt]) > enough", METHOD),
     ("ddpo.py", "[:-max(count, self.buffer)]", "[:-self.buffer]", METHOD),
     ("ddpo.py", "(self.weights, self.config.max_grad_norm)", "(self.weights, 1e9)",

@@ -4,7 +4,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from rewards import display
-from support.loading import save_pipeline
+from support.processes import by_first
+from support.run_folder import write_text
 
 CARD = """---
 {header}
@@ -12,43 +13,41 @@ CARD = """---
 
 # {base}, fine-tuned on {reward}
 
-By {algorithm} (reinforcement learning, [DDPO](https://arxiv.org/abs/2305.13301)): {weights}, {queries} judged
-images. On {count} fixed prompts, with fixed noise:
+By `{algorithm}`, reinforcement learning: {weights}, {queries} judged images. On {count} fixed prompts:
 
 | | before | after |
 |---|---|---|
 {results}
 
-Watched rewards were measured, never trained on.
-
     from diffusers import DiffusionPipeline
-    pipeline = DiffusionPipeline.from_pretrained({source!r})
+    pipeline = DiffusionPipeline.from_pretrained("{source}")
 {adapters}    pipeline({prompt!r}, num_inference_steps={steps}, {options}).images[0].save("image.png")
 
 {merge}"""
 MERGE = "One pipeline of both: `python evaluate.py RUN --merge FOLDER`, or `pipeline.fuse_lora()`.\n"
 
 
-def save_with_card(run, path):
-    """Write a run's trained pipeline, or its adapters, and their card. NAME in it is for the hub's name."""
-    config, policy, is_lora = run.config, run.policy, bool(run.config.lora_rank)
-    save_pipeline(policy.pipeline, path)
-    base, prompt = Path(config.model).name, run.prompts[0].text
+@by_first
+def write_card(run):
+    """Write the card. NAME in it is for the model's name on the hub, BASE for that of a base from disk."""
+    config, is_lora, is_file = run.config, bool(run.config.lora_rank), Path(run.config.model).exists()
     first, last = [[row for row in run.rows if row["eval_reward_mean"] is not None][k] for k in (0, -1)]
     rows = [(run.reward.name, first["eval_reward_mean"], last["eval_reward_mean"], run.reward.unit)]
-    rows += [(f"{name} (watched)", first["watched"][name], last["watched"][name], unit)
+    rows += [(f"{name} (measured, not trained on)", first["watched"][name], last["watched"][name], unit)
              for name, unit in run.units.items()]
     results = [f"| {name} | {display(before, unit)} | {display(after, unit)} |"
                for name, before, after, unit in rows]
     data = ModelCardData(
-        base_model=None if Path(config.model).exists() else config.model, library_name="diffusers",
-        pipeline_tag="text-to-image", widget=[{"text": prompt}],
-        tags=["ddpo", "reinforcement-learning", config.algorithm, *["lora"] * is_lora])
-    (path / "README.md").write_text(CARD.format(
-        header=data.to_yaml(), base=base, reward=run.reward.name, algorithm=config.algorithm,
+        base_model=None if is_file else config.model, library_name="diffusers", pipeline_tag="text-to-image",
+        widget=[{"text": run.prompts[0].text}],
+        tags=["reinforcement-learning", config.algorithm, *["lora"] * is_lora])
+    text = CARD.format(
+        header=data.to_yaml(), base=Path(config.model).name, reward=run.reward.name,
+        algorithm=config.algorithm,
         weights=f"LoRA of rank {config.lora_rank}" if is_lora else "all weights of the denoiser",
-        queries=f"{last['reward_queries']:,}", count=config.eval_prompts, prompt=prompt,
-        steps=config.sampling_steps, results="\n".join(results), source=config.model if is_lora else "NAME",
-        options=", ".join(f"{name}={value!r}" for name, value in policy.options.items()),
-        adapters='    pipeline.load_lora_weights("NAME")\n' * is_lora,
-        merge=MERGE * is_lora), encoding="utf-8")
+        queries=f"{last['reward_queries']:,}", count=config.eval_prompts, results="\n".join(results),
+        source="NAME" if not is_lora else "BASE" if is_file else config.model, prompt=run.prompts[0].text,
+        adapters='    pipeline.load_lora_weights("NAME")\n' * is_lora, merge=MERGE * is_lora,
+        steps=config.eval_steps or config.sampling_steps,
+        options=", ".join(f"{name}={value!r}" for name, value in run.policy.options.items()))
+    write_text(run.folder / "model" / "README.md", text)

@@ -13,6 +13,7 @@ was begun is done again, which changes rounding only, too:
             ...             # if memory runs out here, that size is halved, and the part comes again
 """
 import functools
+import gc
 import os
 import sys
 import traceback
@@ -21,7 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-HELP = "smaller images, --lora-rank, half precision, --gradient-checkpointing or a larger card would help"
+HELP = "smaller images, --lora-rank, half precision or a larger card would help"
 LAUNCHERS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"  # variables of srun, Open MPI, MPICH
 
 
@@ -65,12 +66,6 @@ def share(n):
     return slice(n * rank // size(), n * (rank + 1) // size())
 
 
-def my_parts(n, at_once):
-    """This process's share of n rows, as slices of at most `at_once` rows."""
-    mine = share(n)
-    return [slice(first, min(first + at_once, mine.stop)) for first in range(mine.start, mine.stop, at_once)]
-
-
 def parts(rows, sizes, name):
     """Contexts of a slice's rows, of at most sizes.name at a time. sizes: or a number, which stays."""
     first = rows.start
@@ -82,25 +77,26 @@ def parts(rows, sizes, name):
 
 
 def attempts(sizes, name, at_one):
-    """Contexts of a work that begins anew as a whole. at_one(): what else helps at size 1, or False."""
+    """Contexts of a work that begins anew as a whole. at_one(): does what else helps; its name, or ""."""
     attempt = Part(sizes, name, at_one)
+    yield attempt
     while not attempt.fitted():
         yield attempt
 
 
 def use_checkpointing(config, denoiser):
-    """Compute activations twice from now on, to save memory. False if that is not new, or cannot be."""
-    can = not config.gradient_checkpointing and denoiser._supports_gradient_checkpointing
-    if can:
-        config.gradient_checkpointing = True
-        denoiser.enable_gradient_checkpointing()
-    return can
+    """Compute activations twice from now on, to save memory. Its name; "" if not new, or impossible."""
+    if config.gradient_checkpointing or not denoiser._supports_gradient_checkpointing:
+        return ""
+    config.gradient_checkpointing = True
+    denoiser.enable_gradient_checkpointing()
+    return "gradient checkpointing"
 
 
 class Part:
     """A context that lets torch.OutOfMemoryError pass by once it has halved a size; at 1 it is raised."""
 
-    def __init__(self, sizes, name, at_one=lambda: False, rows=None):
+    def __init__(self, sizes, name, at_one=lambda: "", rows=None):
         self.sizes, self.name, self.at_one, self.rows, self.fits = sizes, name, at_one, rows, False
 
     def __enter__(self):
@@ -108,20 +104,28 @@ class Part:
 
     def __exit__(self, kind, error, traceback):
         self.fits = kind is None
-        if self.fits or not issubclass(kind, torch.OutOfMemoryError):
-            return False
-        size = self.rows.stop - self.rows.start if self.rows else getattr(self.sizes, self.name)
-        if size == 1 and not self.at_one():
+        if self.fits or not issubclass(kind, torch.OutOfMemoryError) or hasattr(error, "__notes__"):
+            return False  # with a note: a part inside this one has tried all
+        size, is_number = (self.rows.stop - self.rows.start if self.rows else getattr(self.sizes, self.name),
+                           isinstance(self.sizes, int))
+        if size > 1 and not is_number:
+            smaller = min(size // 2, getattr(self.sizes, self.name))
+            setattr(self.sizes, self.name, smaller)
+            words = f"on with {smaller}"
+        elif words := self.at_one():
+            words = f"on with {words}"
+        else:
             error.add_note(f"{self.name} is {size}; {HELP}")
             return False
-        setattr(self.sizes, self.name, max(1, size // 2))
-        print(f"\nout of memory with {self.name} {size}, on with {max(1, size // 2)}", file=sys.stderr)
+        print(f"\nout of memory with {self.name} {size}, {words}", file=sys.stderr)
         return True
 
     def fitted(self):
         """Whether it is done. If not, the memory is given back, now that the traceback is gone."""
-        if not self.fits and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if not self.fits:
+            gc.collect()  # an exception may hang in a cycle
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return self.fits
 
 

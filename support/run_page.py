@@ -6,6 +6,7 @@ run_page.html is the page. Here it gets the run's data, as JSON, which it shows 
 """
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,10 +20,10 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 @by_first
-def write_page(folder, settings, units, aspect):
-    """Write index.html. units: of the reward and the watched ones, see rewards.unit_of.
+def write_page(folder, settings, units, epoch, aspect):
+    """Write index.html. settings: saved ones. units: of the reward and the watched ones: rewards.unit_of.
 
-    settings: saved ones. aspect: height / width of an image.
+    epoch: of the weights, which --stop-below may have taken back. aspect: height / width of an image.
     """
     rows, name, count = read_rows(folder), short_name(settings["reward"]), settings["eval_prompts"]
     evaluated = [row for row in rows if row["eval_reward_mean"] is not None]
@@ -30,7 +31,7 @@ def write_page(folder, settings, units, aspect):
     seconds = {part: sum(row[f"seconds_{part}"] or 0 for row in rows)
                for part in ("sample", "reward", "learn", "eval")}
     data = {
-        "name": folder.name, "reward": name, "unit": units[name],
+        "name": folder.name, "reward": name, "unit": units[name], "epoch": epoch,
         "units": {other: unit for other, unit in units.items() if other != name},
         "count": count, "columns": min(COLUMNS, count), "aspect": aspect,
         "samples": [[row["reward_queries"], row["reward_mean"]] for row in rows[1:]],
@@ -42,10 +43,11 @@ def write_page(folder, settings, units, aspect):
             **{part: settings[part] for part in ("algorithm", "model", "reward", "prompts")},
             f"not as preset {settings['preset']}": ", ".join(
                 f"{key} {value}" for key, value in settings.items() if value != usual.get(key)) or "nothing",
-            "machine": machine(settings["device"]), "queries": str(rows[-1]["reward_queries"] if rows else 0),
+            "queries": str(rows[-1]["reward_queries"]), "written on": machine(settings["device"]),
             "seconds": ", ".join(f"{part} {total:.0f}" for part, total in seconds.items())},
-        "commands": [f"python train.py --resume {folder}", f"python evaluate.py {folder}"]}
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # "</script>" would end the data
+        "commands": [f"python {command} {shlex.quote(str(folder))}"
+                     for command in ("train.py --resume", "evaluate.py")]}
+    text = json.dumps(data).replace("<", "\\u003c")  # "</script>" would end the data
     write_text(folder / "index.html", TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1))
 
 
@@ -59,6 +61,8 @@ def machine(device):
 if __name__ == "__main__":
     from rewards import unit_of
     for folder in map(Path, sys.argv[1:]):
-        saved = load_checkpoint(folder)["settings"]
+        state = load_checkpoint(folder)
+        saved = state["settings"]
         units = {short_name(name): unit_of(name) for name in (saved["reward"], *saved["watch"])}
-        write_page(folder, saved, units, (saved["height"] or 1) / (saved["width"] or saved["height"] or 1))
+        aspect = (saved["height"] or saved["width"] or 1) / (saved["width"] or saved["height"] or 1)
+        write_page(folder, saved, units, max(state["epoch"], 0), aspect)
