@@ -30,11 +30,6 @@ UNSEEN_EMOJI_ANIMALS = """
     hippo rhino giraffe leopard crocodile snail scorpion lobster squid seal beaver bison eagle ladybug
     rooster""".split()
 UNSEEN_ANIMALS = UNSEEN_EMOJI_ANIMALS + "moose walrus ostrich iguana pigeon lemur pelican jellyfish".split()
-OBJECTS = """
-    apple armchair backpack balloon banana basket bench bicycle boat book bottle bowl bridge bus cake camera
-    candle car castle chair clock cup door drum fountain guitar hammer hat house kettle key ladder lamp
-    lighthouse mirror motorcycle mushroom piano pizza robot shoe suitcase table teapot telephone tent train
-    tree umbrella violin""".split()
 
 # Fields with which other programs change a prompt's image.
 OPTIONS = {"negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "seed"}
@@ -153,7 +148,8 @@ PROMPT_SETS = {
     "signs": ("the reward ocr: signs, posters and book covers, their texts in quotes",
               read_prompts(Path(__file__).parent / "support" / "signs.txt")),
     "unseen_animals": ("generalisation: animals that no training prompt names", UNSEEN_ANIMALS),
-    "objects": ("generalisation: common objects", OBJECTS),
+    "objects": ("generalisation: common objects",
+                read_prompts(Path(__file__).parent / "support" / "objects.txt")),
     "unseen_emoji_animals": ("generalisation of the toy model: other animals that it can draw",
                              [with_article(animal) for animal in UNSEEN_EMOJI_ANIMALS]),
     "two_to_four_unseen_emoji_animals": ("generalisation of alignment and counting",

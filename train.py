@@ -221,10 +221,7 @@ def fixed_prompts(prompts, config):
 
 
 def reward_metrics(prefix, texts, rewards, notes):
-    """For the log: reward_mean; reward_std (at 0 nothing is left to learn from); notes.
-
-    notes: [prompt, reward, note] of each image; of an epoch's samples only if there is a note.
-    """
+    """For the log: mean; deviation (at 0 nothing is left to learn from); notes: [prompt, reward, note]."""
     metrics = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
     if prefix or any(notes):
         metrics["notes"] = [list(row) for row in zip(texts, rewards.tolist(), notes)]
@@ -244,8 +241,7 @@ class Run:
     def __init__(self, config, folder, prompts, policy, reward, watched, state=None):
         self.config, self.folder, self.lock = config, folder, run_folder.lock_run(folder)
         self.prompts, self.policy, self.reward, self.watched = prompts, policy, reward, watched
-        self.units = {reward.name: reward.unit for reward in watched}
-        self.limits = stop_limits(config)
+        self.units, self.limits = {reward.name: reward.unit for reward in watched}, stop_limits(config)
         self.files = hashes_of((config.prompts, config.reward, *config.watch))
         self.fixed_policy = policy  # of the evaluations
         if config.eval_steps:

@@ -167,7 +167,7 @@ def test_a_watched_reward_or_a_picture_that_fails_is_told_once_and_the_run_goes_
     wait = "remote is not known, so --stop-below lets the run go on"
     assert told(lines) == [
         f"remote {failed} ConnectionError: the scoring server does not answer",
-        f"the pictures {failed} {zero}", f"curve.png {failed} {zero}", wait, wait]
+        f"the pictures {failed} {zero}", wait, f"curve.png {failed} {zero}", wait]
     assert "stopped after epoch 3: remote 70 is below 72; the weights are those of epoch 2" in out
 
 
