@@ -70,8 +70,8 @@ def parts(rows, sizes, name):
     """Contexts of a slice's rows, of at most sizes.name at a time. sizes: or a number, which stays."""
     first = rows.start
     while first < rows.stop:
-        size = sizes if isinstance(sizes, int) else getattr(sizes, name)
-        part = Part(sizes, name, rows=slice(first, min(first + size, rows.stop)))
+        most = sizes if isinstance(sizes, int) else getattr(sizes, name)
+        part = Part(sizes, name, rows=slice(first, min(first + most, rows.stop)))
         yield part
         first = part.rows.stop if part.fitted() else first
 
@@ -106,19 +106,20 @@ class Part:
         self.fits = kind is None
         if self.fits or not issubclass(kind, torch.OutOfMemoryError) or hasattr(error, "__notes__"):
             return False  # with a note: a part inside this one has tried all
-        size, is_number = (self.rows.stop - self.rows.start if self.rows else getattr(self.sizes, self.name),
-                           isinstance(self.sizes, int))
-        if size > 1 and not is_number:
-            smaller = min(size // 2, getattr(self.sizes, self.name))
-            setattr(self.sizes, self.name, smaller)
-            words = f"on with {smaller}"
-        elif words := self.at_one():
-            words = f"on with {words}"
+        count = self.rows.stop - self.rows.start if self.rows else getattr(self.sizes, self.name)
+        helped = self.halved(count) or self.at_one()
+        if helped:
+            print(f"\nout of memory with {self.name} {count}, on with {helped}", file=sys.stderr)
         else:
-            error.add_note(f"{self.name} is {size}; {HELP}")
-            return False
-        print(f"\nout of memory with {self.name} {size}, {words}", file=sys.stderr)
-        return True
+            error.add_note(f"{self.name} is {count}; {HELP}")
+        return bool(helped)
+
+    def halved(self, count):
+        """Make the size half of count. Returns it, or "" if it stays: count is 1, or it is a number."""
+        if count == 1 or isinstance(self.sizes, int):
+            return ""
+        setattr(self.sizes, self.name, min(count // 2, getattr(self.sizes, self.name)))
+        return str(getattr(self.sizes, self.name))
 
     def fitted(self):
         """Whether it is done. If not, the memory is given back, now that the traceback is gone."""
