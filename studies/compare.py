@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the method
 from emoji.preset import HERE as EMOJI
 from rewards import unit_of
 from studies import command_line
-from studies.report import comparison, config_of, judged_by, over_control, report, scores
+from studies.report import (comparison, config_of, differences, gain_in_time, gain_percent, judged_by,
+                            points_gained, queries_to_a_fifth, report, scores)
 from support import run_folder
 from support.settings import (ALGORITHMS, ROOT, VLM, Config, build_config, facts, parse, saved_settings,
                               short_name)
@@ -182,7 +183,7 @@ def hash_of_model(model):
 
 def planned_runs(args):
     """The runs of the study that is asked for, seed by seed: a study that is cut short has fewer seeds."""
-    reward = reward_of(args)
+    reward = "alignment" if args.alignment else args.reward
     name, queries, seeds, choices, evaluations = study_of(args, reward)
     runs = []
     for seed, (label, own) in itertools.product(seeds[:args.seeds], choices.items()):
@@ -192,10 +193,6 @@ def planned_runs(args):
         words = ["--reward", reward, *args.train, *shlex.split(flags)]
         runs.append(Run(name, label, seed, words, count, evaluations))
     return runs
-
-
-def reward_of(args):
-    return "alignment" if args.alignment else args.reward
 
 
 def study_of(args, reward):
@@ -301,16 +298,21 @@ def line_of(run, made_at):
 
 def study(command, args):
     """Run what is missing of a study, and report. Returns the table."""
-    reward, planned = reward_of(args), planned_runs(args)
-    unit_of(reward)  # a name that does not exist is refused before anything is written
+    unit_of(args.reward)  # a name that does not exist is refused before anything is written
+    planned, reward = planned_runs(args), "alignment" if args.alignment else args.reward
     path = RESULTS / short_name(reward) / planned[0].study
     lines = train_missing(planned, Path(f"{path}.jsonl"), args.jobs)
+    text = report([judged_by(line, short_name(reward)) for line in lines], reward, RUNS, path, command)
     if args.alignment:
-        lines = [judged_by(line, reward) for line in lines]
-    text = report(lines, reward, RUNS, path, command)
-    if args.alignment:
-        text = over_control(lines, "random numbers", (reward, *SEEN))
-        run_folder.write_text(Path(f"{path}_gains.md"), f"`{command}`: by the end, in points\n\n{text}\n")
+        figures = {f"{name} (points)": partial(points_gained, name=name) for name in ("alignment", *SEEN)}
+        text = differences(lines, "random numbers", figures)
+    elif planned[0].study.startswith("groups"):
+        text = differences(lines, "running statistics", {
+            "queries to a gain of 20 %": queries_to_a_fifth, "gain (%)": gain_percent,
+            "in time (%)": gain_in_time})
+    else:
+        return text
+    run_folder.write_text(Path(f"{path}_paired.md"), f"`{command}`, 95 % intervals\n\n{text}\n")
     return text
 
 

@@ -200,17 +200,25 @@ def markdown(head, rows):
 
 # ---- protocol.md's tables ----
 
-def over_control(lines, control, names):
-    """Table of what each label gained by the end in points, minus the control's of the same seed."""
-    def change(line):
-        return 100 * (evaluations(line)[1][-1] - evaluations(line)[1][0])
-
+def differences(lines, base, figures):
+    """Table of figures of each label's runs minus the base's of the same seed. figures: title -> function."""
     groups = by_label(lines)
-    seen = {name: {label: [judged_by(line, name) for line in group] for label, group in groups.items()}
-            for name in names}
-    return markdown(["", "seeds", *(f"{name}, points over {control}" for name in names)], [
-        [label, str(len(group)), *(cell(paired(of[label], of[control], change), 1) for of in seen.values())]
-        for label, group in groups.items() if label != control])
+    return markdown(["", "seeds", *(f"{title}, minus {base}" for title in figures)], [
+        [label, str(len(group)), *(cell(paired(group, groups[base], one), 1) for one in figures.values())]
+        for label, group in groups.items() if label != base])
+
+
+def points_gained(line, name):
+    """What the trained or a watched reward gained by the end, in hundredths."""
+    values = evaluations(judged_by(line, name))[1]
+    return 100 * (values[-1] - values[0])
+
+
+def queries_to_a_fifth(line):
+    """Queries to a gain of 20 %; all, if it never gained so much."""
+    queries = queries_to(line, 0.2)
+    return queries if np.isfinite(queries) else evaluations(line)[0][-1]
+
 
 def both(lines, opposite, figure):
     """label -> seed -> that figure of a line under each reward. opposite: lines with the other sign."""

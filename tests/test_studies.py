@@ -1,5 +1,6 @@
 """compare.py, report.py, guidance.py."""
 import shutil
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -66,8 +67,10 @@ def test_the_protocols_tables_by_hand_made_cases():
     seen = [report.judged_by(one, "animal", -1) for one in small]
     assert seen[2]["rows"][-1]["eval_reward_mean"] == -0.5
     assert report.judged_by(small[0], "other")["rows"] == small[0]["rows"]
-    text = report.over_control(small, "rwr", ("reward", "animal"))
-    assert text.splitlines()[2] == f"| ddpo-is | 2 | 50.0 ± {12.71 * 30:.1f} | -25.0 ± {12.71 * 25:.1f} |"
+    figures = {name: partial(report.points_gained, name=name) for name in ("reward", "animal")}
+    text = report.differences(small, "rwr", figures | {"queries": report.queries_to_a_fifth})
+    assert text.splitlines()[2] == (f"| ddpo-is | 2 | 50.0 ± {12.71 * 30:.1f} | -25.0 ± {12.71 * 25:.1f} | "
+                                    f"-4.0 ± 0.0 |")
 
 
 def planned(*flags):
