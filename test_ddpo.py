@@ -346,8 +346,6 @@ def test_other_baselines_are_the_batch_alone_or_nothing():
 # ---- The chain and its scoring ----
 
 @torch.no_grad()
-
-@torch.no_grad()
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 2e-6), ("bf16", 1e-3)])
 def test_ratio_is_one_for_every_image_and_step_at_any_batch_size(precision, tolerance, tiny_model):
     model = EMOJI if precision == "fp32" else tiny_model

@@ -96,8 +96,7 @@ def test_an_epoch_learns_against_one_v_old_at_the_samplers_timesteps_and_then_v_
                                    + later[name] / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_v_old_draws_the_images_and_a_checkpoint_keeps_it(tiny_model, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_v_old_draws_the_images_and_a_checkpoint_keeps_it(tiny_model, monkeypatch):
     drawn, rollout = [], train.rollout
 
     def seen(policy, *given, **options):
