@@ -59,16 +59,18 @@ def rounds(count, queries):
     return f"--samples-per-epoch {samples} --batch-size 32 --updates-per-epoch {round(5 * samples / 32)}"
 
 
-# protocol.md, 1. Of each algorithm a setting in the middle, and what is changed, one at a time.
+# protocol.md, 1. Of each algorithm a setting in the middle, and what is changed, one at a time. What follows
+# the fifth change goes beyond the winner's edge values.
 SWEEP = {
     "ddpo-is": ("--samples-per-epoch 64 --learning-rate 2e-4 --clip-range 2e-3 --updates-per-epoch 4", [
         "--learning-rate 1e-4", "--learning-rate 4e-4", "--clip-range 1e-3", "--clip-range 4e-3",
-        "--updates-per-epoch 8"]),
+        "--updates-per-epoch 8", "--clip-range 8e-3", "--updates-per-epoch 2 --clip-range 4e-3"]),
     "ddpo-sf": ("--samples-per-epoch 16 --learning-rate 1e-4", [
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--samples-per-epoch 8", "--samples-per-epoch 32",
-        "--samples-per-epoch 64"]),
+        "--samples-per-epoch 64", "--samples-per-epoch 4 --images-per-prompt 4"]),
     "rwr": (f"{rounds(4, QUERIES)} --learning-rate 1e-4 --beta 120", [
-        "--learning-rate 5e-5", "--learning-rate 2e-4", "--beta 60", "--beta 240", rounds(8, QUERIES)]),
+        "--learning-rate 5e-5", "--learning-rate 2e-4", "--beta 60", "--beta 240", rounds(8, QUERIES),
+        "--learning-rate 4e-4", f"{rounds(2, QUERIES)} --learning-rate 2e-4"]),
     "rwr-sparse": (f"{rounds(4, QUERIES)} --learning-rate 1e-4 --percentile 0.9", [
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--percentile 0.5", "--percentile 0.75",
         rounds(8, QUERIES)]),
