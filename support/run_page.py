@@ -31,7 +31,7 @@ def write_page(folder, settings, units, epoch, aspect):
     seconds = {part: sum(row[f"seconds_{part}"] or 0 for row in rows)
                for part in ("sample", "reward", "learn", "eval")}
     data = {
-        "name": folder.name, "reward": name, "unit": units[name], "epoch": epoch,
+        "name": folder.name, "reward": name, "unit": units[name], "epoch": max(epoch, 0),
         "units": {other: unit for other, unit in units.items() if other != name},
         "count": count, "columns": min(COLUMNS, count), "aspect": aspect,
         "samples": [[row["reward_queries"], row["reward_mean"]] for row in rows[1:]],
@@ -65,4 +65,4 @@ if __name__ == "__main__":
         saved = state["settings"]
         units = {short_name(name): unit_of(name) for name in (saved["reward"], *saved["watch"])}
         aspect = (saved["height"] or saved["width"] or 1) / (saved["width"] or saved["height"] or 1)
-        write_page(folder, saved, units, max(state["epoch"], 0), aspect)
+        write_page(folder, saved, units, state["epoch"], aspect)

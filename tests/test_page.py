@@ -56,12 +56,15 @@ def test_a_page_shows_what_the_log_says_and_no_prompt_becomes_markup(tiny_model)
     assert data["commands"] == ["python train.py --resume runs/r", "python evaluate.py runs/r"]
 
 
-def test_a_run_without_a_page_gets_one_by_the_command_and_a_resumed_one_shows_what_is_left(tiny_model):
-    run(*tiny_flags(tiny_model))
+def test_a_run_without_a_page_gets_one_by_the_command_and_a_resumed_one_shows_what_is_left(
+        tiny_model, own_reward):
+    run(*tiny_flags(tiny_model, watch=own_reward("is_cat")))
     made = page_of(Path("runs/r"))
     Path("runs/r/index.html").unlink()
     subprocess.run([sys.executable, "-m", "support.run_page", Path("runs/r").resolve()], cwd=ROOT, check=True)
     assert page_of(Path("runs/r"))[0] == made[0] and page_of(Path("runs/r"))[1] == made[1] | {
         "commands": page_of(Path("runs/r"))[1]["commands"]}
-    run("--resume", "runs/r", "--epochs", "3")
+    run("--resume", "runs/r", "--epochs", "3", "--stop-below", "is_cat=200%")  # at once
+    assert page_of(Path("runs/r"))[1]["epoch"] == 2
+    run("--resume", "runs/r", "--epochs", "3", "--stop-below", "none")
     assert [one["epoch"] for one in page_of(Path("runs/r"))[1]["evaluations"]] == [0, 1, 2, 3]
