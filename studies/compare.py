@@ -73,7 +73,7 @@ SWEEP = {
         "--learning-rate 4e-4", f"{rounds(2, QUERIES)} --learning-rate 2e-4"]),
     "rwr-sparse": (f"{rounds(4, QUERIES)} --learning-rate 1e-4 --percentile 0.9", [
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--percentile 0.5", "--percentile 0.75",
-        rounds(8, QUERIES)]),
+        rounds(8, QUERIES), rounds(16, QUERIES)]),
     "nft": (f"{rounds(8, QUERIES)} --learning-rate 1e-4 --nft-strength 1 --training-guidance 3", [
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--nft-strength 0.3", "--training-guidance 1",
         "--training-guidance 1.4"])}
