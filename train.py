@@ -21,12 +21,12 @@ from beyond.diffusion_nft import nft_preferences, nft_update
 from beyond.ocr import text_of
 from ddpo import Learner, PromptStatistics, clipped_loss, ddpo_update, score_function_loss
 from policy import load_policy
-from prompts import Prompt, load_prompts
+from prompts import load_prompts
 from rewards import display, load_reward, to_pil
 from sampling import rollout
 from support import processes, run_folder
 from support.loading import save_pipeline
-from support.model_card import write_card
+from support.model_card import before_and_after, write_card
 from support.run_page import write_page
 from support.settings import build_config, load_settings, parse, reward_options, saved_settings, short_name
 from support.stopping import fallen_rewards, go_back, stop_limits
@@ -284,9 +284,10 @@ def load_rewards(config):
 def load_parts(config):
     """Prompts, policy, reward and watched rewards of a run's settings."""
     prompts = load_prompts(config.prompts)
-    asks, what = {"counting": (lambda prompt: prompt.questions, "questions, as in two_to_eight_animals"),
-                  "ocr": (text_of, "texts, as in signs")}.get(config.reward, (Prompt, ""))
-    if not all(map(asks, prompts)):
+    needs = {"counting": (lambda prompt: prompt.questions, "questions, as in two_to_eight_animals"),
+             "ocr": (text_of, "texts, as in signs")}
+    asked, what = needs.get(config.reward, (bool, ""))  # of other rewards any prompt will do
+    if not all(map(asked, prompts)):
         raise ValueError(f"--prompts {config.prompts}: {config.reward} needs {what}")
     stop_limits(config)  # refused before the loading
     reward, *watched = load_rewards(config)
@@ -371,15 +372,13 @@ def description(run):
 
 def outcome(run):
     """The last line: what became of the reward and of the watched rewards on the fixed prompts."""
-    rows = [row for row in run.rows if row["eval_reward_mean"] is not None]
-    first, last, unit = rows[0], rows[-1], run.reward.unit  # a factor and a name
-    before, after = first["eval_reward_mean"], last["eval_reward_mean"]
+    queries, ((name, before, after, unit), *others) = before_and_after(run)  # unit: a factor and a name
     gain = f" ({100 * unit[0] * (after - before) / abs(before):+.0f} %)" if before and unit[1] != "%" else ""
     seconds = round(run_folder.seconds_of(run.rows))
-    watched = ", ".join(f"{other.name} {display(first['watched'][other.name], other.unit)} -> "
-                        f"{display(last['watched'][other.name], other.unit)}" for other in run.watched)
-    return (f"{run.reward.name}: {display(before, unit)} -> {display(after, unit)}{gain} on "
-            f"{run.config.eval_prompts} fixed prompts after {last['reward_queries']} reward queries, "
+    watched = ", ".join(f"{other} {display(start, own)} -> {display(end, own)}"
+                        for other, start, end, own in others)
+    return (f"{name}: {display(before, unit)} -> {display(after, unit)}{gain} on "
+            f"{run.config.eval_prompts} fixed prompts after {queries} reward queries, "
             f"{seconds // 60} min {seconds % 60:02} s" + (f"; watched: {watched}" if watched else ""))
 
 

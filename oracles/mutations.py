@@ -127,7 +127,7 @@ MUTATIONS = [
     # what a run leaves, what is read
     ("support/run_page.py", '.replace("<", "\\\\u003c")', "", PAGE),
     ("support/run_page.py", "for row in rows[1:]]", "for row in rows]", PAGE),
-    ("support/model_card.py", "for k in (0, -1)]", "for k in (0, 0)]", CARD),
+    ("support/model_card.py", "rows[0], rows[-1], run.reward", "rows[0], rows[0], run.reward", CARD),
     ("beyond/ocr.py", "1.0 if text in read else", "1.0 if text == read else", OCR),
     ("beyond/ocr.py", "last[j - 1] + (letter != other)", "last[j - 1] + 1", OCR),
     # what people outside run into

@@ -59,8 +59,7 @@ def rounds(count, queries):
     return f"--samples-per-epoch {samples} --batch-size 32 --updates-per-epoch {round(5 * samples / 32)}"
 
 
-# protocol.md, 1. Of each algorithm a setting in the middle, and what is changed, one at a time. What follows
-# the fifth change goes beyond the winner's edge values.
+# protocol.md, 1. Of each algorithm a middle setting, five changes of it, and what lies beyond the edge.
 SWEEP = {
     "ddpo-is": ("--samples-per-epoch 64 --learning-rate 2e-4 --clip-range 2e-3 --updates-per-epoch 4", [
         "--learning-rate 1e-4", "--learning-rate 4e-4", "--clip-range 1e-3", "--clip-range 4e-3",
@@ -301,7 +300,8 @@ def line_of(run, made_at):
 def study(command, args):
     """Run what is missing of a study, and report. Returns the table."""
     unit_of(args.reward)  # a name that does not exist is refused before anything is written
-    planned, reward = planned_runs(args), "alignment" if args.alignment else args.reward
+    planned = planned_runs(args)
+    reward = planned[0].config.reward
     path = RESULTS / short_name(reward) / planned[0].study
     lines = train_missing(planned, Path(f"{path}.jsonl"), args.jobs)
     text = report([judged_by(line, short_name(reward)) for line in lines], reward, RUNS, path, command)

@@ -27,16 +27,22 @@ By `{algorithm}`, reinforcement learning: {weights}, {queries} judged images. On
 MERGE = "One pipeline of both: `python evaluate.py RUN --merge FOLDER`, or `pipeline.fuse_lora()`.\n"
 
 
+def before_and_after(run):
+    """Queries, and (name, before, after, unit) of the trained reward, then of the watched ones."""
+    rows = [row for row in run.rows if row["eval_reward_mean"] is not None]
+    first, last, own = rows[0], rows[-1], run.reward
+    return last["reward_queries"], [
+        (own.name, first["eval_reward_mean"], last["eval_reward_mean"], own.unit),
+        *((name, first["watched"][name], last["watched"][name], unit) for name, unit in run.units.items())]
+
+
 @by_first
 def write_card(run):
     """Write the card. NAME in it is for the model's name on the hub, BASE for that of a base from disk."""
     config, is_lora, is_file = run.config, bool(run.config.lora_rank), Path(run.config.model).exists()
-    first, last = [[row for row in run.rows if row["eval_reward_mean"] is not None][k] for k in (0, -1)]
-    rows = [(run.reward.name, first["eval_reward_mean"], last["eval_reward_mean"], run.reward.unit)]
-    rows += [(f"{name} (measured, not trained on)", first["watched"][name], last["watched"][name], unit)
-             for name, unit in run.units.items()]
-    results = [f"| {name} | {display(before, unit)} | {display(after, unit)} |"
-               for name, before, after, unit in rows]
+    queries, rewards = before_and_after(run)
+    results = [f"| {name}{' (measured, not trained on)' * (k > 0)} | {display(before, unit)} | "
+               f"{display(after, unit)} |" for k, (name, before, after, unit) in enumerate(rewards)]
     data = ModelCardData(
         base_model=None if is_file else config.model, library_name="diffusers", pipeline_tag="text-to-image",
         widget=[{"text": run.prompts[0].text}],
@@ -45,7 +51,7 @@ def write_card(run):
         header=data.to_yaml(), base=Path(config.model).name, reward=run.reward.name,
         algorithm=config.algorithm,
         weights=f"LoRA of rank {config.lora_rank}" if is_lora else "all weights of the denoiser",
-        queries=f"{last['reward_queries']:,}", count=config.eval_prompts, results="\n".join(results),
+        queries=f"{queries:,}", count=config.eval_prompts, results="\n".join(results),
         source="NAME" if not is_lora else "BASE" if is_file else config.model, prompt=run.prompts[0].text,
         adapters='    pipeline.load_lora_weights("NAME")\n' * is_lora, merge=MERGE * is_lora,
         steps=config.eval_steps or config.sampling_steps,

@@ -61,7 +61,11 @@ def machine(device):
 if __name__ == "__main__":
     from rewards import unit_of
     for folder in map(Path, sys.argv[1:]):
-        state = load_checkpoint(folder)
+        try:
+            state = load_checkpoint(folder)
+        except ValueError as error:
+            print(f"run_page.py: {error}", file=sys.stderr)
+            sys.exit(2)
         saved = state["settings"]
         units = {short_name(name): unit_of(name) for name in (saved["reward"], *saved["watch"])}
         aspect = (saved["height"] or saved["width"] or 1) / (saved["width"] or saved["height"] or 1)

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 import ddpo
-from conftest import forked, learner, load_policy, rng, run, tiny_flags, without_seconds
+from conftest import forked, learner, load_policy, rng, rounded, run, tiny_flags, without_seconds
 from policy import Policy
 from sampling import rollout
 from support import processes
 from support.run_folder import load_checkpoint, read_rows
-from test_processes import rounded
 
 REWARD = """
 import torch

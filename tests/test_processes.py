@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, forked, run, tiny_flags, without_seconds
+from conftest import ROOT, forked, rounded, run, tiny_flags, without_seconds
 from support import processes, run_folder
-
-
-def rounded(value):
-    """A log that equals another one that differs in rounding alone."""
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize("model, flags", [
