@@ -14,8 +14,8 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
     epsilon. The last step but one has a large c at a tiny sigma: it makes 86 % of this gradient's variance at
     T = 10, half of it at T = 50, and of the toy model's weights 92 % at T = 10 (`pytest test_ddpo.py -k
-    last_but_one`), though the image hardly changes there. Leaving them out is slightly biased, and pays:
-    studies/results/README.md, "More reward per second".
+    last_but_one`). Leaving them out is biased, and pays: studies/results/README.md, "More reward per
+    second".
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).
  7. A prompt's statistics hold all its rewards of the epoch, however small the buffer is. With a buffer of 1
     and several images of a prompt in an epoch (images_per_prompt) they are the group's mean and deviation, as
@@ -62,10 +62,11 @@ def ratio_info(log_probs, old_log_probs, clip_range):
     approx_kl           mean of log p_old - log p_theta. Healthy: small, positive, falling over the epochs. If
                         it grows, lower the learning rate.
     ratio_mean          mean of p_theta / p_old. Healthy: a little below 1.
-    clip_fraction_low   share of images with a ratio below 1 - clip_range. Usually larger than the other.
+    clip_fraction_low   share of images with a ratio below 1 - clip_range.
     clip_fraction_high  share of images with a ratio above 1 + clip_range.
-    ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update: below 2e-6 in fp32
-                        on a CPU, else learning scores another policy than the one that sampled.
+    ratio_deviation     largest |ratio - 1|. The log has that of an epoch's first update: rounding alone, 2e-6
+                        at most for the toy model in fp32 on a CPU (`pytest test_ddpo.py -k ratio_is_one`).
+                        If it is far larger, learning scores another policy than the one that sampled.
     """
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()

@@ -73,7 +73,7 @@ class Policy:
         _, channels, *policy.image_size = image.shape
         if channels != 3 or len(policy.image_size) != 2:
             raise ValueError(f"a {name} draws no image of three colours")
-        policy.decode_batch = min(8, max(1, 2**19 // (image.shape[2] * image.shape[3])))  # 1 GB of 512 x 512
+        policy.decode_batch = min(8, max(1, 2**19 // (image.shape[2] * image.shape[3])))  # two of 512 x 512
         timesteps, scheduler = tap.chain, self.pipeline.scheduler
         if len(timesteps) != steps:  # diffusers' "trailing" rounds so for a few numbers, such as 61
             raise ValueError(f"{steps} sampling steps: diffusers makes {len(timesteps)}; take another number")

@@ -93,9 +93,10 @@ def to_pil(image):
 class Aesthetic:
     """LAION's aesthetic predictor, about 1 to 10: an MLP on the normalised image embedding of CLIP ViT-L/14.
 
-    Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`. Needs 1.7 GB of memory
-    (fp32). We have not compared it with the published scores; names and shapes of the weights are the
-    published head's. reward_model: another CLIP. aesthetic_head: a file of the MLP's weights.
+    Fetches 1.7 GB of CLIP and 4 MB of MLP, the weights `sac+logos+ava1-l14-linearMSE`. On a GPU it
+    takes 2.4 GB in fp32 (studies/results/gpu.md). We have not compared it with the published scores; names
+    and shapes of the weights are the published head's. reward_model: another CLIP. aesthetic_head: a file of
+    the MLP's weights.
     """
     differentiable = True
 
@@ -208,10 +209,9 @@ class BertRecall:
 class Alignment:
     """Alignment without labels (section 5.3): a VLM says what it sees, BERTScore compares with the prompt.
 
-    The recall says how much of the prompt is in the answer. The answers are the notes. With the default
-    encoder unrelated sentences score about 0.52, so the reward is flat at the bottom; bert_baseline moves
-    that value to 0. reward_model: the VLM. bert_model, bert_baseline: see BertRecall. wording: "code", as the
-    authors' code asks and compares, or "paper", as the paper says.
+    The recall says how much of the prompt is in the answer. The answers are the notes. Unrelated sentences
+    score above 0; bert_baseline moves that value to 0. reward_model: the VLM. bert_model, bert_baseline: see
+    BertRecall. wording: "code", as the authors' code asks and compares, or "paper", as the paper says.
     """
     WORDINGS = {"code": ("Answer concisely: what is going on in this image?", "The image contains {}"),
                 "paper": ("What is happening in this image?", "{}")}

@@ -180,7 +180,7 @@ def told_once(run, part, error):
 def evaluate_fixed(run):
     """Draw the fixed prompts from the fixed noise, judge the images and save them. Returns metrics.
 
-    eval_reward_mean, eval_reward_std  of these images. They rise more smoothly than reward_mean.
+    eval_reward_mean, eval_reward_std  of these images.
     watched                            name -> mean of a watched reward over the images that it can judge. If
                                        it falls while the reward rises, the reward is being gamed.
     """
@@ -366,7 +366,7 @@ def description(run):
         f"{c.epochs} epochs of {c.samples_per_epoch} samples and {c.updates_per_epoch} updates, in all "
         f"{c.epochs * c.samples_per_epoch} reward queries"]
     if c.preset != "emoji" and not (5e-5 <= c.learning_rate if c.lora_rank else c.learning_rate <= 1e-4):
-        lines.append("--learning-rate: 3e-4 is usual for adapters, 1e-5 for all weights (more: black images)")
+        lines.append("--learning-rate: 3e-4 is usual for adapters, 1e-5 for all weights")
     return "\n".join(lines)
 
 

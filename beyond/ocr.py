@@ -14,7 +14,7 @@ class OCR:
     The text is the prompt's field `text` of a JSON-lines file, or what stands in double quotes in it; without
     one the image cannot be judged: NaN. Spaces and case do not count. If the text is read exactly, what is
     read around it costs nothing. The notes are what was read. The networks, PP-OCRv6 of rapidocr 3.10, come
-    with the package. They run on the CPU: 0.5 s an image of 512 x 512 pixels on two cores.
+    with the package. They run on the CPU.
     """
     unit = "%"
 

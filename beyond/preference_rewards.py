@@ -29,9 +29,9 @@ BLIP = {"^patch_embed.proj": "embeddings.patch_embedding", "^cls_token": "embedd
 class PickScore:
     """PickScore v1 (Kirstain et al. 2023): cosine of image and prompt, by a CLIP-H tuned on preferences.
 
-    About 0.2; the published scores are 100 times that. Fetches 3.9 GB; needs 3.9 GB of memory (fp32); 2 s an
-    image. The formula is the model card's; there is no package to compare with. reward_model: another CLIP
-    with its processor and tokenizer, by hub name or folder.
+    About 0.2; the published scores are 100 times that. Fetches 3.9 GB; on a GPU it takes 4.8 GB in fp32
+    (studies/results/gpu.md). The formula is the model card's; there is no package to compare with.
+    reward_model: another CLIP with its processor and tokenizer, by hub name or folder.
     """
 
     def __init__(self, device, reward_model=""):
@@ -51,7 +51,7 @@ class PickScore:
 class HPSv2(PickScore):
     """HPS v2 (Wu et al. 2023): a cosine like PickScore's, about 0.28, with the names of open_clip.
 
-    Fetches 3.9 GB; needs 3.9 GB of memory (fp32): PickScore's size. Tested against the package hpsv2.
+    Fetches 3.9 GB, which are its weights in fp32. Tested against the package hpsv2.
     reward_model: a folder with HPS_v2_compressed.pt, or with version 2.1's HPS_v2.1_compressed.pt, and CLIP's
     config, processor and tokenizer, as transformers saves them.
     """
@@ -84,9 +84,9 @@ def from_open_clip(weights):
 class ImageReward:
     """ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, an MLP scores.
 
-    About 0 for an average image, with a standard deviation of 1. Fetches 1.8 GB; needs 1.8 GB of memory
-    (fp32); 0.7 s an image. Tested against the package image-reward. reward_model: a folder with
-    ImageReward.pt and BERT's tokenizer.
+    About 0 for an average image, with a standard deviation of 1. Fetches 1.8 GB; on a GPU it takes
+    2.3 GB in fp32 (studies/results/gpu.md). Tested against the package image-reward. reward_model: a folder
+    with ImageReward.pt and BERT's tokenizer.
     """
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published score, from the package
 

@@ -28,8 +28,8 @@ RULES = [
     (dict(preset="emoji", reward="alignment"), dict(wording="paper", bert_model=str(HERE / "model"))),
     (dict(preset="emoji", algorithm="ddpo-sf"), dict(
         epochs=32, samples_per_epoch=16, updates_per_epoch=1, learning_rate=1e-4, eval_every=4)),
-    # At this training guidance rounds without a reward change the images least (results, "Rounds without a
-    # reward"). For a VLM's reward no such weight was found.
+    # At this training guidance rounds without a reward hardly change the JPEG size: results, "Rounds without
+    # a reward". For a VLM's reward no such weight was found.
     (dict(preset="emoji", algorithm=RWR), dict(
         epochs=4, samples_per_epoch=128, updates_per_epoch=20, batch_size=32, learning_rate=1e-4,
         training_guidance=1.4, eval_every=1)),

@@ -13,8 +13,7 @@ They are the text-to-image model emoji/model, its flow-matching twin, the judge 
 If a command is stopped, the same command goes on. The flow-matching model begins with the weights of
 emoji/model. --flow --check and --vlm --check measure those models alone.
 
-The first command takes about three and a half hours on two cores. --flow would take about one and a half
-there; it took five minutes on an H200.
+By the speeds in emoji/model/README.md the first command takes about three and a half hours on two cores.
 
 There are four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the
 autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The
@@ -333,14 +332,13 @@ def train_autoencoder(images, args):
     def loss(networks, step):
         chosen, rng = batch(np.arange(len(images)), step, 16)
         x = to_float(images[chosen], args.device) * 2 - 1
-        # bf16 is faster here on a processor with AVX512-BF16, and exact enough for pixels.
+        # bf16 on a processor, too.
         with torch.autocast(args.device, torch.bfloat16):
             posterior = networks["vae"].encode(x).latent_dist
             noise = torch.as_tensor(rng.standard_normal(posterior.mean.shape, np.float32), device=args.device)
             reconstruction = networks["vae"].decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        # A large weight makes the latents robust to the denoiser's errors. From the start it would silence
-        # two of the channels.
+        # A small weight first, then a larger one, against the denoiser's errors.
         kl_weight = 1e-4 if step < args.autoencoder_steps / 4 else 5e-4
         return F.mse_loss(reconstruction.float(), x) + kl_weight * kl.float()
 
@@ -516,7 +514,7 @@ def train_denoiser(name, latents, animals, numbers, tokenizer, scheduler, steps,
     def make():
         networks = begun(args, unet=new_unet(), text_encoder=new_text_encoder(tokenizer))
         if args.device == "cpu":
-            # The fused attention is slow there in bfloat16, and these sequences are short.
+            # The plain attention: these sequences are short.
             networks["unet"].set_attn_processor(AttnProcessor())
         return networks
 
@@ -842,8 +840,8 @@ def main(argv=None):
     args = parse(argv)
     refuse_mistakes(args)
     if sys.platform == "linux" and args.device == "cpu":
-        # glibc gives the memory of large tensors back to the kernel at each free, and the page faults cost
-        # much time. So: no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
+        # glibc gives the memory of large tensors back to the kernel at each free. It is to keep
+        # it: no mmap for them (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD).
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     if args.vlm:

@@ -28,10 +28,6 @@ from support.run_folder import write_atomically
 from support.settings import build_config
 from train import ALGORITHMS, RUNS
 
-# TFLOP at 512 x 512: a guided forward of the U-Net; learning from a step, of all weights (three forwards) and
-# of LoRA, whose backward pass needs no gradient of the frozen weights; decoding.
-TFLOP_STEP, TFLOP_LEARN, TFLOP_LEARN_LORA, TFLOP_DECODE = 1.606, 4.82, 3.43, 2.5
-
 
 def benchmark(config, images, args):
     """A row of the table. One update is measured, of RWR and nft on as many images as it has."""
@@ -56,14 +52,9 @@ def benchmark(config, images, args):
     deviations = [ratio_deviation(policy, trajectory, size) for size in args.ratio_batches if keep_chain]
     _, learning, memory_learning = timed(policy.device, learn)
     sampling, learning = sampling / images, share * learning
-    cells = [config.precision, f"{sampling:.3g}", f"{learning:.3g}",
-             *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
-             *(f"{deviation:.1e}" for deviation in deviations)]
-    if args.peak_tflops and keep_chain:
-        step = TFLOP_STEP + (TFLOP_LEARN_LORA if config.lora_rank else TFLOP_LEARN)
-        query = config.sampling_steps * step + TFLOP_DECODE
-        cells.append(f"{query / args.peak_tflops / (sampling + learning):.0%}")
-    return cells
+    return [config.precision, f"{sampling:.3g}", f"{learning:.3g}",
+            *(f"{gigabytes:.1f}" if gigabytes else "-" for gigabytes in (memory_sampling, memory_learning)),
+            *(f"{deviation:.1e}" for deviation in deviations)]
 
 
 @torch.no_grad()
@@ -100,7 +91,6 @@ def print_rows(args):
                            "peak GB learning"]
     if ALGORITHMS[c.algorithm][2]:
         head += [f"largest \\|ratio - 1\\| at {size} images" for size in args.ratio_batches]
-        head += ["share of peak"] * bool(args.peak_tflops)
     print(f"{c.algorithm}, {args.images} images of {c.sampling_steps} steps, drawn {c.sample_batch} and "
           f"learned from {c.micro_batch} at a time\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for config in configs:
@@ -116,8 +106,7 @@ def main(argv=None):
         __doc__, print_rows, argv,
         precision=dict(nargs="+", choices=PRECISIONS, help="some of them (default: fp32; on a GPU all)"),
         images=dict(type=int, default=16, help="drawn and learned from (default: 16)"),
-        ratio_batches=dict(type=int, nargs="+", default=[1, 7, 16], help="images scored at a time"),
-        peak_tflops=dict(type=float, help="the card's, dense: to print what share Stable Diffusion reaches"))
+        ratio_batches=dict(type=int, nargs="+", default=[1, 7, 16], help="images scored at a time"))
 
 
 if __name__ == "__main__":

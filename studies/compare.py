@@ -101,7 +101,7 @@ AS_MANY_PASSES = {1: 1344, 2: 1088, 4: 768}
 
 # One question each, on top of the emoji preset: the number of queries, the curves' labels and the flags
 # behind them, some with a number of queries of their own. RWR changes the images without any reward, too:
-# percentile 0 and beta 0 show how. A KL penalty only matters if learning rate and clip endanger the images.
+# percentile 0 and beta 0 show how. A KL penalty is tried where learning rate and clip endanger the images.
 ABLATIONS = {
     "guidance": (640, {
         f"{name} training{control}": f"--algorithm rwr-sparse {guided} {flags} {rounds(5, 640)}"

@@ -92,7 +92,7 @@ def gain_in_time(line):
 def passes_per_query(line):
     """U-Net passes that a query costs, for an image and a step each, learning included: back and forth is 3.
 
-    They stand for seconds, of which most are theirs, and are the same on every machine.
+    They are the same on every machine, as seconds are not.
     """
     config = config_of(line)
     guided = 1 if config.guidance_scale == 1 else 2

@@ -28,7 +28,7 @@ from support.processes import by_first
 
 COLUMNS = 9
 LINE_HEIGHT = 13  # pixels, of a label's text
-GIF_EVALUATIONS = 20  # at most: more would cost seconds at each evaluation
+GIF_EVALUATIONS = 20  # at most
 
 
 # ---- Files ----
@@ -189,7 +189,7 @@ def first_row(path, columns=COLUMNS, aspect=1.0):
 def save_gif(strips, path):
     """A GIF of label -> row of images. The last stays longest."""
     frames = [draw_grid([strip], [label], width=min(strip.width, 720)) for label, strip in strips.items()]
-    frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]  # the default is slow
+    frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     durations = [600] * (len(frames) - 1) + [3000]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 

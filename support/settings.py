@@ -123,18 +123,17 @@ RULES = [  # a later rule overrides an earlier one, and a flag overrides all
     (dict(reward="ocr"), dict(prompts="signs")),
     (dict(reward="alignment"), dict(prompts="animal_activities")),
     (dict(reward="counting"), dict(prompts="two_to_eight_animals")),
-    (dict(lora=True), dict(learning_rate=3e-4)),  # of the authors' port; 1e-5 moves adapters too little
+    (dict(lora=True), dict(learning_rate=3e-4)),  # of the authors' port
     # Appendix C, and the authors' port.
     (dict(preset="lora"), dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", lora_rank=4)),
-    # Untested by us at full size, as the next. At 20 steps the last but one would make 73 % of the gradient's
-    # variance: ddpo.py, 5.
+    # Untested by us at full size, as the next. At 20 steps the last but one would make 73 % of the variance
+    # that ddpo.py, 5, is about (`pytest test_ddpo.py -k last_but_one`).
     (dict(preset="sdxl"), dict(
         model="stabilityai/stable-diffusion-xl-base-1.0", lora_rank=32, precision="bf16", sampling_steps=20,
         skip_last_steps=2, eval_steps=40, **preset.GROUPS, sample_batch=4, micro_batch=1,
         gradient_checkpointing=True)),
     # Steps, groups, rank, alpha and image size are Flow-GRPO's (Liu et al. 2025, arXiv 2505.05470). The last
-    # action of such a chain adds hardly any noise, so its gradient would drown the others': with the last
-    # step, which is no action, it is skipped.
+    # action of such a chain adds little noise: with the last step, which is no action, it is skipped.
     (dict(preset="flow"), dict(
         model="stabilityai/stable-diffusion-3.5-medium", lora_rank=32, lora_alpha=64, precision="bf16",
         sampling_steps=10, eval_steps=40, height=512, width=512, skip_last_steps=2, samples_per_epoch=240,
@@ -291,7 +290,8 @@ def refusals(c):
     yield c.name != Path(c.name).name, f"--name {c.name}: must be a plain name, of a folder in runs/"
     yield c.guidance_scale and "guidance_scale" in call_options(c), "--call and --guidance-scale both say it"
     yield c.lora_alpha and not c.lora_rank, f"--lora-alpha {c.lora_alpha} goes with --lora-rank"
-    # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU.
+    # In torch 2.13 the inner levels of a compiled U-Net get gradients of exactly 0 in bf16 on a CPU (found at
+    # 4fedaa4).
     half = c.precision == "fp16" or c.compile and c.precision == "bf16"
     yield half and not c.device.startswith("cuda"), "--precision fp16, or --compile with bf16, needs CUDA"
     yield c.algorithm == "nft" and c.images_per_prompt == 1, "--images-per-prompt 1: nft compares a prompt's"
