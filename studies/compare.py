@@ -91,7 +91,7 @@ ALIGNMENT = {
     "ddpo-is": "--updates-per-epoch 4", "ddpo-sf": "--algorithm ddpo-sf --samples-per-epoch 64",
     "rwr-sparse": "--algorithm rwr-sparse",
     "random numbers": (f"{RANDOM} --watch alignment --prompts two_to_four_animals --sampling-steps 4 "
-                       "--guidance-scale 1 --samples-per-epoch 256 --updates-per-epoch 4")}
+                       "--guidance-scale 1 --samples-per-epoch 256 --updates-per-epoch 4 --clip-range 2e-3")}
 SEEN = ("animal", "number", "animal_and_number")
 ALIGNMENT = {label: f"{flags} {watching(*SEEN)} --learning-rate 5e-5 --eval-prompts 270"
              for label, flags in ALIGNMENT.items()}
