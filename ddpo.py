@@ -22,7 +22,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
     in GRPO. (Flow-GRPO and DiffusionNFT divide by the deviation of the whole epoch.)
  8. The ratio is not centred. log p_theta / p_old has the mean -(mu - mu_old)^2 / (2 sigma^2): as the policy
     moves, the ratio falls, and at a negative advantage the clip's low side bounds the KL. GRPO-Guard (arXiv
-    2510.22319) adds the mean back in. Here, with one seed, that was no gain (studies/results/README.md).
+    2510.22319) adds the mean back in. It was tried with one seed, without a gain (commit a7984f9).
  9. An update may learn from some of the steps, drawn at random (learn_steps). It does not bias the gradient.
 """
 import copy

@@ -201,7 +201,7 @@ def study_of(args, reward):
     some = args.algorithms or ALGORITHMS
     if args.sweep:
         return "sweep", QUERIES, SWEEP_SEEDS, {
-            f"{one}: {' '.join(own.split()[:2])[2:] or 'middle'}": f"--algorithm {one} {SWEEP[one][0]} {own}"
+            f"{one}: {own.replace('--', '') or 'middle'}": f"--algorithm {one} {SWEEP[one][0]} {own}"
             for one in some for own in ("", *SWEEP[one][1])}, 8
     if args.alignment:
         return "controlled", VLM_QUERIES, SEEDS, ALIGNMENT, 4
