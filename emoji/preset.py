@@ -8,10 +8,10 @@ RWR, VLM = ("rwr", "rwr-sparse"), ("alignment", "counting")
 GROUPS = dict(images_per_prompt=8, stats_buffer=1, stats_min_count=1)
 
 RULES = [
-    # Fewer and larger steps than the paper's, for a smaller model: studies/results/README.md, as for the
-    # algorithms below. All spend 512 queries. The clip range is per dimension: it lets a density ratio move
-    # by a factor of 1.004^2,048 = 3,553, the paper's by 1.0001^16,384 = 5.1. Of the guidance weights 1, 2, 3
-    # and 5, 3 is the largest whose images are near the scenes (emoji/model/README.md).
+    # Fewer and larger steps than the paper's, for a smaller model. studies/results/sweep.md has how the
+    # algorithms' settings were chosen. All spend 512 queries. The clip range is per dimension: it lets a
+    # density ratio move by a factor of 1.004^2,048 = 3,553, the paper's by 1.0001^16,384 = 5.1. Of the
+    # guidance weights 1, 2, 3 and 5, 3 is the largest whose images are near the scenes (model/README.md).
     (dict(preset="emoji"), dict(
         model=str(HERE / "model"), watch=(f"{JUDGE}:animal", f"{JUDGE}:number"), prompts="emoji_animals",
         precision="fp32", epochs=8, samples_per_epoch=64, updates_per_epoch=2, sampling_steps=10, **GROUPS,
@@ -28,8 +28,8 @@ RULES = [
     (dict(preset="emoji", reward="alignment"), dict(wording="paper", bert_model=str(HERE / "model"))),
     (dict(preset="emoji", algorithm="ddpo-sf"), dict(
         epochs=64, samples_per_epoch=8, updates_per_epoch=1, learning_rate=1e-4, eval_every=8)),
-    # At this training guidance rounds without a reward hardly change the JPEG size: results, "Rounds without
-    # a reward". For a VLM's reward no such weight was found.
+    # This training guidance was chosen at 4 rounds of 128 images and learning rate 1e-4: results, "Rounds
+    # without a reward". For a VLM's reward no such weight was found.
     (dict(preset="emoji", algorithm=RWR), dict(
         epochs=4, samples_per_epoch=128, updates_per_epoch=20, batch_size=32, learning_rate=1e-4,
         training_guidance=1.4, eval_every=1)),
@@ -43,4 +43,4 @@ RULES = [
         epochs=4, samples_per_epoch=768, updates_per_epoch=120, learning_rate=1e-4, beta=60.0,
         training_guidance=1.0, eval_every=1)),
     (dict(preset="emoji", reward=VLM, algorithm="rwr-sparse"), dict(learning_rate=2e-4)),
-    (dict(preset="emoji", lora=True), dict(learning_rate=3e-3))]  # studies/results/README.md
+    (dict(preset="emoji", lora=True), dict(learning_rate=3e-3))]  # of the first model: results, "LoRA"

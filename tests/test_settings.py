@@ -38,7 +38,7 @@ def test_the_paper_preset_is_the_papers_tables():
 
 def test_every_preset_algorithm_and_reward_has_its_settings(monkeypatch):
     """presets.json: setting -> value, or words -> value. Words name presets, algorithms, rewards; rank-4 is
-    --lora-rank 4, "*" all others. The results were measured with these settings."""
+    --lora-rank 4, "*" all others."""
     monkeypatch.setattr(settings, "check", lambda config: None)  # fp16 on a CPU
     table = json.loads((ROOT / "tests" / "presets.json").read_text())
     for preset, algorithm, reward, rank in itertools.product(
