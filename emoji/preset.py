@@ -10,8 +10,7 @@ GROUPS = dict(images_per_prompt=8, stats_buffer=1, stats_min_count=1)
 RULES = [
     # Fewer and larger steps than the paper's, for a smaller model. studies/results/sweep.md has how the
     # algorithms' settings were chosen. All spend 512 queries. The clip range is per dimension: it lets a
-    # density ratio move by a factor of 1.004^2,048 = 3,553, the paper's by 1.0001^16,384 = 5.1. Of the
-    # guidance weights 1, 2, 3 and 5, 3 is the largest whose images are near the scenes (model/README.md).
+    # density ratio move by a factor of 1.004^2,048 = 3,553, the paper's by 1.0001^16,384 = 5.1.
     (dict(preset="emoji"), dict(
         model=str(HERE / "model"), watch=(f"{JUDGE}:animal", f"{JUDGE}:number"), prompts="emoji_animals",
         precision="fp32", epochs=8, samples_per_epoch=64, updates_per_epoch=2, sampling_steps=10, **GROUPS,
