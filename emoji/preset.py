@@ -29,12 +29,11 @@ RULES = [
         epochs=64, samples_per_epoch=8, updates_per_epoch=1, learning_rate=1e-4, eval_every=8)),
     # This training guidance was chosen at 4 rounds of 128 images and learning rate 1e-4: results, "Rounds
     # without a reward". For a VLM's reward no such weight was found.
-    (dict(preset="emoji", algorithm=RWR), dict(
-        epochs=4, samples_per_epoch=128, updates_per_epoch=20, batch_size=32, learning_rate=1e-4,
-        training_guidance=1.4, eval_every=1)),
-    (dict(preset="emoji", algorithm="rwr"), dict(beta=120.0, learning_rate=2e-4)),
+    (dict(preset="emoji", algorithm=RWR), dict(batch_size=32, training_guidance=1.4)),
+    (dict(preset="emoji", algorithm="rwr"), dict(
+        epochs=4, samples_per_epoch=128, updates_per_epoch=20, learning_rate=2e-4, beta=120.0)),
     (dict(preset="emoji", algorithm="rwr-sparse"), dict(
-        epochs=16, samples_per_epoch=32, updates_per_epoch=5, eval_every=2)),
+        epochs=16, samples_per_epoch=32, updates_per_epoch=5, learning_rate=1e-4, eval_every=2)),
     (dict(preset="emoji", algorithm="nft"), dict(updates_per_epoch=10, batch_size=32, learning_rate=1e-4)),
     (dict(preset="emoji", reward=VLM, algorithm="ddpo-sf"), dict(
         epochs=12, samples_per_epoch=256, learning_rate=1e-4, eval_every=2)),

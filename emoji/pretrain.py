@@ -332,7 +332,6 @@ def train_autoencoder(images, args):
     def loss(networks, step):
         chosen, rng = batch(np.arange(len(images)), step, 16)
         x = to_float(images[chosen], args.device) * 2 - 1
-        # bf16 on a processor, too.
         with torch.autocast(args.device, torch.bfloat16):
             posterior = networks["vae"].encode(x).latent_dist
             noise = torch.as_tensor(rng.standard_normal(posterior.mean.shape, np.float32), device=args.device)
