@@ -75,7 +75,7 @@ SWEEP = {
         rounds(8, QUERIES), rounds(16, QUERIES)]),
     "nft": (f"{rounds(8, QUERIES)} --learning-rate 1e-4 --nft-strength 1 --training-guidance 3", [
         "--learning-rate 5e-5", "--learning-rate 2e-4", "--nft-strength 0.3", "--training-guidance 1",
-        "--training-guidance 1.4"])}
+        "--training-guidance 1.4", "--nft-strength 0.09", "--nft-strength 0.3 --training-guidance 6.4"])}
 
 
 # protocol.md, 2. What the images do without a reward.
