@@ -13,7 +13,7 @@ Where we depart from these two lines. The authors' code does 1 to 3, too.
  5. The last steps of the chain can be left out (skip_last_steps; the emoji preset leaves out two). The
     gradient of a step's log p with respect to epsilon is noise of size c / sigma, where c = d mean / d
     epsilon. The last step but one has a large c at a tiny sigma: it makes 86 % of this gradient's variance at
-    T = 10, half of it at T = 50, and of the toy model's weights 92 % at T = 10 (`pytest test_ddpo.py -k
+    T = 10, 49 % at T = 50, and of the toy model's weights 92 and 74 % (`pytest test_ddpo.py -k
     last_but_one`). Leaving them out is biased, and pays: studies/results/README.md, "More reward per
     second".
  6. The KL to the pretrained policy can be penalised (kl_weight, from DPOK; see surrogate).

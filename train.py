@@ -182,7 +182,7 @@ def evaluate_fixed(run):
 
     eval_reward_mean, eval_reward_std  of these images.
     watched                            name -> mean of a watched reward over the images that it can judge. If
-                                       it falls while the reward rises, the reward is being gamed.
+                                       it falls, the reward is gamed, or the images break.
     """
     clock, reward = Clock(run.policy.device), run.reward
     seed_rewards(run.config, run.epoch)

@@ -14,13 +14,14 @@ Where we depart from that code:
     --guidance-scale 1 is its.
  2. It draws by a deterministic solver of second order, and evaluates by 40 steps of Euler. Ours has the chain
     of the other algorithms.
- 3. An epoch of its makes one or two updates. An image is in one of them, at nine of ten timesteps of the
-    sampler. Ours makes config.updates_per_epoch of config.batch_size images, in reshuffled passes, each image
-    at one of these timesteps. So v_old, which waits for the epoch's end, is further behind.
+ 3. An epoch of its makes one or two updates. An image is in one of them, at all timesteps of the
+    sampler but one. Ours makes config.updates_per_epoch of config.batch_size images, in reshuffled passes,
+    each image at one of these timesteps. So v_old, which waits for the epoch's end, is further behind.
  4. It adds 1e-4 ||v_theta - v_pretrained||^2. We do not.
  5. It evaluates and saves an average of v_theta over the updates (decay up to 0.9). We take v_theta itself.
  6. Its v is a flow's. Ours is any prediction, since x_0 depends linearly on it. x_0 moves with a flow's v by
     the noise level s <= 1, with an epsilon by b / a: there the noisiest steps teach most.
+ 7. It trains LoRA alone, and each of its tasks has its own b, decay_type and steps. Ours trains any weights.
 """
 import torch
 

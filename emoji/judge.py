@@ -4,8 +4,8 @@
     python train.py --watch emoji/judge.py:animal --watch emoji/judge.py:number
 
 It is a small convolutional network with two outputs: which of 75 animals, and how many (1 to 4). pretrain.py
-trained it on drawn scenes alone. Its weights are judge.safetensors. It never trains a policy. It is watched,
-and tells whether a reward was earned or gamed.
+trained it on drawn scenes alone. Its weights are judge.safetensors. It never trains a policy. It is watched.
+It is no independent eye: it learned from the same scenes as the models, and names melted animals, too.
 """
 import functools
 import json

@@ -13,7 +13,7 @@ They are the text-to-image model emoji/model, its flow-matching twin, the judge 
 If a command is stopped, the same command goes on. The flow-matching model begins with the weights of
 emoji/model. --flow --check and --vlm --check measure those models alone.
 
-By the speeds in emoji/model/README.md the first command takes about three and a half hours on two cores.
+The first command takes hours on two cores.
 
 There are four stages, each with its own checkpoint under runs/pretrain: draw a pool of scenes; train the
 autoencoder; train the judge; train the U-Net together with the text encoder on the pool's latents. The

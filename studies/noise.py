@@ -1,4 +1,4 @@
-"""Random numbers as a reward: what training changes when there is nothing to learn. The alignment's control.
+"""Random numbers as a reward: what training changes when there is nothing to learn. A control of compare.py.
 
     python train.py --reward studies/noise.py:noise
 """

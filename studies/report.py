@@ -239,9 +239,10 @@ def scores(lines, opposite):
 
 
 def comparison(lines, opposite, queries, base="rwr"):
-    """Table of what is gained after so many queries, on each reward and on the mean, where a drift cancels.
+    """Table of what is gained after so many queries, on each reward and on the mean.
 
-    The last columns are differences to the base's gain in time, paired by seed.
+    A drift cancels in the mean of the gains, not of those in time. The last columns are differences to the
+    base's gain in time, paired by seed.
     """
     def cells(pairs):  # (2,) of each seed
         return [cell(values, 1) for values in ([one for one, _ in pairs], [other for _, other in pairs],
@@ -305,7 +306,8 @@ def report(lines, reward, parent, path, command):
         "Intervals are 95 % (Student's t) over the seeds. A gain is a share of the start. Gain over control: "
         "the gain minus that of the same epochs of RWR without a reward, seed by seed. Watched rewards are "
         f"over {lines[0]['settings']['eval_prompts']} fixed prompts. Mean during training: of the policies "
-        "that drew the samples.", text, f"![the curves]({path.name}.png)",
+        "that drew the samples. Between evaluations rewards are interpolated.", text,
+        f"![the curves]({path.name}.png)",
         *["The first fixed prompts, first seed:", f"![images]({images.name})"] * images.exists(),
         "The first seed's commands:", "\n".join(f"* {one['label']}: `{one['command']}`" for one in first)]))
     return text
