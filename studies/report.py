@@ -241,24 +241,29 @@ def scores(lines, opposite):
 def comparison(lines, opposite, queries, base="rwr"):
     """Table of what is gained after so many queries, on each reward and on the mean.
 
-    A drift cancels in the mean of the gains, not of those in time. The last columns are differences to the
-    base's gain in time, paired by seed.
+    A drift cancels in the mean of the gains, not of those in time. The last columns are differences, paired
+    by seed: the gain in time minus the base's, and the gain minus that of the control. LABEL's control is
+    "LABEL, ...".
     """
     def cells(pairs):  # (2,) of each seed
         return [cell(values, 1) for values in ([one for one, _ in pairs], [other for _, other in pairs],
                                                [np.mean(pair) for pair in pairs])]
 
+    def minus(some, others):
+        return cells([one - others[seed] for seed, one in some.items() if seed in others])
+
     cut = [[until(line, queries) for line in some] for some in (lines, opposite)]
     gains, in_time, animals = (both(*cut, figure) for figure in (
         gain_percent, gain_in_time, lambda line: 100 * watched_values(line, "animal")[-1]))
+    control = {label.partition(",")[0]: seeds for label, seeds in gains.items() if "," in label}
     rows = [[label, str(len(seeds)), *cells(gains[label].values()), *cells(seeds.values()),
              *cells(animals[label].values())[:2],
-             *cells([gain - in_time[base][seed] for seed, gain in seeds.items() if seed in in_time[base]])]
+             *minus(seeds, in_time[base]), *minus(gains[label], control.get(label, {}))]
             for label, seeds in in_time.items()]
     rewards = ["smaller", "larger", "mean"]
     return markdown(["", "seeds", *(f"{title}: {reward}" for title, some in (
         ("gain (%)", rewards), ("in time (%)", rewards), ("`animal` (%)", rewards[:2]),
-        (f"in time, minus {base}", rewards)) for reward in some)], rows)
+        (f"in time, minus {base}", rewards), ("gain, minus its control", rewards)) for reward in some)], rows)
 
 
 def figure(lines, reward, unit, path):

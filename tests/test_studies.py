@@ -52,17 +52,23 @@ def test_the_gain_in_time_is_that_of_the_evaluation_before_the_watched_reward_fe
 def test_the_protocols_tables_by_hand_made_cases():
     small = [line(label, seed, [0, 4, 8], [-2.0, mid, end], animal) for label, seed, mid, end, animal in (
         ("rwr", 5, -1.9, -1.8, None), ("rwr", 6, -1.9, -1.6, None),
-        ("ddpo-is", 5, -1.5, -1.0, [1.0, 0.9, 0.5]), ("ddpo-is", 6, -1.6, -1.4, None))]
+        ("ddpo-is", 5, -1.5, -1.0, [1.0, 0.9, 0.5]), ("ddpo-is", 6, -1.6, -1.4, None),
+        ("ddpo-is, control", 5, -2.0, -1.9, None), ("ddpo-is, control", 6, -2.0, -2.0, None))]
     large = [line(label, seed, [0, 4, 8], [2.0, 2.2, end]) for label, seed, end in (
-        ("rwr", 5, 2.2), ("rwr", 6, 2.4), ("ddpo-is", 5, 3.0), ("ddpo-is", 6, 3.0))]
-    head, _, rwr, ddpo = [row[2:-2].split(" | ") for row in report.comparison(small, large, 8).splitlines()]
+        ("rwr", 5, 2.2), ("rwr", 6, 2.4), ("ddpo-is", 5, 3.0), ("ddpo-is", 6, 3.0),
+        ("ddpo-is, control", 5, 1.9), ("ddpo-is, control", 6, 2.0))]
+    rows = report.comparison(small, large, 8).splitlines()
+    head, _, rwr, ddpo, _ = [row[2:-2].split(" | ") for row in rows]
     rwr, ddpo = (dict(zip(head, row)) for row in (rwr, ddpo))
     assert rwr["gain (%): mean"].startswith("15.0 ±")  # of 10, 10 and 20, 20
     assert ddpo["gain (%): smaller"][:6] == "40.0 ±" and ddpo["in time (%): smaller"][:6] == "27.5 ±"
     # By seed 25 - 10 and 30 - 20, 50 - 10 and 50 - 20: means of both rewards 27.5 and 20.
     assert ddpo["in time, minus rwr: mean"] == f"23.8 ± {12.71 * 3.75:.1f}"
+    # By seed 50 - 5 and 30 - 0.
+    assert ddpo["gain, minus its control: smaller"] == f"37.5 ± {12.71 * 7.5:.1f}"
+    assert rwr["gain, minus its control: smaller"] == "-"
     assert "ddpo-is | 2 | 22.5 ± 31.8 | 10.0 ± 0.0 | 16.3" in report.comparison(small, large, 4)
-    *_, best, last = report.scores(small, large).splitlines()
+    *_, best, _, last = report.scores(small, large).splitlines()
     assert best.startswith("| ddpo-is | 38.8 | 25.0, 30.0 | 50.0, 50.0") and last.startswith("| rwr | 15.0 |")
     seen = [report.judged_by(one, "animal", -1) for one in small]
     assert seen[2]["rows"][-1]["eval_reward_mean"] == -0.5
