@@ -36,7 +36,8 @@ RULES = [
         epochs=4, samples_per_epoch=128, updates_per_epoch=20, learning_rate=2e-4, beta=120.0)),
     (dict(preset="emoji", algorithm="rwr-sparse"), dict(
         epochs=16, samples_per_epoch=32, updates_per_epoch=5, learning_rate=1e-4, eval_every=2)),
-    (dict(preset="emoji", algorithm="nft"), dict(updates_per_epoch=10, batch_size=32, learning_rate=1e-4)),
+    (dict(preset="emoji", algorithm="nft"), dict(
+        updates_per_epoch=10, batch_size=32, learning_rate=1e-4, nft_strength=0.09)),
     (dict(preset="emoji", reward=VLM, algorithm="ddpo-sf"), dict(
         epochs=12, samples_per_epoch=256, learning_rate=1e-4, eval_every=2)),
     (dict(preset="emoji", reward=VLM, algorithm=RWR), dict(
