@@ -242,8 +242,8 @@ def comparison(lines, opposite, queries, base="rwr"):
     """Table of what is gained after so many queries, on each reward and on the mean.
 
     A drift cancels in the mean of the gains, not of those in time. The last columns are differences, paired
-    by seed: the gain in time minus the base's, and the gain minus that of the control. LABEL's control is
-    "LABEL, ...".
+    by seed: the gain in time minus the base's, and the gain minus that of the control. (Its mean is the
+    gain's: a control's gains cancel.) LABEL's control is "LABEL, ...".
     """
     def cells(pairs):  # (2,) of each seed
         return [cell(values, 1) for values in ([one for one, _ in pairs], [other for _, other in pairs],
@@ -258,12 +258,13 @@ def comparison(lines, opposite, queries, base="rwr"):
     control = {label.partition(",")[0]: seeds for label, seeds in gains.items() if "," in label}
     rows = [[label, str(len(seeds)), *cells(gains[label].values()), *cells(seeds.values()),
              *cells(animals[label].values())[:2],
-             *minus(seeds, in_time[base]), *minus(gains[label], control.get(label, {}))]
+             *minus(seeds, in_time[base]), *minus(gains[label], control.get(label, {}))[:2]]
             for label, seeds in in_time.items()]
     rewards = ["smaller", "larger", "mean"]
-    return markdown(["", "seeds", *(f"{title}: {reward}" for title, some in (
-        ("gain (%)", rewards), ("in time (%)", rewards), ("`animal` (%)", rewards[:2]),
-        (f"in time, minus {base}", rewards), ("gain, minus its control", rewards)) for reward in some)], rows)
+    titles = (("gain (%)", rewards), ("in time (%)", rewards), ("`animal` (%)", rewards[:2]),
+              (f"in time, minus {base}", rewards), ("gain, minus its control", rewards[:2]))
+    return markdown(
+        ["", "seeds", *(f"{title}: {reward}" for title, some in titles for reward in some)], rows)
 
 
 def figure(lines, reward, unit, path):
