@@ -18,9 +18,9 @@ RULES = [
         learning_rate=2e-4, clip_range=4e-3, skip_last_steps=2, sample_batch=64, micro_batch=64, eval_every=1,
         eval_prompts=45, sd_guidance=3.0)),
     # In 10 guided steps the toy model nearly always draws what it is asked for, so a VLM has nothing to teach
-    # it. In 4 unguided steps a sixth of the images show another animal. A single image tells little then, so
-    # the batches are larger. BERTScore's encoder is the model's own and has read captions alone, so the bare
-    # prompt is compared. All algorithms spend 3,072 queries. One seed chose these settings (commit
+    # it. In 4 unguided steps a seventh of the images show another animal. A single image tells little then,
+    # so the batches are larger. BERTScore's encoder is the model's own and has read captions alone, so the
+    # bare prompt is compared. All algorithms spend 3,072 queries. One seed chose these settings (commit
     # a7984f9).
     (dict(preset="emoji", reward=VLM), dict(
         prompts="two_to_four_animals", reward_model=str(HERE / "vlm"), sampling_steps=4,

@@ -106,7 +106,7 @@ ABLATIONS = {
     "guidance": (640, {
         f"{name} training{control}": f"--algorithm rwr-sparse {guided} {flags} {rounds(5, 640)}"
         for control, flags in (("", ""), (", no reward", "--percentile 0"))
-        for name, guided in (("guided", ""), ("unguided", "--training-guidance 1"))}),
+        for name, guided in (("guided", "--training-guidance 3"), ("unguided", "--training-guidance 1"))}),
     "kl": (640, {f"KL weight {weight:g}": f"--learning-rate 4e-4 --clip-range 1e-2 --kl-weight {weight}"
                  for weight in (0.0, 0.1, 1.0, 10.0)}),
     "interleaving": (800, {

@@ -18,6 +18,8 @@ from support.stopping import floor_of
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
         2.12, 2.11, 2.10]
 
+CONTROLS = (", no reward", ", random numbers", ", weights of 1")  # a label's end: of what it is the control
+
 
 # ---- Figures of one run ----
 
@@ -155,10 +157,8 @@ def table(lines, unit):
     def mean(figure, digits=1, factor=1.0):
         return lambda group: cell([factor * figure(line) for line in group], digits)
 
-    def control_of(group):
-        return groups.get(f"{group[0]['label']}, no reward", [])
-
     groups, watched = by_label(lines), watched_units(lines)
+    controls = {label.rpartition(", ")[0]: groups[label] for label in groups if label.endswith(CONTROLS)}
     columns = [  # title, and what makes a cell of a label's lines
         ("seeds", lambda group: str(len(group))),
         (titled("start", unit), mean(lambda line: evaluations(line)[1][0], 2, unit[0])),
@@ -166,7 +166,8 @@ def table(lines, unit):
         ("reward gained (%)", mean(gain_percent)),
         *((f"gained before {name} fell below 90 % of its start (%)", mean(gain_in_time))
           for name in list(watched)[:1]),
-        ("gain over control (%)", lambda group: cell(paired(group, control_of(group), gain_percent), 1)),
+        *[("gain over control (%)", lambda group: cell(
+            paired(group, controls.get(group[0]["label"], []), gain_percent), 1))] * bool(controls),
         (titled("mean during training", unit), mean(mean_during_training, 2, unit[0])),
         *((titled(f"{name} at the end", own),
            mean(lambda line, name=name: watched_values(line, name)[-1], 1 if own[1] == "%" else 2, own[0]))
@@ -310,7 +311,7 @@ def report(lines, reward, parent, path, command):
     write_text(Path(f"{path}.md"), "\n\n".join([
         f"# {path.name}: {name}", f"`{command}`; {'; '.join(sorted(made))}.",
         "Intervals are 95 % (Student's t) over the seeds. A gain is a share of the start. Gain over control: "
-        "the gain minus that of the same epochs of RWR without a reward, seed by seed. Watched rewards are "
+        "the gain minus that of the same training without the reward, seed by seed. Watched rewards are "
         f"over {lines[0]['settings']['eval_prompts']} fixed prompts. Mean during training: of the policies "
         "that drew the samples. Between evaluations rewards are interpolated.", text,
         f"![the curves]({path.name}.png)",

@@ -39,6 +39,10 @@ def test_intervals_areas_and_queries_to_a_reward_by_hand_made_cases():
     row, = table([line("a", seed, [0, 9], [-2.0, -1.0], [1.0, end]) for seed, end in enumerate((0.9, 0.7))])
     assert row["animal at the end (%)"] == f"80.0 ± {12.71 * 10:.1f}" and "number at the end (%)" not in row
     assert row["end (kB)"] == "1.00 ± 0.00" and row["reward gained (%)"] == "50.0 ± 0.0"
+    assert "gain over control (%)" not in row
+    rows = table([line(label, 0, [0, 9], [-2.0, end]) for label, end in (
+        ("flow", -1.0), ("flow, cps", -1.0), ("flow, weights of 1", -1.5))])
+    assert [row["gain over control (%)"] for row in rows] == ["25.0", "-", "-"]
 
 
 def test_the_gain_in_time_is_that_of_the_evaluation_before_the_watched_reward_fell():
