@@ -332,9 +332,9 @@ def without_seconds(rows):
 
 
 def rounded(value):
-    """A log that equals another one that differs in rounding alone."""
+    """A log that equals another one that differs in rounding alone (of a second gradient: 4e-5)."""
     if isinstance(value, list):
         return [rounded(part) for part in value]
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
-    return pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value

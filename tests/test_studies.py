@@ -134,7 +134,7 @@ def test_a_comparison_trains_what_no_study_has_and_goes_on_where_it_was_stopped(
     del choices["bad"]
     monkeypatch.setattr(compare, "start", lambda run: pytest.fail("nothing is missing"))
     assert compare.main(["--ablation", "tiny", "--seeds", "1"]) == 0
-    assert "| done | 1 | 2.00 | 0.50 | 75.0 | 50.0 | - | 1.50 | 50.0 |" in capsys.readouterr().out
+    assert "| done | 1 | 2.00 | 0.50 | 75.0 | 50.0 | 1.50 | 50.0 |" in capsys.readouterr().out
     assert len(read_lines(log)) == 3 and log.with_suffix(".md").exists() and log.with_suffix(".png").exists()
 
 
