@@ -331,10 +331,10 @@ def without_seconds(rows):
     return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
 
 
-def rounded(value):
-    """A log that equals another one that differs in rounding alone (of a second gradient: 4e-5)."""
+def rounded(value, rel=1e-5):
+    """A log that equals another one that differs in rounding alone."""
     if isinstance(value, list):
-        return [rounded(part) for part in value]
+        return [rounded(part, rel) for part in value]
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+        return {name: rounded(part, rel) for name, part in value.items()}
+    return pytest.approx(value, rel=rel, abs=1e-5) if isinstance(value, float) else value

@@ -20,8 +20,7 @@ RULES = [
     # In 10 guided steps the toy model nearly always draws what it is asked for, so a VLM has nothing to teach
     # it. In 4 unguided steps a seventh of the images show another animal. A single image tells little then,
     # so the batches are larger. BERTScore's encoder is the model's own and has read captions alone, so the
-    # bare prompt is compared. All algorithms spend 3,072 queries. One seed chose these settings (commit
-    # a7984f9).
+    # bare prompt is compared. All spend 3,072 queries. One seed chose these settings (commit a7984f9).
     (dict(preset="emoji", reward=VLM), dict(
         prompts="two_to_four_animals", reward_model=str(HERE / "vlm"), sampling_steps=4,
         samples_per_epoch=256, updates_per_epoch=4, epochs=12, learning_rate=5e-5, clip_range=2e-3,

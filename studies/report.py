@@ -18,8 +18,6 @@ from support.stopping import floor_of
 T_95 = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
         2.12, 2.11, 2.10]
 
-CONTROLS = (", no reward", ", random numbers", ", weights of 1")  # a label's end: of what it is the control
-
 
 # ---- Figures of one run ----
 
@@ -129,6 +127,12 @@ def paired(group, base, figure):
     return [figure(line) - base[line["seed"]] for line in group if line["seed"] in base]
 
 
+def controls_of(figures):
+    """label -> the figure of its control, "label, no reward" or the like. figures: label -> anything."""
+    ends = ", no reward", ", random numbers", ", weights of 1"
+    return {label.rpartition(", ")[0]: own for label, own in figures.items() if label.endswith(ends)}
+
+
 def cell(values, digits=2):
     """Mean and interval as a table shows them; '-' for none."""
     mean, half = interval(values) if len(values) else (np.nan, np.nan)
@@ -158,7 +162,7 @@ def table(lines, unit):
         return lambda group: cell([factor * figure(line) for line in group], digits)
 
     groups, watched = by_label(lines), watched_units(lines)
-    controls = {label.rpartition(", ")[0]: groups[label] for label in groups if label.endswith(CONTROLS)}
+    controls = controls_of(groups)
     columns = [  # title, and what makes a cell of a label's lines
         ("seeds", lambda group: str(len(group))),
         (titled("start", unit), mean(lambda line: evaluations(line)[1][0], 2, unit[0])),
@@ -243,8 +247,7 @@ def comparison(lines, opposite, queries, base="rwr"):
     """Table of what is gained after so many queries, on each reward and on the mean.
 
     A drift cancels in the mean of the gains, not of those in time. The last columns are differences, paired
-    by seed: the gain in time minus the base's, and the gain minus that of the control. (Its mean is the
-    gain's: a control's gains cancel.) LABEL's control is "LABEL, ...".
+    by seed: the gain in time minus the base's, and the gain minus the control's, whose gains cancel, too.
     """
     def cells(pairs):  # (2,) of each seed
         return [cell(values, 1) for values in ([one for one, _ in pairs], [other for _, other in pairs],
@@ -256,16 +259,15 @@ def comparison(lines, opposite, queries, base="rwr"):
     cut = [[until(line, queries) for line in some] for some in (lines, opposite)]
     gains, in_time, animals = (both(*cut, figure) for figure in (
         gain_percent, gain_in_time, lambda line: 100 * watched_values(line, "animal")[-1]))
-    control = {label.partition(",")[0]: seeds for label, seeds in gains.items() if "," in label}
+    controls = controls_of(gains)
     rows = [[label, str(len(seeds)), *cells(gains[label].values()), *cells(seeds.values()),
              *cells(animals[label].values())[:2],
-             *minus(seeds, in_time[base]), *minus(gains[label], control.get(label, {}))[:2]]
+             *minus(seeds, in_time[base]), *minus(gains[label], controls.get(label, {}))[:2]]
             for label, seeds in in_time.items()]
     rewards = ["smaller", "larger", "mean"]
     titles = (("gain (%)", rewards), ("in time (%)", rewards), ("`animal` (%)", rewards[:2]),
               (f"in time, minus {base}", rewards), ("gain, minus its control", rewards[:2]))
-    return markdown(
-        ["", "seeds", *(f"{title}: {reward}" for title, some in titles for reward in some)], rows)
+    return markdown(["", "seeds", *(f"{title}: {one}" for title, some in titles for one in some)], rows)
 
 
 def figure(lines, reward, unit, path):

@@ -41,8 +41,9 @@ def full(monkeypatch):
     return set_room
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo-is", "nft"])
-def test_a_run_that_runs_out_of_memory_is_one_with_smaller_sizes(algorithm, tiny_model, full, capsys):
+@pytest.mark.parametrize("algorithm, rel", [  # nft's two losses nearly cancel: a gradient moves by 4e-5
+    ("ddpo-is", 1e-5), ("nft", 1e-4)])
+def test_a_run_that_runs_out_of_memory_is_one_with_smaller_sizes(algorithm, rel, tiny_model, full, capsys):
     Path("own.py").write_text(REWARD)
     flags = {"adam-epsilon": 1e-4, "updates-per-epoch": 1, "eval-prompts": 4}
     flags |= {"batch-size": 4} if algorithm == "nft" else {}
@@ -51,7 +52,7 @@ def test_a_run_that_runs_out_of_memory_is_one_with_smaller_sizes(algorithm, tiny
     capsys.readouterr()
     full(drawing=2, learning=1)
     found = run(*flags, "--sample-batch", 16, "--micro-batch", 4)
-    assert without_seconds(found) == rounded(without_seconds(small))
+    assert without_seconds(found) == rounded(without_seconds(small), rel)
     kept = load_checkpoint(Path("runs/r"))
     assert (kept["settings"]["sample_batch"], kept["settings"]["micro_batch"]) == (2, 1)
     for name, weight in load_checkpoint(Path("runs/small"))["weights"].items():

@@ -57,10 +57,10 @@ def test_the_protocols_tables_by_hand_made_cases():
     small = [line(label, seed, [0, 4, 8], [-2.0, mid, end], animal) for label, seed, mid, end, animal in (
         ("rwr", 5, -1.9, -1.8, None), ("rwr", 6, -1.9, -1.6, None),
         ("ddpo-is", 5, -1.5, -1.0, [1.0, 0.9, 0.5]), ("ddpo-is", 6, -1.6, -1.4, None),
-        ("ddpo-is, control", 5, -2.0, -1.9, None), ("ddpo-is, control", 6, -2.0, -2.0, None))]
+        ("ddpo-is, random numbers", 5, -2.0, -1.9, None), ("ddpo-is, random numbers", 6, -2.0, -2.0, None))]
     large = [line(label, seed, [0, 4, 8], [2.0, 2.2, end]) for label, seed, end in (
         ("rwr", 5, 2.2), ("rwr", 6, 2.4), ("ddpo-is", 5, 3.0), ("ddpo-is", 6, 3.0),
-        ("ddpo-is, control", 5, 1.9), ("ddpo-is, control", 6, 2.0))]
+        ("ddpo-is, random numbers", 5, 1.9), ("ddpo-is, random numbers", 6, 2.0))]
     rows = report.comparison(small, large, 8).splitlines()
     head, _, rwr, ddpo, _ = [row[2:-2].split(" | ") for row in rows]
     rwr, ddpo = (dict(zip(head, row)) for row in (rwr, ddpo))
